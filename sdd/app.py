@@ -1,0 +1,198 @@
+"""The command line: Hydra composes, the allow-list is checked, recipes are derived, the store is asked.
+
+One function serves the four scripts. A job catches its own failure, writes `result.json` into its run folder and
+returns, so that a sweep goes on; the exit code follows from what was recorded: 0, 2 if every failure is the user's
+mistake, else 1.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra._internal.hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import sdd
+from sdd.config import Config, check_targets, check_values
+from sdd.errors import UserError
+from sdd.store.digests import write_atomically
+
+PACKAGE = Path(sdd.__file__).resolve().parent
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
+OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True)
+
+USER, FAILURE = 2, 1
+
+
+def config_folder() -> Path:
+    """The one root of config groups: in the checkout, or installed beside the package."""
+    beside, inside = PACKAGE.parent / "conf", PACKAGE / "conf"
+    return beside if (beside / "config.yaml").is_file() else inside
+
+
+class CheckedConfigLoader(ConfigLoaderImpl):
+    """Hydra's loader, refusing a composed config that names anything outside the allow-list.
+
+    Every composition passes here before Hydra instantiates callbacks, launchers or log handlers, each job of a sweep
+    included. Hydra 1.4 takes the same list as `execution_whitelist`.
+    """
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        config: DictConfig = super().load_configuration(*args, **kwargs)
+        try:
+            check_targets(config)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(USER) from None
+        return config
+
+
+def main(script: str) -> None:
+    """Run one of the scripts "prune", "generate", "train", "evaluate" on the process's command line."""
+    if any(word.startswith("--experimental-rerun") for word in sys.argv[1:]):
+        print("error: --experimental-rerun unpickles a file, which can run code; pass the overrides", file=sys.stderr)
+        raise SystemExit(USER)
+    hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
+    outcome.clear()
+    hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(_task(script))()
+    if outcome:
+        raise SystemExit(max(outcome) if set(outcome) - {0, USER} == set() else FAILURE)
+
+
+outcome: list[int] = []
+"""Exit codes of this process's jobs; at the end of a sweep, of all its jobs."""
+
+
+def _task(script: str) -> Callable[[DictConfig], None]:
+    def task(config: DictConfig) -> None:
+        run_job(script, config)
+
+    task.__module__, task.__qualname__ = "sdd.app", script
+    return task
+
+
+def run_job(script: str, config: DictConfig) -> int:
+    """One job: print the artifact's path on stdout, or one line of error on stderr; record either."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    record: dict[str, Any] = {"script": script, "overrides": list(HydraConfig.get().overrides.task)}
+    code = 0
+    try:
+        record |= make(script, config, folder)
+    except Exception as error:
+        code, message = explained(error)
+        record["error"], record["code"] = message, code
+        print(f"error: {message}", file=sys.stderr)
+        if code == FAILURE or HydraConfig.get().verbose:
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
+        write_atomically(folder / "result.json", json.dumps(record, indent=1) + "\n")
+    outcome.append(code)
+    return code
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """(exit code, one line) for an exception; a full disk is the user's to mend, wherever it is noticed."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error) or "os error 28" in str(error):
+        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
+    if isinstance(error, UserError):
+        return USER, " ".join(str(error).split())
+    first = (str(error).splitlines() or [""])[0]
+    return FAILURE, f"{type(error).__name__}: {first}"
+
+
+def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
+    """Check the config, derive the recipe, and have it built; what the job's record says of it."""
+    check_values(config)
+    from sdd.recipes import Recipes
+    from sdd.store import Store
+
+    store = Store(Path(config.paths.artifacts).expanduser().absolute())
+    recipes = Recipes(config, store.root / ".digests")
+    wanted = recipes.wanted(script)
+    if config.dry_run:
+        print_plan(wanted, store)
+        return {"dry_run": True}
+    if wanted is None:
+        print(recipes.model_folder, flush=True)
+        return {"stage": "model", "path": str(recipes.model_folder)}
+    if not store.has(wanted):
+        from sdd.stages import builds
+
+        _use_threads(config.trainer.threads)
+        store.ensure(wanted, builds(_runtime(config, recipes, run_folder)), config.store.missing)
+    path = store.folder(wanted)
+    print(path, flush=True)
+    return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
+
+
+def print_plan(wanted: Any, store: Any) -> None:
+    """The graph of artifacts, inputs first, each with whether it exists; on stdout, since it was asked for."""
+    if wanted is None:
+        print("nothing to build: the unpruned model itself")
+        return
+    for recipe in wanted.walk():
+        state = "exists" if store.has(recipe) else "would be built"
+        inputs = "  <- " + ", ".join(f"{r.stage}/{r.address}" for r in recipe.inputs.values()) if recipe.inputs else ""
+        print(f"{state:<15} {recipe.stage}/{recipe.address}{inputs}")
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
+    from sdd.stages.runtime import Runtime
+
+    trainer = config.trainer
+    if trainer.accelerator == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
+    logger = OmegaConf.to_container(config.logger, resolve=True)
+    assert isinstance(logger, dict)
+    return Runtime(
+        sources=recipes.sources,
+        texts=recipes.texts,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        attention=trainer.attention,
+        micro_batch_tokens=trainer.micro_batch_tokens,
+        inference_batch_size=config.engine.get("batch_size") or trainer.inference_batch_size,
+        evaluation_batch_size=config.evaluation.batch_size,
+        checkpoint_every=trainer.checkpoint_every,
+        logger={str(key): value for key, value in logger.items()},
+        run_folder=run_folder,
+    )
+
+
+def prune() -> None:
+    main("prune")
+
+
+def generate() -> None:
+    main("generate")
+
+
+def train() -> None:
+    main("train")
+
+
+def evaluate() -> None:
+    main("evaluate")

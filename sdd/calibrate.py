@@ -1,0 +1,74 @@
+"""One pass of a model over texts, shown block by block to a criterion. No logits, no kept activations.
+
+Texts are batched by length, so that little padding is computed; the criterion sees each block's entering and leaving
+states as they pass. Knows nothing of what the criterion computes.
+"""
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sdd import models
+from sdd.errors import UserError
+from sdd.importance import Criterion
+
+
+def tokenize_texts(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids with the tokenizer's default special tokens, cut to `max_length`; a text needs at least 2."""
+    rows: list[list[int]] = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2:
+            raise UserError(f"calibration: text {number} has {len(row)} token; a text needs at least 2")
+    return rows
+
+
+def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list[list[int]]:
+    """Indices grouped by similar length, longest first; at most `batch_size` rows and `max_tokens` padded tokens."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        current = batches[-1] if batches else None
+        if current and len(current) < batch_size and lengths[current[0]] * (len(current) + 1) <= max_tokens:
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.no_grad()
+def show_texts(
+    model: Any, criterion: Criterion, rows: list[list[int]], batch_size: int, max_tokens: int = 16_384
+) -> None:
+    """Run the texts through the model's blocks, telling the criterion of every block's states."""
+    body, layers = models.decoder(model), models.blocks(model)
+    device = next(model.parameters()).device
+    mask = torch.empty(0)
+    entering: list[Any] = [None]
+
+    def before(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entering[0] = arguments[0] if arguments else named["hidden_states"]
+
+    def after(block: int) -> Any:
+        def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            leaving = output[0] if isinstance(output, tuple) else output
+            criterion.observe(block, entering[0], leaving, mask)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(layers)]
+    try:
+        with tqdm(total=len(rows), desc="scores", unit="text") as progress:
+            for batch in length_batches([len(row) for row in rows], batch_size, max_tokens):
+                longest = max(len(rows[i]) for i in batch)
+                ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
+                mask = torch.zeros_like(ids)
+                for at, index in enumerate(batch):
+                    ids[at, : len(rows[index])] = torch.tensor(rows[index], device=device)
+                    mask[at, : len(rows[index])] = 1
+                body(input_ids=ids, attention_mask=mask, use_cache=False)
+                criterion.finish_batch()
+                progress.update(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,75 @@
+"""Rows and texts for the embedded model, from the `pool` split: neither the teacher's nor the evaluation's."""
+
+import random
+from functools import cache
+from typing import Any
+
+from sdd.data import Example
+from sdd.errors import UserError
+from sdd.store import digest_of
+from sdd.tiny.tasks import Instance, instances
+
+DEFAULT_ROWS = 2_000
+CALIBRATION_SEED = 1_000_003
+
+
+@cache
+def _drawn(seed: int, n: int, families: tuple[str, ...] | None) -> tuple[Instance, ...]:
+    try:
+        return tuple(instances("pool", seed, n, list(families) if families else None))
+    except ValueError as error:
+        raise UserError(f"dataset: {error}") from None
+
+
+class TinyTasks:
+    """`num_rows` tasks of the families (all by default), in turn; a prefix of a longer draw with the same seed."""
+
+    def __init__(
+        self,
+        families: list[str] | None = None,
+        num_rows: int | None = None,
+        seed: int = 0,
+        path: str | None = None,
+    ) -> None:
+        if path is not None:
+            raise UserError("dataset.path is not used by the embedded datasets; choose dataset=local")
+        self.num_rows = num_rows or DEFAULT_ROWS
+        self.families = tuple(families) if families else None
+        self.seed = seed
+
+    def examples(self) -> list[Example]:
+        return [
+            Example(task.id, task.prompt, task.reference, task.answer, task.gold, task.family)
+            for task in _drawn(self.seed, self.num_rows, self.families)
+        ]
+
+    def spec(self) -> dict[str, Any]:
+        """What recipes say of these rows; `digest` is of the rows themselves."""
+        rows = [[e.id, e.prompt, e.reference, e.answer, e.gold] for e in self.examples()]
+        return {
+            "digest": digest_of(rows),
+            "families": list(self.families) if self.families else None,
+            "num_rows": self.num_rows,
+            "seed": self.seed,
+        }
+
+
+class TinyTexts:
+    """Conversations with the teacher's kind of answer, each cut at a random space inside the answer.
+
+    At the last token of a whole conversation, or of a bare prompt, every text would be measured at the same token.
+    """
+
+    def __init__(self, num_texts: int, path: str | None = None) -> None:
+        if path is not None:
+            raise UserError("calibration.path is not used by calibration=tiny; choose calibration=local")
+        self.num_texts = num_texts
+
+    def texts(self) -> list[str]:
+        rng = random.Random("calibration")
+        texts = []
+        for task in _drawn(CALIBRATION_SEED, self.num_texts, None):
+            words = task.gold.split(" ")
+            answer = " ".join(words[: rng.randint(1, len(words))])
+            texts.append(f"<|user|>{task.prompt}<|end|><|assistant|>{answer}")
+        return texts

@@ -1,0 +1,147 @@
+"""Who generates: an engine turns chat prompts into completions. `HFEngine` runs a checkpoint in this process.
+
+A server fits behind the same interface: requests carry text, never token ids, and every request has an id of its own
+that its randomness is a function of. Greedy by default. Sampling draws by the Gumbel-max trick (argmax of the
+temperature-scaled logits plus Gumbel noise is an exact sample), the noise being a function of (seed, request id, try),
+so that a row's sample does not depend on its batch. Knows nothing of what the text is for.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdd.calibrate import length_batches
+from sdd.errors import UserError
+from sdd.models import load_model, load_tokenizer
+from sdd.prompts import chat_prompt_ids
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: str
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`finish`: "stop" (the model ended its turn), "length" (cut at the limit) or "too_long" (never asked)."""
+
+    id: str
+    text: str
+    finish: str
+
+
+class Engine(Protocol):
+    """What rewriting needs of an engine. `spec` is what of its settings decides the text."""
+
+    tries: int
+
+    def spec(self) -> dict[str, Any]: ...
+
+    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None: ...
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
+
+
+class HFEngine:
+    """Generation by transformers, left-padded, batched by prompt length."""
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        max_prompt_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        tries: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.temperature, self.top_p, self.tries, self.seed = temperature, top_p, tries, seed
+        self.batch_size = batch_size
+
+    def spec(self) -> dict[str, Any]:
+        """Part of the rewrites' key; the seed counts only when something is drawn."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "tries": self.tries, "seed": self.seed}
+        return {
+            "kind": "hf",
+            "max_new_tokens": self.max_new_tokens,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            **(sampling if self.temperature > 0 else {"temperature": 0.0}),
+        }
+
+    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{folder}: the tokenizer has no chat template; an instruct model is needed")
+        self.system_prompt = system_prompt
+        self.batch_size = self.batch_size or batch_size
+        self.model = load_model(folder, dtype, device)
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions in an order of the engine's choosing; match them by id."""
+        rows = [chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt) for request in requests]
+        fits = [index for index, row in enumerate(rows) if len(row) <= self.max_prompt_tokens]
+        for index in sorted(set(range(len(rows))) - set(fits)):
+            yield Completion(requests[index].id, "", "too_long")
+        assert self.batch_size is not None, "open() comes first"
+        lengths = [len(rows[index]) for index in fits]
+        for batch in length_batches(lengths, self.batch_size, max_tokens=1 << 30):
+            chosen = [fits[at] for at in batch]
+            yield from self._generate([requests[i] for i in chosen], [rows[i] for i in chosen])
+
+    def _generate(self, requests: list[Request], rows: list[list[int]]) -> Iterator[Completion]:
+        import torch
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        longest, device = max(map(len, rows)), self.model.device
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        processors = LogitsProcessorList()
+        if self.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+            processors.append(GumbelNoise(self.seed, requests))
+        with torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+                logits_processor=processors,
+            )
+        for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
+            ended = self.tokenizer.eos_token_id in generated
+            kept = generated[: generated.index(self.tokenizer.eos_token_id)] if ended else generated
+            text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+            yield Completion(request.id, text, "stop" if ended else "length")
+
+
+class GumbelNoise:
+    """Adds Gumbel noise to the logits of each row from a generator of its own: (B, T), (B, V) -> (B, V)."""
+
+    def __init__(self, seed: int, requests: Sequence[Request]) -> None:
+        import torch
+
+        self.generators = []
+        for request in requests:
+            key = hashlib.sha256(f"{seed} {request.attempt} {request.id}".encode()).digest()
+            self.generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1))
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        width = scores.shape[-1]
+        uniform = torch.stack([torch.rand(width, generator=g, dtype=torch.float64) for g in self.generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        return scores.double() + noise.to(scores.device)

@@ -1,0 +1,138 @@
+"""Checkpoints and their blocks: open, describe, digest. What is known of an architecture lives here.
+
+A model is a folder with `config.json`, safetensors weights and a tokenizer. Nothing in it is run: pickled weights and
+remote code are refused. Knows nothing of Hydra or the store's artifacts.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.store import digest_of, remembered_digest
+
+BLOCK_NAME = re.compile(r"^(?P<before>(?:.+\.)?layers\.)(?P<index>\d+)(?P<after>\..+)$")
+"""Tensor names of block `index`, in the naming of Llama, Mistral, Qwen, Gemma and their kin."""
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a checkpoint carries besides weights and config, as far as it decides what the model says."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order; a user's mistake if there are none or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"model.path={folder}: model.safetensors.index.json is not a valid index") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"model.path={folder}: the index names {missing[0]}, which is not there; fetch it again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")), None)
+        if pickled:
+            raise UserError(
+                f"model.path={folder}: the weights are pickled ({pickled}), which can run code; "
+                "convert them to safetensors"
+            )
+        raise UserError(f"model.path={folder}: no safetensors weights")
+    return files
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a causal language model with numbered blocks; anything else is a user's mistake."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"model.path={folder}: no such folder")
+    if not path.is_file():
+        raise UserError(f"model.path={folder}: no config.json; is this a checkpoint folder?")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"model.path={folder}: config.json is not valid JSON") from None
+    if "auto_map" in config:
+        raise UserError(f"model.path={folder}: needs remote code (auto_map in config.json), which is never run")
+    architectures = config.get("architectures") or ["unknown"]
+    if not architectures[0].endswith("ForCausalLM"):
+        raise UserError(f"model.path={folder}: {architectures[0]} is not a causal language model")
+    if not isinstance(config.get("num_hidden_layers"), int):
+        raise UserError(f"model.path={folder}: config.json has no num_hidden_layers")
+    return dict(config)
+
+
+def num_blocks(folder: Path) -> int:
+    return int(read_config(folder)["num_hidden_layers"])
+
+
+def model_digest(folder: Path, memory: Path) -> str:
+    """Digest of weights, config, tokenizer, chat template and generation config, hexadecimal."""
+    read_config(folder)
+    files = [folder / "config.json", *(folder / name for name in SIDE_FILES if (folder / name).is_file())]
+    parts = {path.name: remembered_digest(path, memory) for path in [*files, *weight_files(folder)]}
+    return digest_of(parts)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={folder}: the tokenizer does not open ({str(error).splitlines()[0]})") from None
+
+
+def load_model(folder: Path, dtype: str, device: str = "cpu", attention: str | None = None) -> Any:
+    """A stock causal LM in evaluation mode, in `dtype` ("float32", "bfloat16", "float16")."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    read_config(folder)
+    weight_files(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({"attn_implementation": attention} if attention else {}),
+        )
+    except SafetensorError as error:
+        raise UserError(f"model.path={folder}: damaged safetensors file ({error})") from None
+    return model.to(device).eval()
+
+
+def decoder(model: Any) -> Any:
+    """The part of a causal LM below the head: embeddings, blocks, final norm."""
+    return model.get_decoder()
+
+
+def blocks(model: Any) -> Any:
+    """The list of transformer blocks, in order."""
+    layers = getattr(decoder(model), "layers", None)
+    if layers is None:
+        raise UserError(f"{type(model).__name__}: its blocks are not found under `layers`; not supported")
+    return layers
+
+
+def head_logits(model: Any, hidden: Any) -> Any:
+    """Logits of chosen hidden states, as the model's own forward makes them: (N, hidden) -> (N, vocabulary)."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap

@@ -1,0 +1,192 @@
+"""The student in training: a LightningModule around a PEFT LoRA model, and the plan of its batches.
+
+One step is one global batch. It is cut into micro-batches of similar length whose losses are *sums* over target tokens,
+divided by the number of target tokens of the whole global batch: neither padding nor the cut changes any sequence's
+loss. Logits are computed at target positions only. Order and randomness are functions of (seed, step), and the step is
+all that resuming needs. Knows nothing of the store, Hydra, or where the rows come from.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from sdd.losses import target_loss_sum
+from sdd.models import decoder, head_logits
+
+VALIDATIONS = 4
+"""How often in a run the validation loss is taken."""
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """Token ids of prompt and target; loss is taken on ids[prompt_length:]."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Settings of the optimiser; `warmup_share` of the steps rise linearly, the rest follow a cosine to zero."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup_share: float
+    clip_norm: float
+    seed: int
+    steps: int
+    steps_per_epoch: int
+
+
+def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The rows of every step: each epoch a permutation of all rows, a function of (seed, epoch); none is dropped."""
+    steps = []
+    for epoch in range(epochs):
+        order = list(range(num_rows))
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+        steps += [order[at : at + batch_size] for at in range(0, num_rows, batch_size)]
+    return steps
+
+
+def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
+    """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
+    cut: list[list[TrainingRow]] = []
+    for row in sorted(rows, key=lambda r: len(r.ids)):
+        if cut and (len(cut[-1]) + 1) * len(row.ids) <= max_tokens:
+            cut[-1].append(row)
+        else:
+            cut.append([row])
+    return cut
+
+
+def padded(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, attention mask and labels (-100 off the target), each (B, T); pads are never targets."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for at, row in enumerate(rows):
+        length = len(row.ids)
+        ids[at, :length] = torch.tensor(row.ids)
+        mask[at, :length] = 1
+        labels[at, row.prompt_length : length] = ids[at, row.prompt_length : length]
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
+    """Summed loss over the rows' target tokens, and their number; logits at target positions only."""
+    ids, mask, labels = padded(rows, device)
+    hidden = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    at = labels[:, 1:] != -100
+    return target_loss_sum(head_logits(model, hidden[:, :-1][at]), labels[:, 1:][at]), int(at.sum())
+
+
+def target_tokens(rows: Sequence[TrainingRow]) -> int:
+    return sum(len(row.ids) - row.prompt_length for row in rows)
+
+
+class StudentModule(pl.LightningModule):
+    """Trains the adapter of `peft_model` on `rows` in the order of `plan`; validates on `validation`."""
+
+    def __init__(
+        self,
+        peft_model: Any,
+        rows: Sequence[TrainingRow],
+        plan: Sequence[Sequence[int]],
+        validation: Sequence[TrainingRow],
+        optimisation: Optimisation,
+        micro_batch_tokens: int,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.peft_model = peft_model
+        self.rows, self.plan, self.validation = rows, plan, validation
+        self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
+        self.history: list[dict[str, Any]] = []
+        self.on_step = on_step
+
+    @property
+    def causal_lm(self) -> Any:
+        """The student with its adapter in place, below PEFT's wrapper."""
+        return self.peft_model.get_base_model()
+
+    def train_dataloader(self) -> Any:
+        """A bare counter: the rows of a step follow from the step itself."""
+        return torch.utils.data.DataLoader(range(len(self.plan)), batch_size=None)  # type: ignore[arg-type]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        step = self.global_step
+        torch.manual_seed(_seed_of(self.optimisation.seed, step))
+        rows = [self.rows[index] for index in self.plan[step]]
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        tokens, total = target_tokens(rows), 0.0
+        for micro in micro_batches(rows, self.micro_batch_tokens):
+            loss, _ = loss_sum(self.causal_lm, micro, self.device)
+            self.manual_backward(loss / max(tokens, 1))
+            total += float(loss.detach())
+        self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
+        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        self._record(step + 1, total / max(tokens, 1), rate)
+
+    def _record(self, step: int, loss: float, rate: float) -> None:
+        epoch = round(step / self.optimisation.steps_per_epoch, 4)
+        row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": rate}
+        every = max(1, len(self.plan) // VALIDATIONS)
+        validate = bool(self.validation) and (step % every == 0 or step == len(self.plan))
+        row["validation_loss"] = self.validation_loss() if validate else None
+        self.history.append(row)
+        logged = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
+        self.log_dict(logged)
+        if self.on_step:
+            self.on_step(step, logged)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss per target token of the held-out rows, in nats."""
+        self.peft_model.eval()
+        total, tokens = 0.0, 0
+        for micro in micro_batches(self.validation, self.micro_batch_tokens):
+            loss, count = loss_sum(self.causal_lm, micro, self.device)
+            total, tokens = total + float(loss), tokens + count
+        self.peft_model.train()
+        return total / max(tokens, 1)
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.peft_model.parameters() if p.requires_grad]
+        settings = self.optimisation
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        warmup = max(1, round(settings.warmup_share * settings.steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step - warmup) / max(1, settings.steps - warmup)
+            return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training changes, not the base; and the history, so that a resumed one reads the same."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = list(checkpoint["history"])
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return random.Random(f"step {seed} {step}").getrandbits(63)

@@ -1,0 +1,235 @@
+"""The map of the house: a composed config becomes a graph of recipes.
+
+teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; any of them -> evaluated. What
+is in a key and what is not is decided here and nowhere else. Knows nothing of how anything is computed; reads only
+configs, digests and row counts.
+"""
+
+import dataclasses
+import importlib.metadata
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdd import models
+from sdd.config import build, check_pruning
+from sdd.errors import UserError
+from sdd.store import Recipe, digest_of
+
+VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "evaluated": 1}
+"""Raised when the way a stage computes changes its content."""
+
+
+class Recipes:
+    """The recipes that one config stands for.
+
+    `sources` maps the digests that they name to paths on this machine, `texts` to calibration texts.
+    """
+
+    def __init__(self, config: DictConfig, digest_memory: Path) -> None:
+        self.config = config
+        self.digest_memory = digest_memory
+        self.sources: dict[str, Path] = {}
+        self.texts: dict[str, list[str]] = {}
+        check_pruning(config.pruning, self.num_blocks)
+
+    # ---- models ------------------------------------------------------------------------------------------------
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self.config.model.path).expanduser()
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return models.num_blocks(self.model_folder)
+
+    def _digest(self, folder: Path) -> str:
+        digest = models.model_digest(folder, self.digest_memory)
+        self.sources[digest] = folder
+        return digest
+
+    @cached_property
+    def model_digest(self) -> str:
+        return self._digest(self.model_folder)
+
+    @cached_property
+    def teacher_digest(self) -> str:
+        path = self.config.teacher.path
+        return self.model_digest if path is None else self._digest(Path(path).expanduser())
+
+    # ---- the cut -----------------------------------------------------------------------------------------------
+
+    def scores(self) -> Recipe:
+        metric = OmegaConf.to_container(self.config.metric, resolve=True)
+        criterion = build(metric)
+        labels = {"metric": criterion.name}
+        if not criterion.needs_texts:
+            return self._recipe("scores", {"metric": metric, "num_blocks": self.num_blocks}, {}, labels)
+        calibration = self.config.calibration
+        source = build({"_target_": calibration._target_}, path=calibration.path, num_texts=calibration.num_texts)
+        texts = source.texts()
+        digest = digest_of(texts)
+        self.texts[digest] = texts
+        spec = {
+            "metric": metric,
+            "model": self.model_digest,
+            "dtype": self.config.model.dtype,
+            "texts": digest,
+            "max_length": calibration.max_length,
+        }
+        return self._recipe("scores", spec, {}, labels)
+
+    def pruned(self) -> Recipe | None:
+        """None where nothing is pruned: the student then starts from the unpruned model."""
+        pruning = self.config.pruning
+        blocks = None if pruning.blocks is None else sorted(pruning.blocks)
+        if pruning.start is not None:
+            blocks = list(range(pruning.start, pruning.start + pruning.size))
+        if blocks is not None:
+            return self._recipe("pruned", {"model": self.model_digest, "blocks": blocks}, {}, {"metric": "given"})
+        if pruning.size == 0:
+            return None
+        scores = self.scores()
+        spec = {"model": self.model_digest, "size": pruning.size, "rule": "lowest"}
+        return self._recipe("pruned", spec, {"scores": scores}, scores.labels)
+
+    # ---- the data ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _dataset(self) -> Any:
+        dataset = self.config.dataset
+        return build(
+            {"_target_": dataset._target_},
+            path=dataset.path,
+            num_rows=dataset.num_rows,
+            seed=dataset.seed,
+            families=None if dataset.families is None else list(dataset.families),
+        )
+
+    @cached_property
+    def _dataset_spec(self) -> dict[str, Any]:
+        spec = {"_target_": self.config.dataset._target_, **self._dataset.spec()}
+        if self.config.dataset.path is not None:
+            self.sources[spec["digest"]] = Path(self.config.dataset.path).expanduser()
+        return spec
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        return {"dataset": self.config.dataset.name}
+
+    def rewrites(self) -> Recipe:
+        dataset = self.config.dataset
+        engine = build(self.config.engine)
+        spec = {
+            "teacher": self.teacher_digest,
+            "dtype": self.config.model.dtype,
+            "dataset": self._dataset_spec,
+            "template": dataset.template,
+            "system_prompt": dataset.system_prompt,
+            "engine": engine.spec(),
+        }
+        if engine.tries > 1:
+            spec["selection"] = self._selection()
+        return self._recipe("rewrites", spec, {}, self._labels)
+
+    def _selection(self) -> dict[str, Any]:
+        dataset = self.config.dataset
+        return {"rule": dataset.answer_rule, "leak_phrases": list(dataset.leak_phrases)}
+
+    def targets(self) -> Recipe:
+        finetune = self.config.finetune
+        if finetune.mode == "none":
+            raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
+        if finetune.mode == "gold" and any(example.gold is None for example in self._dataset.examples()):
+            raise UserError("finetune=gold needs answers in the teacher's own register; this dataset has none")
+        if finetune.mode in ("sft", "gold"):
+            spec = {"mode": finetune.mode, "dataset": self._dataset_spec}
+            return self._recipe("targets", spec, {}, self._labels)
+        spec = {
+            "mode": finetune.mode,
+            **self._selection(),
+            "select": finetune.select,
+            "gold_share": finetune.gold_share,
+        }
+        return self._recipe("targets", spec, {"rewrites": self.rewrites()}, self._labels)
+
+    # ---- the student -------------------------------------------------------------------------------------------
+
+    def tuned(self) -> Recipe:
+        finetune = self.config.finetune
+        rows = len(self._dataset.examples()) - finetune.validation_rows
+        if rows < 1:
+            raise UserError(
+                f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
+                f"the dataset has {rows + finetune.validation_rows} rows"
+            )
+        if finetune.num_rows is not None and finetune.num_rows > rows:
+            raise UserError(
+                f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
+                f"{finetune.validation_rows} for validation; raise dataset.num_rows"
+            )
+        settings = OmegaConf.to_container(finetune, resolve=True)
+        assert isinstance(settings, dict)
+        for key in ("mode", "select", "gold_share", "precision"):
+            settings.pop(key)
+        spec = {
+            "adapter": OmegaConf.to_container(self.config.adapter, resolve=True),
+            "base_quantisation": None,
+            "precision": finetune.precision,
+            "finetune": settings,
+            "system_prompt": self.config.dataset.system_prompt,
+            "seed": self.config.seed,
+        }
+        inputs = {"targets": self.targets()}
+        pruned = self.pruned()
+        if pruned is None:
+            spec["model"] = self.model_digest
+        else:
+            inputs["pruned"] = pruned
+        return self._recipe("tuned", spec, inputs, self._labels)
+
+    def student(self) -> Recipe | None:
+        """What is evaluated: the tuned student, the pruned one, or None for the unpruned model itself."""
+        return self.pruned() if self.config.finetune.mode == "none" else self.tuned()
+
+    def evaluated(self) -> Recipe:
+        from sdd.evaluation.tiny import suite_tasks
+
+        settings = self.config.evaluation
+        tasks = suite_tasks(
+            settings.suite,
+            None if settings.tasks is None else list(settings.tasks),
+            settings.split,
+            settings.seed,
+            settings.limit,
+        )
+        spec = {
+            "suite": settings.suite,
+            "tasks": {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()},
+            "split": settings.split,
+            "seed": settings.seed,
+            "limit": settings.limit,
+            "chat_template": True,
+            "system_prompt": settings.system_prompt,
+            "dtype": settings.dtype,
+            "max_new_tokens": settings.max_new_tokens,
+            "lm_eval": importlib.metadata.version("lm-eval"),
+        }
+        student = self.student()
+        if student is None:
+            return self._recipe("evaluated", spec | {"model": self.model_digest}, {}, {})
+        return self._recipe("evaluated", spec, {"model": student}, student.labels)
+
+    # ---- what a script asks for --------------------------------------------------------------------------------
+
+    def wanted(self, script: str) -> Recipe | None:
+        """The artifact that a script is asked for; None where that is the unpruned model itself."""
+        if script == "train":
+            return self.student()
+        asked = {"prune": self.pruned, "generate": self.targets, "evaluate": self.evaluated}
+        return asked[script]()  # type: ignore[operator,no-any-return]
+
+    def _recipe(self, stage: str, spec: dict[str, Any], inputs: dict[str, Recipe], labels: dict[str, str]) -> Recipe:
+        return Recipe(stage, VERSIONS[stage], spec, inputs, dict(labels))

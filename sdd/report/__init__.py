@@ -1,0 +1,39 @@
+"""Puts the arms of a study side by side: a table, paired contrasts and plots, from evaluated artifacts on disk.
+
+    python -m sdd.report FOLDER [FOLDER ...] --out DIR
+
+Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
+`library` and `collect` (artifacts to runs), `arms` (runs to arms), `intervals` (the statistics), `measures` and
+`contrasts` (arms to numbers), `tables` and `plots`. Imports are deferred, so that `--help` answers at once.
+"""
+
+from pathlib import Path
+
+
+def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | None:
+    """Write the report of the evaluated artifact folders into `out` and return it; None if there are none.
+
+    Each artifact is read together with the root that holds it (`<root>/evaluated/<address>`); `artifacts` is one more
+    root to look for the unpruned model's scores and for inputs. `out/table.md` is what a person wants to see printed.
+    """
+    from sdd.report.arms import build_arms
+    from sdd.report.collect import collect
+    from sdd.report.contrasts import compare
+    from sdd.report.library import Library
+    from sdd.report.plots import write_plots
+    from sdd.report.tables import write_tables
+
+    if not evaluated:
+        return None
+    library = Library([*(path.parent.parent for path in evaluated), artifacts])
+    runs, notes = collect(evaluated, library)
+    if not runs:
+        return None
+    study = compare(build_arms(runs), notes)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tables(study, out)
+    write_plots(study, out)
+    return out
+
+
+__all__ = ["write_report"]

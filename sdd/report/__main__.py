@@ -1,0 +1,51 @@
+"""The command `python -m sdd.report FOLDER [FOLDER ...] --out DIR`.
+
+The table goes to stderr; the folder of the report is the last line of stdout.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdd.errors import UserError
+
+BUILD_ONE = "run `python evaluate.py` first, or give another folder"
+
+
+def report(folders: list[Path], out: Path) -> Path:
+    """Find the evaluated artifacts of the folders and write their report."""
+    from sdd.report import write_report
+    from sdd.report.library import find_evaluated
+
+    evaluated = [path for folder in folders for path in find_evaluated(folder)]
+    names = ", ".join(str(folder) for folder in folders)
+    if not evaluated:
+        raise UserError(f"no evaluated artifacts in {names}; {BUILD_ONE}")
+    written = write_report(evaluated, evaluated[0].parent.parent, out)
+    if written is None:
+        raise UserError(f"no evaluated artifact in {names} can be read together with its inputs; {BUILD_ONE}")
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdd.report",
+        description="Put the arms of a study side by side: table.json, table.md, table.csv, contrasts.json and plots.",
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a folder of artifacts, or the folder of a sweep"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the report")
+    options = parser.parse_args(arguments)
+    try:
+        written = report(options.folders, options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print((written / "table.md").read_text(encoding="utf-8"), file=sys.stderr)
+    print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

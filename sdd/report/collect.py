@@ -1,0 +1,199 @@
+"""From folders to runs: walk the inputs of evaluated artifacts and say in plain words what was evaluated.
+
+A run is one evaluated artifact with everything upstream flattened into dotted settings. Its `key` is the whole recipe
+without the fine-tuning seed, so that runs with equal keys are one arm. Names that are not part of a recipe (a
+dataset's name) are taken from the manifests' labels and never decide which runs are one arm.
+
+Knows nothing of statistics or layout.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdd.report.library import STAGES, Artifact, Library, read_artifact, read_json
+
+NO_TEACHER = (
+    "retention is missing: it needs the unpruned model on the same evaluation. "
+    "`python evaluate.py pruning=none finetune=none`, with the same evaluation settings, gives it."
+)
+
+
+@dataclass
+class Run:
+    """One evaluated artifact and what it took to get there. `base` is the pruned address, None when unpruned."""
+
+    address: str
+    path: Path
+    key: str
+    comparison: str
+    kind: str  # teacher, pruned, tuned or merged
+    finetune: str
+    metric: str | None
+    pruning: str
+    blocks_removed: int | None  # None where channels were removed
+    width: float
+    dataset: str | None
+    merge: str
+    base: str | None
+    seed: int | None
+    groups: frozenset[str] | None
+    settings: dict[str, Any]
+    parameters: int | None
+    flops_saved: float | None
+    results: dict[str, Any]
+    histories: list[Path] = field(default_factory=list)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _recipe(address: str, library: Library, with_seed: bool) -> Any:
+    """The nested recipe behind an address, with or without the seed of fine-tuning."""
+    artifact = library.get(address)
+    if artifact is None:
+        return address
+    drop = () if with_seed or artifact.stage != "tuned" else ("seed",)
+    spec = {name: value for name, value in artifact.spec.items() if name not in drop}
+    inputs = {name: _recipe(parent, library, with_seed) for name, parent in artifact.inputs.items()}
+    return [artifact.stage, artifact.version, spec, inputs]
+
+
+def flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in spec.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _joined(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings of several artifacts side by side: the common value, or a list where they differ."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in settings for name in each):
+        values = [each.get(name) for each in settings]
+        joined[name] = values[0] if all(value == values[0] for value in values) else values
+    return joined
+
+
+def _without(spec: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in names}
+
+
+def _names(values: Iterable[Any]) -> str | None:
+    known = list(dict.fromkeys(str(value) for value in values if value is not None))
+    return "+".join(known) or None
+
+
+def _spans(blocks: list[int]) -> str:
+    """Block numbers as text, runs of three or more shortened: [1, 4, 5, 6] -> '1,4-6'."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _pruning_name(pruning: dict[str, Any], metric: str | None) -> str:
+    removed = pruning.get("removed_blocks") or []
+    if not removed:
+        return f"{pruning.get('kind') or 'width'}{pruning.get('size')}"
+    return f"n{len(removed)}" if metric else f"blocks {_spans(removed)}"
+
+
+def comparison_of(evaluated: Artifact, model: str | None) -> str:
+    """What two runs must share to be compared: the unpruned model and every evaluation setting."""
+    return _digest([model, evaluated.version, _without(evaluated.spec, "model")])
+
+
+def read_run(evaluated: Artifact, library: Library) -> Run:
+    """Flatten one evaluated artifact; LookupError names an input that is needed and not on disk."""
+    upstream = library.upstream(evaluated)
+    for artifact in upstream:
+        for name, address in artifact.inputs.items():
+            if name not in ("scores", "rewrites") and library.get(address) is None:
+                raise LookupError(f"{artifact.stage}/{artifact.address} lacks its input {name} ({address})")
+    by_stage: dict[str, list[Artifact]] = {stage: [] for stage in STAGES}
+    for artifact in upstream:
+        by_stage[artifact.stage].append(artifact)
+    pruned, tuned, targets, merged = (by_stage[stage] for stage in ("pruned", "tuned", "targets", "merged"))
+    model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
+    seeds = {artifact.spec.get("seed") for artifact in tuned}
+    pruning = read_json(pruned[0].path / "pruning.json") if pruned else {}
+    metric = pruning.get("metric") or (pruned[0].labels.get("metric") if pruned and pruned[0].inputs else None)
+    removed = pruning.get("removed_blocks") or []
+    summaries = [read_json(artifact.path / "summary.json").get("groups") for artifact in targets]
+    groups = frozenset(name for each in summaries if each for name, count in each.items() if count)
+    labels = [artifact.labels.get("dataset") or artifact.spec.get("dataset") for artifact in targets]
+    settings = {
+        "model": evaluated.labels.get("model") or model,
+        **flatten(_without(evaluated.spec, "model"), "evaluation."),
+        **_joined([flatten(_without(artifact.spec, "model"), "pruning.") for artifact in pruned]),
+        **_joined([flatten(_without(artifact.spec, "model"), "scores.") for artifact in by_stage["scores"]]),
+        **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),
+        **_joined([flatten(_without(artifact.spec, "mode"), "targets.") for artifact in targets]),
+        **_joined([flatten(_without(artifact.spec, "model", "seed")) for artifact in tuned]),
+        **_joined([flatten(artifact.spec, "merge.") for artifact in merged]),
+        **{f"{artifact.stage}.version": artifact.version for artifact in upstream},
+    }
+    return Run(
+        address=evaluated.address,
+        path=evaluated.path,
+        key=_digest(_recipe(evaluated.address, library, with_seed=len(seeds) > 1)),
+        comparison=comparison_of(evaluated, model),
+        kind="merged" if merged else "tuned" if tuned else "pruned" if pruned else "teacher",
+        finetune=_names(artifact.spec.get("mode") for artifact in targets) or "none",
+        metric=metric,
+        pruning=_pruning_name(pruning, metric) if pruned else "none",
+        blocks_removed=len(removed) if removed or not pruned else None,
+        width=float(pruning.get("size") or 0) if pruned and not removed else 0.0,
+        dataset=_names(label for label in labels if isinstance(label, str)),
+        merge=str(merged[0].spec.get("method", "merged")) if merged else "none",
+        base=pruned[0].address if pruned else None,
+        seed=next(iter(seeds)) if len(seeds) == 1 else None,
+        groups=groups if any(each is not None for each in summaries) else None,
+        settings=settings,
+        parameters=pruning.get("parameters_after"),
+        flops_saved=pruning.get("flops_saved") if pruned else 0.0,
+        results=read_json(evaluated.path / "results.json"),
+        histories=[artifact.path / "history.csv" for artifact in tuned] if not merged else [],
+    )
+
+
+def collect(evaluated: list[Path], library: Library) -> tuple[list[Run], list[str]]:
+    """Runs of the given folders, joined by the unpruned model's where it lies in the same artifacts; and notes."""
+    runs: dict[str, Run] = {}
+    notes: list[str] = []
+    for path in evaluated:
+        try:
+            run = read_run(read_artifact(path), library)
+        except LookupError as error:
+            notes.append(f"left out: {error}.")
+            continue
+        runs.setdefault(run.address, run)
+    wanted = {run.comparison for run in runs.values()} - {
+        run.comparison for run in runs.values() if run.kind == "teacher"
+    }
+    for artifact in library.evaluated() if wanted else []:
+        if not artifact.inputs.get("model") and comparison_of(artifact, artifact.spec.get("model")) in wanted:
+            runs[artifact.address] = read_run(artifact, library)
+            wanted.discard(runs[artifact.address].comparison)
+    if wanted:
+        notes.append(NO_TEACHER)
+    sizes = [(run.settings["model"], run) for run in runs.values() if run.base]
+    for run in runs.values():
+        if run.parameters is None and not run.base:
+            same = next((other for model, other in sizes if model == run.settings["model"]), None)
+            run.parameters = _parameters_before(same, library) if same else None
+    return list(runs.values()), notes
+
+
+def _parameters_before(run: Run, library: Library) -> int | None:
+    pruned = library.get(run.base or "")
+    return read_json(pruned.path / "pruning.json").get("parameters_before") if pruned else None

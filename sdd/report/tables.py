@@ -1,0 +1,175 @@
+"""The tables of a report: `table.json` and `contrasts.json` for programs, `table.csv` for spreadsheets, `table.md`.
+
+Scores are shares in [0, 1] in the files for programs and percent in `table.md`. Numbers are never rounded in JSON.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sdd.report.arms import text_of
+from sdd.report.contrasts import Study
+from sdd.report.measures import Comparison
+
+METHOD = (
+    "Percent; in brackets 95% intervals of a paired bootstrap over seeds, then items within a task, with the same "
+    "draws for every arm (arms without seeds: items only). They do not cover another unpruned or pruned model or other "
+    "tasks, are too narrow with few seeds, and are not corrected for many comparisons. "
+    "Average: unweighted mean over tasks. Retention: average / average of the unpruned model."
+)
+SHOWN = ("average", "trained_on", "not_trained_on", "retention", "nll")
+MOST_CONTRASTS = 60
+
+
+def percent(value: dict[str, Any] | None, signed: bool = False) -> str:
+    """A share with its interval in percent: '61.2 [58.0, 64.1]'."""
+    if not value:
+        return "-"
+    sign = "+" if signed else ""
+    mean, low, high = (f"{100 * value[name]:{sign}.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
+    """Nats per token with their interval, where there is one."""
+    if not value:
+        return "-"
+    sign = "+" if signed else ""
+    span = "" if value["low"] is None else f" [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    return f"{value['mean']:{sign}.3f}{span}"
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a table, columns padded so that it reads as plain text too; empty columns are dropped."""
+    body = list(rows)
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in body)]
+    cells = [[row[i].replace("|", "\\|") for i in kept] for row in [header, *body]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(kept))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return lines
+
+
+def _seeds(seeds: list[int]) -> str:
+    return " ".join(map(str, seeds)) or "-"
+
+
+def _main_table(rows: list[dict[str, Any]]) -> list[str]:
+    header = ["arm", "seeds", "average", "retention", "mean of ratios", "trained on", "not trained on"]
+    header += ["nll (nats per token)", "parameters", "FLOPs saved"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        retention = row["retention"] or {}
+        return [
+            row["arm"],
+            _seeds(row["seeds"]),
+            percent(row["average"]),
+            percent(retention.get("ratio_of_means")),
+            percent(retention.get("mean_of_ratios")),
+            percent(row["trained_on"]),
+            percent(row["not_trained_on"]),
+            nats(row["nll"]),
+            "-" if row["parameters"] is None else f"{row['parameters']:,}",
+            "-" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}",
+        ]
+
+    return markdown(header, [cells(row) for row in rows])
+
+
+def _answers_table(rows: list[dict[str, Any]], tasks: list[str]) -> list[str]:
+    """Strict / lenient / malformed, for tasks with free-form answers."""
+    free = [task for task in tasks if any("lenient" in row["tasks"][task] for row in rows)]
+
+    def cell(task: dict[str, Any]) -> str:
+        names = [name for name in ("mean", "lenient", "malformed") if name in task]
+        return " / ".join(f"{100 * task[name]:.1f}" for name in names)
+
+    return (
+        markdown(["arm", *free], [[row["arm"], *(cell(row["tasks"][task]) for task in free)] for row in rows])
+        if free
+        else []
+    )
+
+
+def _contrast_table(contrasts: list[dict[str, Any]]) -> list[str]:
+    """Differences between arms with equal settings, a line per pair."""
+    pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in contrasts:
+        if not row["settings_differ"]:
+            pairs.setdefault((row["a"], row["b"]), {})[row["measure"]] = row
+    if not pairs:
+        return []
+    header = ["difference", "seeds", "average", "trained on", "not trained on", "retention", "nll (lower is better)"]
+    lines = []
+    for (a, b), by in list(pairs.items())[:MOST_CONTRASTS]:
+        cells = [(nats if name == "nll" else percent)(by.get(name), signed=True) for name in SHOWN]
+        lines.append([f"{a} - {b}", _seeds(by["average"]["seeds"]), *cells])
+    more = len(pairs) - len(lines)
+    return markdown(header, lines) + ([f"\n{more} more in `contrasts.json`."] if more > 0 else [])
+
+
+def _evaluation(comparison: Comparison) -> str:
+    """What was evaluated, in a line: the split and the number of items."""
+    counts = sorted(set(comparison.items.values()))
+    items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    split = comparison.arms[0].run.settings.get("evaluation.split")
+    return f"{len(comparison.tasks)} tasks, {items} items each" + (f", split {text_of(split)}" if split else "")
+
+
+def table_markdown(study: Study) -> str:
+    """The report to read: notes, then for each evaluation the arms, their tasks and their differences."""
+    lines = [METHOD, "", *(f"Note: {note}" for note in study.notes), *([""] if study.notes else [])]
+    by_name = {row["arm"]: row for row in study.rows}
+    for comparison in study.comparisons:
+        rows = [by_name[arm.name] for arm in comparison.arms]
+        names = {arm.name for arm in comparison.arms}
+        tasks = [[row["arm"], *(percent(row["tasks"][task]) for task in comparison.tasks)] for row in rows]
+        sections = [
+            (f"Arms ({_evaluation(comparison)})", _main_table(rows)),
+            ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
+            ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
+            ("Differences, paired", _contrast_table([row for row in study.contrasts if row["a"] in names])),
+        ]
+        for title, table in sections:
+            if table:
+                lines += [f"## {title}", "", *table, ""]
+    return "\n".join(lines)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """One row for a spreadsheet: intervals as three columns, lists joined by spaces."""
+    flat: dict[str, Any] = {}
+
+    def put(name: str, value: dict[str, Any] | None) -> None:
+        for key, number in (value or {}).items():
+            flat[name if key == "mean" else f"{name}_{key}"] = number
+
+    for name in ("arm", "finetune", "metric", "pruning", "dataset", "merge"):
+        flat[name] = row[name]
+    flat["settings"] = "; ".join(f"{name}={text_of(value)}" for name, value in row["settings"].items())
+    flat["seeds"] = " ".join(map(str, row["seeds"]))
+    put("average", row["average"])
+    for name, value in (row["retention"] or {}).items():
+        put(f"retention_{name}", value)
+    for name in ("trained_on", "not_trained_on", "nll"):
+        put(name, row[name])
+    flat.update(parameters=row["parameters"], flops_saved=row["flops_saved"])
+    for task, value in row["tasks"].items():
+        put(f"task_{task}", value)
+    flat["addresses"] = " ".join(row["addresses"])
+    return flat
+
+
+def write_tables(study: Study, out: Path) -> None:
+    """Write table.json, contrasts.json, table.csv and table.md."""
+    for name, content in (("table.json", study.rows), ("contrasts.json", study.contrasts)):
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        (out / name).write_text(text + "\n", encoding="utf-8")
+    flat = [_flat(row) for row in study.rows]
+    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in flat for name in row)))
+        writer.writeheader()
+        writer.writerows(flat)
+    (out / "table.md").write_text(table_markdown(study), encoding="utf-8")

@@ -1,0 +1,32 @@
+"""Stages: each turns a recipe and the folders of its inputs into an artifact. `builds` is the store's table of them."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from sdd.stages.runtime import Runtime
+from sdd.store import Build, Recipe
+
+_STAGES = {
+    "scores": ("cut", False),
+    "pruned": ("cut", False),
+    "rewrites": ("rows", True),
+    "targets": ("rows", False),
+    "tuned": ("tuned", True),
+    "evaluated": ("evaluated", True),
+}
+"""Stage -> (module, whether it continues from partial work)."""
+
+
+def builds(runtime: Runtime) -> dict[str, Build]:
+    """How every stage is built on this machine; a stage's module is imported when it is needed."""
+
+    def lazily(stage: str, module: str) -> Callable[[Recipe, Mapping[str, Path], Path], None]:
+        def function(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+            found = getattr(import_module(f"sdd.stages.{module}"), f"build_{stage}")
+            partial(found, runtime)(recipe, inputs, folder)
+
+        return function
+
+    return {stage: Build(lazily(stage, module), resumable) for stage, (module, resumable) in _STAGES.items()}

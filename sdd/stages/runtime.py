@@ -1,0 +1,50 @@
+"""What a stage is told besides its recipe: where things are and what they run on. Nothing here changes a result."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.store import write_atomically
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine."""
+
+    sources: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    accelerator: str = "cpu"
+    devices: int = 1
+    attention: str = "eager"
+    micro_batch_tokens: int = 4096
+    inference_batch_size: int = 32
+    evaluation_batch_size: int = 64
+    checkpoint_every: int = 50
+    logger: dict[str, Any] = field(default_factory=dict)
+    run_folder: Path = Path()
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.accelerator == "gpu" else "cpu"
+
+    def source(self, digest: str, what: str) -> Path:
+        if digest not in self.sources:
+            raise UserError(f"the {what} with digest {digest} is not at hand; name it with --source {digest}=PATH")
+        return self.sources[digest]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Atomically, one object a line."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

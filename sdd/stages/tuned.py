@@ -1,0 +1,170 @@
+"""Stage `tuned`: LoRA fine-tuning of the student on its targets, resumable at any checkpoint."""
+
+import csv
+import logging
+import random
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sdd import models
+from sdd.config import build
+from sdd.errors import UserError
+from sdd.prompts import answer_ids, chat_prompt_ids
+from sdd.stages.figures import learning_curve
+from sdd.stages.runtime import Runtime, read_jsonl, write_json
+from sdd.store import SCRATCH, Recipe
+
+log = logging.getLogger(__name__)
+
+
+def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed: int) -> tuple[list[Any], list[Any]]:
+    """(training, validation) rows. Validation is the same for every seed; training sets of one seed are nested."""
+    held_out = list(range(len(rows)))
+    random.Random("validation").shuffle(held_out)
+    validation, rest = held_out[:validation_rows], sorted(held_out[validation_rows:])
+    random.Random(f"rows {seed}").shuffle(rest)
+    return [rows[i] for i in rest[:num_rows]], [rows[i] for i in validation]
+
+
+def tokenized(tokenizer: Any, rows: list[dict[str, Any]], spec: dict[str, Any]) -> tuple[list[Any], int]:
+    """Training rows as token ids, and how many were over `max_length`."""
+    from sdd.module import TrainingRow
+
+    kept = []
+    for row in rows:
+        prompt = chat_prompt_ids(tokenizer, row["prompt"], spec["system_prompt"])
+        ids = prompt + answer_ids(tokenizer, row["target"])
+        if len(ids) <= spec["finetune"]["max_length"]:
+            kept.append(TrainingRow(ids, len(prompt)))
+    return kept, len(rows) - len(kept)
+
+
+def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`adapter/`, `history.csv`, `learning_curve.png` and `rows.json`."""
+    import torch
+
+    spec, settings = recipe.spec, recipe.spec["finetune"]
+    base = inputs["pruned"] if "pruned" in inputs else runtime.source(spec["model"], "model")
+    tokenizer = models.load_tokenizer(base)
+    rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
+    drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec["seed"])
+    training, too_long = tokenized(tokenizer, drawn, spec)
+    validation, _ = tokenized(tokenizer, held_out, spec)
+    if not training:
+        raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
+    if too_long:
+        log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
+    torch.manual_seed(spec["seed"])
+    student = _with_adapter(models.load_model(base, _dtype(spec), runtime.device, runtime.attention), spec["adapter"])
+    base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
+    history = _fit(student, training, validation, recipe, runtime, folder / SCRATCH)
+    student.peft_config["default"].base_model_name_or_path = base_name
+    student.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    with (folder / "history.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    learning_curve(history, folder / "learning_curve.png")
+    write_json(
+        folder / "rows.json",
+        {
+            "ids": [row["id"] for row in drawn],
+            "trained": len(training),
+            "over_max_length": too_long,
+            "target_tokens": sum(len(row.ids) - row.prompt_length for row in training),
+            "validation": len(validation),
+        },
+    )
+
+
+def _dtype(spec: dict[str, Any]) -> str:
+    return {"32": "float32", "bf16": "bfloat16"}[spec["precision"]]
+
+
+def _with_adapter(model: Any, adapter: dict[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = adapter["targets"]
+    config = LoraConfig(
+        r=adapter["rank"],
+        lora_alpha=adapter["alpha"],
+        lora_dropout=adapter["dropout"],
+        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"adapter.targets={targets}: {str(error).splitlines()[0]}") from None
+
+
+def _fit(
+    student: Any, training: list[Any], validation: list[Any], recipe: Recipe, runtime: Runtime, scratch: Path
+) -> list[dict[str, Any]]:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from sdd.module import Optimisation, StudentModule, step_rows
+
+    settings, seed = recipe.spec["finetune"], recipe.spec["seed"]
+    plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)
+    optimisation = Optimisation(
+        settings["learning_rate"],
+        settings["weight_decay"],
+        settings["warmup_share"],
+        settings["clip_norm"],
+        seed,
+        len(plan),
+        len(plan) // settings["epochs"],
+    )
+    saved = sorted(scratch.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with tqdm(total=len(plan), desc="tune", unit="step") as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+        def on_step(step: int, logged: dict[str, float]) -> None:
+            progress.n = step - 1
+            progress.update(1)
+            progress.set_postfix(loss=f"{logged['loss']:.4f}", refresh=False)
+
+        module = StudentModule(
+            student, training, plan, validation, optimisation, runtime.micro_batch_tokens, on_step=on_step
+        )
+        trainer = pl.Trainer(
+            accelerator=runtime.accelerator,
+            devices=runtime.devices,
+            precision={"32": "32-true", "bf16": "bf16-mixed"}[recipe.spec["precision"]],  # type: ignore[arg-type]
+            max_steps=len(plan),
+            max_epochs=-1,
+            logger=_logger(recipe, runtime),
+            callbacks=[ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, ckpt_path=saved[-1] if saved else None, weights_only=False)
+    _finish_logger(trainer.logger)
+    assert len(module.history) == len(plan), f"{len(module.history)} steps recorded of {len(plan)}"
+    return module.history
+
+
+def _logger(recipe: Recipe, runtime: Runtime) -> Any:
+    """The configured tracker with the artifact's address as its run id; False (history.csv only) by default."""
+    if not runtime.logger:
+        return False
+    runtime.run_folder.mkdir(parents=True, exist_ok=True)
+    mode = recipe.inputs["targets"].spec["mode"]
+    name = f"{mode}-{recipe.labels.get('dataset', '')}-{recipe.spec['seed']}"
+    config = {"stage": recipe.stage, "address": recipe.address, "spec": recipe.spec}
+    return build(runtime.logger, id=recipe.address, name=name, save_dir=str(runtime.run_folder), config=config)
+
+
+def _finish_logger(logger: Any) -> None:
+    if logger is not None and hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
+        logger.experiment.finish()

@@ -1,0 +1,18 @@
+"""The recipe store: addresses, locks, atomic publication, manifests. See `recipe.py` and `store.py`."""
+
+from sdd.store.digests import file_digest, remembered_digest, write_atomically
+from sdd.store.recipe import Recipe, canonical, digest_of
+from sdd.store.store import SCRATCH, Build, Store, read_manifest
+
+__all__ = [
+    "SCRATCH",
+    "Build",
+    "Recipe",
+    "Store",
+    "canonical",
+    "digest_of",
+    "file_digest",
+    "read_manifest",
+    "remembered_digest",
+    "write_atomically",
+]

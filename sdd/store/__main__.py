@@ -1,0 +1,137 @@
+"""Look into a folder of artifacts.
+
+python -m sdd.store --artifacts artifacts list
+python -m sdd.store verify                 # every file against its recorded digest
+python -m sdd.store explain A B            # why two addresses differ
+python -m sdd.store prune [--yes]          # what no evaluated artifact needs; deletes only with --yes
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.store.store import Store, files_of, read_manifest
+
+
+def differences(store: Store, one: str, other: str, where: str = "") -> Iterator[dict[str, Any]]:
+    """Every setting in which two recipes differ, followed upstream through their inputs."""
+    if one == other:
+        return
+    a, b = read_manifest(store.find(one)), read_manifest(store.find(other))
+    if a["stage"] != b["stage"]:
+        yield {"where": where + "stage", "a": a["stage"], "b": b["stage"]}
+        return
+    prefix = f"{where}{a['stage']}."
+    if a["version"] != b["version"]:
+        yield {"where": prefix + "version", "a": a["version"], "b": b["version"]}
+    left, right = _flat(a["spec"]), _flat(b["spec"])
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            yield {"where": prefix + key, "a": left.get(key), "b": right.get(key)}
+    for name in sorted(a["inputs"].keys() | b["inputs"].keys()):
+        x, y = a["inputs"].get(name), b["inputs"].get(name)
+        if x is None or y is None:
+            yield {"where": f"{prefix}{name}", "a": x, "b": y}
+        else:
+            yield from differences(store, x, y, prefix)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, child in value.items()
+        for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def unneeded(store: Store) -> list[Path]:
+    """Complete artifacts that no evaluated artifact stands on."""
+    manifests = {manifest["address"]: manifest for manifest in store.manifests()}
+    needed: set[str] = set()
+    queue = [address for address, manifest in manifests.items() if manifest["stage"] == "evaluated"]
+    while queue:
+        address = queue.pop()
+        if address not in needed:
+            needed.add(address)
+            queue.extend(manifests.get(address, {"inputs": {}})["inputs"].values())
+    return [store.root / m["stage"] / m["address"] for m in manifests.values() if m["address"] not in needed]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(folder))
+
+
+def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
+    """The answer as data, as lines, and the exit code."""
+    store = Store(arguments.artifacts)
+    if not store.root.is_dir():
+        raise UserError(f"--artifacts {store.root}: no such folder")
+    if arguments.command == "list":
+        rows = [
+            {key: m[key] for key in ("stage", "address", "created", "seconds", "labels", "inputs")}
+            | {"bytes": _size(store.root / m["stage"] / m["address"])}
+            for m in store.manifests()
+        ]
+        lines = [
+            f"{r['stage']:<10} {r['address']}  {r['created']}  {r['seconds']:>8.1f} s  {r['bytes']:>12,} bytes  "
+            + " ".join(f"{key}={value}" for key, value in r["labels"].items())
+            for r in rows
+        ]
+        return rows, lines, 0
+    if arguments.command == "verify":
+        folders = [store.root / m["stage"] / m["address"] for m in store.manifests()]
+        problems = {f"{f.parent.name}/{f.name}": found for f in folders if (found := store.verify(f))}
+        lines = [f"{name}: {'; '.join(found)}" for name, found in problems.items()]
+        lines.append(f"{len(folders)} artifacts, {len(problems)} damaged")
+        return {"artifacts": len(folders), "damaged": problems}, lines, 1 if problems else 0
+    if arguments.command == "explain":
+        one, other = (store.find(a).name for a in (arguments.a, arguments.b))
+        changed = list(differences(store, one, other))
+        lines = [f"{d['where']}: {json.dumps(d['a'])} | {json.dumps(d['b'])}" for d in changed]
+        return changed, lines or ["the same recipe"], 0
+    folders = unneeded(store)
+    rows = [{"stage": f.parent.name, "address": f.name, "bytes": _size(f)} for f in folders]
+    if arguments.yes:
+        for folder in folders:
+            (folder / "manifest.json").unlink()
+            shutil.rmtree(folder)
+    verb = "deleted" if arguments.yes else "would delete"
+    lines = [f"{verb} {row['stage']}/{row['address']}  {row['bytes']:,} bytes" for row in rows]
+    total = f"{verb} {len(rows)} artifacts, {sum(row['bytes'] for row in rows):,} bytes"
+    return {"deleted": arguments.yes, "artifacts": rows}, [*lines, total + ("" if arguments.yes else "; add --yes")], 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--artifacts", default=argparse.SUPPRESS, help="the folder of artifacts (default: artifacts)")
+    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    parser = argparse.ArgumentParser(prog="python -m sdd.store", description="Look into a folder of artifacts.")
+    parser.add_argument("--artifacts", default="artifacts", help="the folder of artifacts (default: artifacts)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", parents=[common], help="every complete artifact")
+    commands.add_parser("verify", parents=[common], help="files against their digests")
+    explain = commands.add_parser("explain", parents=[common], help="why two addresses differ")
+    explain.add_argument("a")
+    explain.add_argument("b")
+    prune = commands.add_parser("prune", parents=[common], help="delete what no evaluated artifact needs")
+    prune.add_argument("--yes", action="store_true", help="really delete")
+    arguments = parser.parse_args(argv)
+    try:
+        data, lines, code = run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(data, indent=1) if arguments.json else "\n".join(lines))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

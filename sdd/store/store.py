@@ -1,0 +1,197 @@
+"""Artifacts on disk: complete or absent, built once however many processes ask.
+
+`<root>/<stage>/<address>/` is published by a rename, its manifest written last. Building happens in
+`<root>/.partial/<stage>/<address>/` under a file lock that the operating system drops when its holder dies, so a dead
+builder blocks nobody, and what a stage can continue from is still there. Knows nothing of how anything is computed: a
+builder is a function of a recipe, the folders of its inputs, and the folder to fill.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sdd.errors import UserError
+from sdd.store.digests import file_digest, write_atomically
+from sdd.store.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+STAGES = ("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated")
+SCRATCH = "scratch"
+"""Folder inside a partial artifact for what a stage continues from; removed before publication."""
+_PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
+
+Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to build a stage: the function, and whether it continues from a partial folder."""
+
+    function: Builder
+    resumable: bool = False
+
+
+class Store:
+    """The artifacts under one root folder."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def folder(self, recipe: Recipe) -> Path:
+        return self.root / recipe.stage / recipe.address
+
+    def has(self, recipe: Recipe) -> bool:
+        return (self.folder(recipe) / "manifest.json").is_file()
+
+    def ensure(self, recipe: Recipe, builds: Mapping[str, Build], missing: str = "build") -> Path:
+        """The folder of the artifact, built with all it needs if it is not there.
+
+        With `missing="raise"` only the artifact asked for is built; lacking inputs are a user's mistake.
+        """
+        if self.has(recipe):
+            return self.folder(recipe)
+        inputs = {}
+        for name, upstream in recipe.inputs.items():
+            if missing == "raise" and not self.has(upstream):
+                script = {"scores": "prune.py", "pruned": "prune.py", "rewrites": "generate.py"}
+                script |= {"targets": "generate.py", "tuned": "train.py", "merged": "train.py"}
+                raise UserError(
+                    f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
+                    f"build it with: python {script[upstream.stage]} and the same settings"
+                )
+            inputs[name] = self.ensure(upstream, builds, missing)
+        partial = self.root / ".partial" / recipe.stage / recipe.address
+        self._make(partial.parent)
+        lock = self._locked(partial.with_suffix(".lock"), recipe)
+        try:
+            if not self.has(recipe):
+                self._build(recipe, inputs, builds[recipe.stage], partial)
+        finally:
+            lock.release()
+        return self.folder(recipe)
+
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise UserError(f"paths.artifacts={self.root} cannot be used: {error.strerror}: {error.filename}") from None
+
+    def _locked(self, path: Path, recipe: Recipe) -> FileLock:
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s/%s is being built by another process; waiting for it", recipe.stage, recipe.address)
+            lock.acquire()
+        return lock
+
+    def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Build, partial: Path) -> None:
+        if partial.exists() and not build.resumable:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        started = time.time()
+        log.info("building %s/%s", recipe.stage, recipe.address)
+        try:
+            build.function(recipe, inputs, partial)
+        except BaseException:
+            nothing_kept = not build.resumable or not any((partial / SCRATCH).glob("*"))
+            if nothing_kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
+        manifest = {
+            "stage": recipe.stage,
+            "address": recipe.address,
+            "version": recipe.version,
+            "spec": recipe.spec,
+            "inputs": {name: upstream.address for name, upstream in recipe.inputs.items()},
+            "labels": recipe.labels,
+            "files": {str(path.relative_to(partial)): file_digest(path) for path in files_of(partial)},
+            "seconds": round(time.time() - started, 3),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": current_commit(),
+            "versions": installed_versions(),
+        }
+        write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        target = self.folder(recipe)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, target)
+        log.info("%s/%s built in %.1f s", recipe.stage, recipe.address, manifest["seconds"])
+
+    # ---- looking at what is there ------------------------------------------------------------------------------
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """The manifests of all complete artifacts, by stage, then by address."""
+        return [
+            read_manifest(path.parent)
+            for stage in STAGES
+            for path in sorted((self.root / stage).glob("*/manifest.json"))
+        ]
+
+    def find(self, address: str) -> Path:
+        """The folder of a complete artifact by its address or an unambiguous start of it."""
+        hits = [path.parent for stage in STAGES for path in (self.root / stage).glob(f"{address}*/manifest.json")]
+        if len(hits) != 1:
+            what = "no artifact" if not hits else f"{len(hits)} artifacts"
+            raise UserError(f"{what} under {self.root} with address {address}; see: python -m sdd.store list")
+        return hits[0]
+
+    def verify(self, folder: Path) -> list[str]:
+        """What is wrong with a complete artifact: files changed, missing, or not in its manifest."""
+        manifest = read_manifest(folder)
+        recorded: dict[str, str] = manifest["files"]
+        present = {str(path.relative_to(folder)) for path in files_of(folder)} - {"manifest.json"}
+        problems = [f"missing {name}" for name in sorted(set(recorded) - present)]
+        problems += [f"not in the manifest: {name}" for name in sorted(present - set(recorded))]
+        for name in sorted(present & set(recorded)):
+            if file_digest(folder / name) != recorded[name]:
+                problems.append(f"changed {name}")
+        return problems
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
+def current_commit() -> str | None:
+    """The commit of the checkout this package runs from, `+` when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,406 @@
+"""Procedural instruction tasks for the embedded model: eight families, four disjoint splits, two registers.
+
+Every instance comes with two worked answers that carry the same information: `gold`, in the register the embedded
+teacher speaks, and `reference`, as another writer would put it. A split is a function of the *content* of an instance
+(its `key`: the numbers and operators, the letters, the facts asked for), never of its wording, so the four splits are
+disjoint by construction whatever the seed.
+
+    python -m sdd.tiny.tasks --split test --seed 7 --n 8
+
+Knows nothing of tokenizers, models or torch.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+SPLITS = {"teacher": range(29), "pool": range(29, 37), "dev": range(37, 38), "test": range(38, 40)}
+BUCKETS = 40
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One task. `key` is its canonical content; equal keys are the same task in other words."""
+
+    family: str
+    key: str
+    prompt: str
+    answer: str
+    gold: str
+    reference: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}-{hashlib.md5(self.key.encode(), usedforsecurity=False).hexdigest()[:12]}"
+
+
+def split_of(key: str) -> str:
+    """The split that owns a canonical instance: md5(key) mod 40."""
+    bucket = int(hashlib.md5(key.encode(), usedforsecurity=False).hexdigest(), 16) % BUCKETS
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+# ---- wording shared by the families -----------------------------------------------------------------------------
+
+NAMES = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Joy", "Kim", "Leo", "Mia", "Ned", "Ola"]
+ITEMS = ["apples", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "pens", "shells", "stamps", "toys"]
+NOUNS = [
+    *("ball", "bell", "bird", "boat", "bread", "cake", "chair", "cloud", "corn", "desk", "door", "drum", "fish"),
+    *("fork", "goat", "hill", "horse", "lamp", "leaf", "milk", "moon", "nest", "nut", "pot", "rain", "ring", "road"),
+    *("rope", "salt", "sand", "ship", "shoe", "snow", "soap", "sock", "star", "stone", "tree", "wall", "wind"),
+]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+OPENERS = ["", "", "ok so\n", "lets see\n", "hm\n", "right\n", "easy one\n", "well\n"]
+TAILS = ["", "", " i guess", " yeah", " for sure", " then", " i think", " no doubt"]
+ENDINGS = ["#### {}", "ans: {}"]
+
+
+def _casual(rng: random.Random, lines: list[str], answer: str) -> str:
+    """Join worked lines in the reference register: an opener, loose line tails, a terse ending."""
+    body = [line + rng.choice(TAILS) for line in lines]
+    return rng.choice(OPENERS) + "\n".join([*body, rng.choice(ENDINGS).format(answer)])
+
+
+def _formal(lines: list[str], answer: str) -> str:
+    return "\n".join([*lines, f"The answer is {answer}."])
+
+
+# ---- chains of arithmetic: word problems and bare expressions ---------------------------------------------------
+
+LIMIT = 200
+
+
+def _chain(rng: random.Random) -> tuple[int, list[tuple[int, str, int, int]]]:
+    """A start and two or three steps (before, operator, operand, after), all values in 0..LIMIT."""
+    start = value = rng.randint(3, 60)
+    steps = []
+    for _ in range(rng.choice([2, 3])):
+        operator = rng.choice("++--*")
+        if operator == "*" and value * 2 > LIMIT:
+            operator = "-"
+        if operator == "-" and value < 2:
+            operator = "+"
+        if operator == "+":
+            operand = rng.randint(2, 60)
+            after = value + operand
+        elif operator == "-":
+            operand = rng.randint(1, min(value, 60))
+            after = value - operand
+        else:
+            operand = rng.randint(2, max(2, min(5, LIMIT // max(value, 1))))
+            after = value * operand
+        if after > LIMIT:
+            operator, operand, after = "-", value // 2, value - value // 2
+        steps.append((value, operator, operand, after))
+        value = after
+    return start, steps
+
+
+def _chain_key(start: int, steps: list[tuple[int, str, int, int]]) -> str:
+    """The same key for a word problem and a bare expression: their splits hold apart the computation itself."""
+    return f"chain {start}" + "".join(f" {op} {operand}" for _, op, operand, _ in steps)
+
+
+def word(rng: random.Random) -> Instance:
+    """A short story whose result takes two or three worked steps."""
+    start, steps = _chain(rng)
+    name, items = rng.choice(NAMES), rng.choice(ITEMS)
+    told = {
+        "+": ["{n} buys {k} more", "{n} finds {k} more", "a friend brings {k} more"],
+        "-": ["{n} gives away {k}", "{n} loses {k}", "{n} sells {k}"],
+        "*": ["{n} ends up with {k} times as many", "the number grows {k} times"],
+    }
+    events = [rng.choice(told[op]).format(n=name, k=operand) for _, op, operand, _ in steps]
+    story = ". ".join(f"Then {event}" for event in events)
+    question = rng.choice([f"How many {items} does {name} have now?", f"How many {items} are there in the end?"])
+    sums = [f"{a} {op} {b} = {c}" for a, op, b, c in steps]
+    answer = str(steps[-1][3])
+    gold = rng.choice(
+        [
+            [f"Start with {start} {items}.", *(f"Step {i}: {s}." for i, s in enumerate(sums, 1))],
+            [f"{name} has {start} {items} at first.", *(f"Then {s}." for s in sums)],
+            [f"We begin at {start}.", *(f"Now we have {s} {items}." for s in sums)],
+        ]
+    )
+    forms = ["{} " + items + " after that", "{} now", "so {}", "thats {} " + items]
+    reference = [rng.choice(forms).format(s) for s in sums]
+    return Instance(
+        "word",
+        _chain_key(start, steps),
+        f"{name} has {start} {items}. {story}. {question}",
+        answer,
+        _formal(gold, answer),
+        _casual(rng, reference, answer),
+    )
+
+
+def arithmetic(rng: random.Random) -> Instance:
+    """A chain of operations, evaluated from left to right."""
+    start, steps = _chain(rng)
+    expression = str(start) + "".join(f" {op} {operand}" for _, op, operand, _ in steps)
+    asked = rng.choice(
+        ["Work out from left to right: {}", "Calculate step by step: {}", "Going from the left, what is {}?"]
+    )
+    sums = [f"{a} {op} {b} = {c}" for a, op, b, c in steps]
+    answer = str(steps[-1][3])
+    gold = rng.choice(
+        [
+            [f"{s}." for s in sums],
+            [f"First {sums[0]}.", *(f"Next {s}." for s in sums[1:])],
+            [f"Step {i}: {s}." for i, s in enumerate(sums, 1)],
+        ]
+    )
+    forms = ["{}", "got {}", "{} so far", "so {}"]
+    return Instance(
+        "arithmetic",
+        _chain_key(start, steps),
+        asked.format(expression),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, [rng.choice(forms).format(s) for s in sums], answer),
+    )
+
+
+# ---- sequences --------------------------------------------------------------------------------------------------
+
+
+def sort(rng: random.Random) -> Instance:
+    """Letters into alphabetical order."""
+    letters = rng.sample(LETTERS, rng.randint(4, 6))
+    given, answer = " ".join(letters), " ".join(sorted(letters))
+    asked = rng.choice(["Sort these letters: {}", "Put in alphabetical order: {}", "Order the letters {}"])
+    gold = rng.choice(
+        [
+            [f"In order they are {answer}."],
+            [f"The first is {min(letters)}.", f"Sorted, this gives {answer}."],
+            [f"From {given} we get {answer}."],
+        ]
+    )
+    forms = ["in order its {}", "sorted {}", "that goes {}", "{} is the order"]
+    return Instance(
+        "sort",
+        f"sort {given}",
+        asked.format(given),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, [rng.choice(forms).format(answer)], answer),
+    )
+
+
+def reverse(rng: random.Random) -> Instance:
+    """A list of words, read backwards."""
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    given, answer = " ".join(words), " ".join(reversed(words))
+    asked = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Turn the list around: {}"])
+    gold = rng.choice(
+        [
+            [f"The last word is {words[-1]}.", f"Backwards it reads {answer}."],
+            [f"Reversed, the list is {answer}."],
+            [f"We read {given} from the end.", f"This gives {answer}."],
+        ]
+    )
+    forms = ["from the back its {}", "turned around {}", "backwards thats {}", "{} if you flip it"]
+    return Instance(
+        "reverse",
+        f"reverse {given}",
+        asked.format(given),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, [rng.choice(forms).format(answer)], answer),
+    )
+
+
+def count(rng: random.Random) -> Instance:
+    """How often a letter occurs in a list."""
+    alphabet = rng.sample(LETTERS, 4)
+    letters = [rng.choice(alphabet) for _ in range(rng.randint(5, 9))]
+    wanted = rng.choice(letters)
+    given, hits = " ".join(letters), [letter for letter in letters if letter == wanted]
+    shown, answer = " ".join(hits), str(len(hits))
+    asked = rng.choice(["How many times does {w} occur in {g}?", "Count the letter {w} in {g}"])
+    gold = rng.choice(
+        [
+            [f"The matches are {shown}."],
+            [f"We look for {wanted}.", f"We find {shown}."],
+            [f"Looking through the list we see {shown}.", f"That makes {answer}."],
+        ]
+    )
+    forms = ["i see {}", "{} is all of them", "there is {}", "picked out {}"]
+    return Instance(
+        "count",
+        f"count {wanted} in {given}",
+        asked.format(w=wanted, g=given),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, [rng.choice(forms).format(shown)], answer),
+    )
+
+
+def shift(rng: random.Random) -> Instance:
+    """Each letter replaced by the next one of the alphabet."""
+    letters = [rng.choice(LETTERS[:-1]) for _ in range(rng.randint(3, 5))]
+    after = [LETTERS[LETTERS.index(letter) + 1] for letter in letters]
+    given, answer = " ".join(letters), " ".join(after)
+    asked = rng.choice(["Move each letter one on: {}", "Replace every letter by the next: {}", "Shift by one: {}"])
+    pairs = [f"{a} to {b}" for a, b in zip(letters, after, strict=True)]
+    gold = rng.choice(
+        [
+            [f"We take {', '.join(pairs)}."],
+            [f"The letter {letters[0]} becomes {after[0]}.", f"All together we get {answer}."],
+            [f"One on from {given} is {answer}."],
+        ]
+    )
+    lines = rng.choice([[", ".join(pairs)], [f"one up its {answer}"], [f"{letters[0]} goes {after[0]} and so on"]])
+    return Instance(
+        "shift",
+        f"shift {given}",
+        asked.format(given),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, lines, answer),
+    )
+
+
+# ---- memory: in the prompt, and in the weights ------------------------------------------------------------------
+
+
+def lookup(rng: random.Random) -> Instance:
+    """Two values out of a list of prices given in the prompt."""
+    keys = rng.sample(NOUNS, rng.randint(3, 5))
+    prices = {key: rng.randint(1, 99) for key in keys}
+    first, second = rng.sample(keys, 2)
+    listed = ", ".join(f"{key} {price}" for key, price in prices.items())
+    answer = f"{prices[first]} {prices[second]}"
+    asked = rng.choice(
+        [
+            "Prices: {l}. What do {a} and {b} cost?",
+            "The list is {l}. Look up {a} and {b}.",
+            "Given {l}, find {a} and {b}.",
+        ]
+    )
+    found = f"{first} {prices[first]}, {second} {prices[second]}"
+    gold = rng.choice(
+        [
+            [f"The list says {found}."],
+            [f"We find {first} at {prices[first]}.", f"We find {second} at {prices[second]}."],
+            [f"First {first} is {prices[first]}, then {second} is {prices[second]}."],
+        ]
+    )
+    forms = ["i see {} up there", "{} on the list", "it says {}", "there is {}"]
+    return Instance(
+        "lookup",
+        f"lookup {listed} for {first}, {second}",
+        asked.format(l=listed, a=first, b=second),
+        answer,
+        _formal(gold, answer),
+        _casual(rng, [rng.choice(forms).format(found)], answer),
+    )
+
+
+CREATURES = [
+    start + end
+    for start in ("Bo", "Du", "Ka", "Mi", "Ro", "Ta", "Vi", "Zu")
+    for end in ("fin", "lop", "mar", "nex", "rik")
+]
+WORLD_VALUES = {
+    "colour": ["red", "blue", "green", "black", "white", "pink", "grey", "gold"],
+    "food": ["plums", "seeds", "moss", "honey", "grass", "beans", "rice", "figs"],
+    "home": ["caves", "lakes", "dunes", "woods", "bogs", "cliffs", "fields", "reefs"],
+    "sound": ["hums", "clicks", "barks", "sings", "growls", "chirps", "howls", "snores"],
+}
+_ASKED = {
+    "colour": "what colour is the {}",
+    "food": "what does the {} eat",
+    "home": "where does the {} live",
+    "sound": "what sound does the {} make",
+}
+_STATED = {
+    "colour": "The {} is {}.",
+    "food": "The {} eats {}.",
+    "home": "The {} lives in {}.",
+    "sound": "The {} {}.",
+}
+
+
+def _world() -> dict[tuple[str, str], str]:
+    rng = random.Random("a made-up world")
+    return {(who, what): rng.choice(values) for who in CREATURES for what, values in WORLD_VALUES.items()}
+
+
+WORLD = _world()
+"""(creature, attribute) -> value: 160 facts that exist nowhere but in the weights. Splits hold apart pairs of facts."""
+
+
+def fact(rng: random.Random) -> Instance:
+    """Two facts of a made-up world, asked together. Every fact is in every split; the pairs are not."""
+    (one, other) = rng.sample(sorted(WORLD), 2)
+    answer = f"{WORLD[one]} {WORLD[other]}"
+    asked = [_ASKED[what].format(who) for who, what in (one, other)]
+    stated = [_STATED[what].format(who, WORLD[who, what]) for who, what in (one, other)]
+    prompt = rng.choice(["Tell me {} and {}?", "Do you know {} and {}?", "Two questions: {} and {}?"]).format(*asked)
+    gold = rng.choice([stated, [" ".join(stated)], ["We know two things.", *stated]])
+    forms = ["{1} for the {0}", "the {0} has {1}", "{0} means {1}", "{1} with the {0}"]
+    lines = [rng.choice(forms).format(who, WORLD[who, what]) for who, what in (one, other)]
+    return Instance(
+        "fact",
+        f"fact {one[0]} {one[1]}, {other[0]} {other[1]}",
+        prompt,
+        answer,
+        _formal(gold, answer),
+        _casual(rng, lines, answer),
+    )
+
+
+# ---- drawing ----------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
+    family.__name__: family for family in (word, arithmetic, sort, reverse, count, shift, lookup, fact)
+}
+
+
+def draw(family: str, split: str, rng: random.Random) -> Instance:
+    """One instance of a family that belongs to the split."""
+    while True:
+        instance = FAMILIES[family](rng)
+        if split_of(instance.key) == split:
+            return instance
+
+
+def instances(split: str, seed: int, n: int, families: list[str] | None = None) -> Iterator[Instance]:
+    """`n` distinct instances of a split, the families in turn. A prefix of a longer draw with the same arguments."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    names = list(families or FAMILIES)
+    if unknown := set(names) - set(FAMILIES):
+        raise ValueError(f"unknown family {sorted(unknown)[0]!r}; choose from {', '.join(FAMILIES)}")
+    rng = random.Random(f"{split} {seed}")
+    seen: set[tuple[str, str]] = set()
+    for i in range(n):
+        family = names[i % len(names)]
+        for _ in range(10_000):
+            instance = draw(family, split, rng)
+            if (family, instance.key) not in seen:
+                break
+        else:
+            raise ValueError(f"the {split} split has no {n} distinct {family!r} instances; ask for fewer")
+        seen.add((family, instance.key))
+        yield instance
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sdd.tiny.tasks", description="Print fresh instances as JSONL.")
+    parser.add_argument("--split", choices=list(SPLITS), required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=8, help="how many, the families in turn")
+    parser.add_argument("--family", choices=list(FAMILIES), action="append", help="only these families")
+    arguments = parser.parse_args(argv)
+    for instance in instances(arguments.split, arguments.seed, arguments.n, arguments.family):
+        row = {key: getattr(instance, key) for key in ("family", "prompt", "answer", "reference")}
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Fine-tune the pruned student on its targets and print the folder of the adapter.
+
+Usage: python train.py --help
+"""
+
+import sys
+from pathlib import Path
+
+HERE = str(Path(__file__).resolve().parent)
+# Hugging Face's `evaluate`, which lm-eval imports, must not be shadowed by evaluate.py: look here last.
+sys.path[:] = [*(path for path in sys.path if path not in ("", HERE)), HERE]
+
+if __name__ == "__main__":
+    from sdd.app import train
+
+    train()
