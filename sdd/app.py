@@ -78,7 +78,7 @@ def _task(script: str) -> Callable[[DictConfig], None]:
     def task(config: DictConfig) -> None:
         run_job(script, config)
 
-    task.__module__, task.__qualname__ = "sdd.app", script
+    task.__module__ = f"sdd.{script}"  # Hydra names the job after it
     return task
 
 

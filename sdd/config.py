@@ -144,6 +144,8 @@ class Store:
 
 @dataclass
 class Config:
+    """One node per config group; `study` holds values that an experiment's other settings refer to."""
+
     model: Model = field(default_factory=Model)
     teacher: Teacher = field(default_factory=Teacher)
     metric: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     trainer: Trainer = field(default_factory=Trainer)
     logger: dict[str, Any] = field(default_factory=dict)
+    study: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     paths: Paths = field(default_factory=Paths)
     store: Store = field(default_factory=Store)

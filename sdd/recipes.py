@@ -88,7 +88,7 @@ class Recipes:
         if pruning.start is not None:
             blocks = list(range(pruning.start, pruning.start + pruning.size))
         if blocks is not None:
-            return self._recipe("pruned", {"model": self.model_digest, "blocks": blocks}, {}, {"metric": "given"})
+            return self._recipe("pruned", {"model": self.model_digest, "blocks": blocks}, {}, {})
         if pruning.size == 0:
             return None
         scores = self.scores()

@@ -118,7 +118,7 @@ def _name(arms: list[Arm], differing: list[str], main: Run) -> None:
     """Give each arm the words of its name."""
     pruned, tuned = [arm for arm in arms if arm.run.base], [arm for arm in arms if arm.tuned]
     many_prunings = len({arm.run.pruning for arm in pruned}) > 1
-    many_metrics = len({arm.run.metric for arm in pruned}) > 1
+    many_metrics = len({arm.run.metric for arm in pruned if arm.run.metric}) > 1
     many_datasets = len({arm.run.dataset for arm in tuned}) > 1
     merged_modes = len({arm.run.finetune for arm in arms if arm.mode == "merged"}) > 1
     for arm in arms:

@@ -76,7 +76,7 @@ class Library:
         found = {artifact.address: artifact}
         queue = [artifact]
         while queue:
-            for address in queue.pop().inputs.values():
+            for address in queue.pop(0).inputs.values():
                 parent = self.get(address)
                 if parent is not None and address not in found:
                     found[address] = parent

@@ -181,10 +181,10 @@ def learning_curves(comparison: Comparison) -> "Figure | None":
     for arm, name, look in zip(shown, names, looks([arm.mode for arm in shown]), strict=True):
         for curve in curves[arm.name]:
             axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.7, alpha=0.55)
-        shared = sorted(set.intersection(*({step for step, _ in curve} for curve in curves[arm.name])))
-        means = [sum(dict(curve)[step] for curve in curves[arm.name]) / len(curves[arm.name]) for step in shared]
+        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves[arm.name])))
+        means = [sum(dict(curve)[step] for curve in curves[arm.name]) / len(curves[arm.name]) for step in steps]
         axes.plot(
-            shared,
+            steps,
             means,
             color=look.colour,
             linewidth=2.0,
@@ -192,7 +192,7 @@ def learning_curves(comparison: Comparison) -> "Figure | None":
             marker=look.marker,
             markersize=5,
             markerfacecolor=look.colour if look.filled else "white",
-            markevery=max(1, len(shared) // 8),
+            markevery=max(1, len(steps) // 8),
             label=name,
         )
     axes.set_xlabel("optimiser step")

@@ -27,7 +27,7 @@ MODES = {
 }
 OTHER = ("#56B4E9", "v", "--")
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-TINTS = (0.0, 0.35, 0.6, 0.75)
+TINTS = (0.0, 0.3, 0.5, 0.64)
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -87,7 +87,7 @@ def new_figure(title: str, subtitle: str, width: float, height: float) -> tuple[
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    lines = textwrap.wrap(subtitle, int(width * 13))
+    lines = textwrap.wrap(subtitle, int(width * 14))
     axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", pad=14 + 12.5 * len(lines))
     under: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     axes.annotate("\n".join(lines), (0, 1), (0, 9), va="bottom", fontsize=9, color=SOFT, linespacing=1.3, **under)

@@ -20,6 +20,17 @@ TABLES = {"table.json", "table.md", "table.csv", "contrasts.json"}
 HALF = [1, 0] * 20
 
 
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by the tests that look at plots; the others skip the drawing, which takes most of the time."""
+
+
+@pytest.fixture(autouse=True)
+def only_drawn_if_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("sdd.report.plots.write_plots", lambda study, out: None)
+
+
 def report(artifacts: Any, out: Path, evaluated: list[Path] | None = None) -> tuple[dict[str, Any], list[Any]]:
     """Rows by arm and contrasts."""
     paths = find_evaluated(artifacts.root) if evaluated is None else evaluated
@@ -274,7 +285,7 @@ def test_a_task_the_teacher_fails_is_left_out_of_the_mean_of_ratios(artifacts, t
     assert rows["pruned"]["retention"]["ratio_of_means"]["mean"] == 0.5
 
 
-def test_all_files_are_written(study, tmp_path):
+def test_all_files_are_written(study, tmp_path, drawn):
     out = tmp_path / "out"
     rows, contrasts = report(study, out)
     assert {path.name for path in out.iterdir()} == PLOTS | TABLES
@@ -295,7 +306,7 @@ def test_all_files_are_written(study, tmp_path):
     assert {"a", "b", "measure", "mean", "low", "high", "seeds"} <= set(contrasts[0])
 
 
-def test_plots_with_nothing_to_show_are_not_left_behind(study, artifacts, tmp_path):
+def test_plots_with_nothing_to_show_are_not_left_behind(study, artifacts, tmp_path, drawn):
     out = tmp_path / "out"
     report(study, out)
     path = artifacts.evaluated(None, scores(add=HALF), split="another")
@@ -318,7 +329,7 @@ def test_an_interval_does_not_depend_on_the_other_arms(study, tmp_path):
     assert alone["sft"]["retention"] == rows["sft n4"]["retention"]
 
 
-def test_many_arms_are_drawn(artifacts, tmp_path):
+def test_many_arms_are_drawn(artifacts, tmp_path, drawn):
     """Ten arms of one mode: more than a plot shows."""
     pruned = artifacts.pruned(4)
     artifacts.evaluated(pruned, scores(add=[0] * 40, sort=HALF))
@@ -327,7 +338,8 @@ def test_many_arms_are_drawn(artifacts, tmp_path):
         artifacts.evaluated(model, scores(add=HALF, sort=HALF))
     rows, _ = report(artifacts, tmp_path / "out")
     assert len(rows) == 11
-    assert (tmp_path / "out" / "gain_forgetting.png").is_file()
+    drawn_files = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn_files == {"tasks.png", "gain_forgetting.png", "learning_curves.png"}
 
 
 def test_damaged_artifacts_are_named(study, tmp_path):

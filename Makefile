@@ -1,0 +1,38 @@
+# Each target is complete in itself: the environment is made from the lock if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+DEMO := outputs/demo
+EVALUATE := $(BIN)/python evaluate.py -m
+FIXED_RATE := 1e-3
+WORKERS ?= 2
+
+.PHONY: env demo test lint clean
+
+env: .venv/.made
+
+.venv/.made: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+# The whole story on the embedded model: the unpruned model, the cut at every size, then every way of fine-tuning at the
+# frozen learning rates over five seeds, then SFT at the rate of the other arms. Everything is cached in artifacts/.
+demo: env
+	rm -rf $(DEMO)/jobs
+	$(EVALUATE) experiment=demo pruning=none,n1,n2,n3,n4,n5,n6 finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
+	$(EVALUATE) experiment=demo hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+	$(EVALUATE) experiment=demo finetune=sft finetune.learning_rate=$(FIXED_RATE) hydra.sweep.dir=$(DEMO)/jobs/fixed_rate $(ARGS)
+	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+clean:
+	rm -rf artifacts outputs

@@ -1,0 +1,80 @@
+"""Rebuild one artifact from its manifest and compare: is what lies there still what the recipe makes?
+
+    python -m sdd.stages rerun ADDRESS [--artifacts DIR] [--source DIGEST=PATH]
+
+Exit code 0 if every file is identical, 1 if one differs. Its inputs are taken from the store as they are.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sdd.data.local import LocalTexts
+from sdd.data.tiny import TinyTexts
+from sdd.errors import UserError
+from sdd.stages import builds
+from sdd.stages.runtime import Runtime
+from sdd.stages.sources import add_arguments, runtime_of
+from sdd.store import Recipe, Store, digest_of, file_digest, read_manifest
+
+
+def recipe_of(store: Store, manifest: dict[str, Any]) -> Recipe:
+    """The recipe that a manifest records, inputs included."""
+    inputs = {name: recipe_of(store, read_manifest(store.find(a))) for name, a in manifest["inputs"].items()}
+    return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
+
+
+def find_texts(runtime: Runtime, digest: str, num_texts: int) -> None:
+    """Put the calibration texts with this digest into the runtime: the embedded ones, or those of a source."""
+    path = runtime.sources.get(digest)
+    texts = LocalTexts(num_texts, str(path)).texts() if path else TinyTexts(num_texts).texts()
+    if digest_of(texts) != digest:
+        raise UserError(f"the calibration texts {digest} are not at hand; name the file with --source {digest}=PATH")
+    runtime.texts[digest] = texts
+
+
+def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
+    """What differs between the artifact and a fresh build of its recipe; empty if nothing does."""
+    folder = store.find(address)
+    manifest = read_manifest(folder)
+    recipe = recipe_of(store, manifest)
+    if recipe.address != manifest["address"]:
+        raise UserError(f"{folder}: the manifest's recipe has address {recipe.address}; was the manifest edited?")
+    if "texts" in recipe.spec:
+        find_texts(runtime, recipe.spec["texts"], json.loads((folder / "scores.json").read_text())["num_texts"])
+    inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary)
+        builds(runtime)[recipe.stage].function(recipe, inputs, fresh)
+        recorded: dict[str, str] = manifest["files"]
+        differing = []
+        for name in sorted(recorded):
+            path = fresh / name
+            if not path.is_file():
+                differing.append(f"not made: {name}")
+            elif file_digest(path) != recorded[name]:
+                differing.append(f"differs: {name}")
+    return differing
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sdd.stages", description="Rebuild an artifact and compare.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("rerun", help="rebuild one artifact from its manifest")
+    command.add_argument("address")
+    add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        differing = rerun(Store(arguments.artifacts.absolute()), arguments.address, runtime_of(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(differing) if differing else "identical")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Find what manifests name by digest: the embedded model on its own, everything else from `--source DIGEST=PATH`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import sdd
+from sdd import models
+from sdd.errors import UserError
+from sdd.stages.runtime import Runtime
+
+TEACHER = Path(sdd.__file__).resolve().parent / "tiny" / "teacher"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the folder of artifacts")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="DIGEST=PATH", help="where a model or data file lies"
+    )
+
+
+def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
+    """A runtime on this machine's CPU that knows the embedded model and the sources given."""
+    memory = arguments.artifacts / ".digests"
+    sources = {models.model_digest(TEACHER, memory): TEACHER}
+    for given in arguments.source:
+        digest, separator, path = given.partition("=")
+        if not separator:
+            raise UserError(f"--source {given}: write DIGEST=PATH")
+        if not Path(path).exists():
+            raise UserError(f"--source {given}: no such path")
+        sources[digest] = Path(path)
+    return Runtime(sources=sources, **settings)
