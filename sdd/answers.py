@@ -12,10 +12,12 @@ from sdd.errors import UserError
 
 RULES = ("final", "anywhere", "number", "none")
 
-_FORM = re.compile(r"(?:the answer is:?[ ]*(?P<said>.+?)\.?|####[ ]*(?P<marked>.+?)|ans:[ ]*(?P<short>.+?))[ ]*$", re.I)
-_NUMBER = re.compile(r"[-−]?[$€£]?\d[\d,]*(?:\.\d+)?")
+_FORM = re.compile(
+    r"(?:the answer is:?[ ]*(?P<said>.+?)\.?|####[ ]*(?P<marked>.+?)|\bans:[ ]*(?P<short>.+?))[ ]*$", re.I
+)
+_NUMBER = re.compile(r"[-−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
 _NUMERIC = re.compile(
-    r"^(?P<sign>[-−]?)[$€£]?(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)(?:\s*[A-Za-z%°€£$][^\d]*)?$"
+    r"^(?P<sign>[-−]?)[$€£]?(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+)(?:\s*[A-Za-z%°€£$][^\d]*)?$"
 )
 
 

@@ -60,7 +60,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
 def main(script: str) -> None:
     """Run one of the scripts "prune", "generate", "train", "evaluate" on the process's command line."""
-    if any(word.startswith("--experimental-rerun") for word in sys.argv[1:]):
+    given = (word.split("=")[0] for word in sys.argv[1:])
+    if any(len(word) > 2 and "--experimental-rerun".startswith(word) for word in given):  # argparse takes short forms
         print("error: --experimental-rerun unpickles a file, which can run code; pass the overrides", file=sys.stderr)
         raise SystemExit(USER)
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]

@@ -6,11 +6,16 @@ nothing that `ALLOWED_TARGETS` does not name: somebody else's config can choose 
 nothing else. Knows nothing of what the parts compute.
 """
 
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse
 
+from sdd.answers import RULES
 from sdd.errors import UserError
 from sdd.prompts import LEAK_PHRASES, REWRITE_TEMPLATE
 
@@ -204,40 +209,115 @@ ALLOWED_LOGGING = frozenset(
         "colorlog.ColoredFormatter",
     }
 )
+ALLOWED_RESOLVERS = frozenset({"now", "process_id", "package_folder"})
+"""What `${name:...}` may call: values that cannot name a class. `hydra` is allowed outside the `hydra` node."""
+
 _ALLOWED_STREAMS = ("ext://sys.stderr", "ext://sys.stdout")
-_REFUSED_RESOLVERS = ("${oc.env", "${env:")
+_LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/[^/].*")
+_REFUSED_SETTINGS = {
+    ("hydra", "job", "env_set"): "changes the environment",
+    ("hydra", "job", "env_copy"): "reads the environment",
+    ("hydra", "launcher", "setup"): "runs commands of its own",
+    ("hydra", "launcher", "srun_args"): "runs commands of its own",
+    ("hydra", "launcher", "additional_parameters"): "runs commands of its own",
+    ("hydra", "sweeper", "custom_search_space"): "runs a function of its own",
+}
+_SAMPLER = re.compile(r"optuna\.samplers\.[A-Z][A-Za-z]*Sampler")
 
 
 def check_targets(config: DictConfig) -> None:
-    """Refuse a composed config (its `hydra` node included) that names anything outside the allow-list."""
-    _check_node(OmegaConf.to_container(config, resolve=False), "", config)
+    """Refuse a composed config (its `hydra` node included) that names anything outside the allow-list.
+
+    Names of classes are literals. Inside the `hydra` node, which is instantiated before any of our code is asked, an
+    interpolation stands for a plain value, so that what is checked here is what Hydra will see.
+    """
+    _check_node(OmegaConf.to_container(config, resolve=False), (), config)
 
 
-def _check_node(node: Any, where: str, root: DictConfig) -> None:
+def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig) -> None:
     if isinstance(node, list):
         for index, value in enumerate(node):
-            _check_node(value, f"{where}[{index}]", root)
+            _check_node(value, (*where, index), root)
     elif isinstance(node, dict):
-        in_logging = where.startswith(("hydra.job_logging", "hydra.hydra_logging"))
         for key, value in node.items():
-            path = f"{where}.{key}" if where else str(key)
+            path = (*where, key)
+            if path in _REFUSED_SETTINGS and value:
+                raise UserError(f"{_dotted(path)} {_REFUSED_SETTINGS[path]}; refused in a config")
             if key == "_target_" and value != MISSING:
-                target = OmegaConf.select(root, path)
-                allowed = ALLOWED_PLUGINS if where in ("hydra.launcher", "hydra.sweeper") else ALLOWED_TARGETS
-                if where == "hydra.sweeper.sampler" and str(target).startswith("optuna.samplers."):
-                    continue
-                if target not in allowed:
-                    raise UserError(f"{path}={target} is not one of this project's parts; refused")
-            elif in_logging and key in ("()", "class"):
-                if OmegaConf.select(root, f"{where}['{key}']" if key == "()" else path) not in ALLOWED_LOGGING:
-                    raise UserError(f"{path}={value} is not an allowed logging class; refused")
+                _check_target(value, path)
+            elif key == "()" or (key == "class" and _in_logging(path)):
+                if value not in ALLOWED_LOGGING:
+                    raise UserError(f"{_dotted(path)}={value} is not an allowed logging class; refused")
             else:
                 _check_node(value, path, root)
     elif isinstance(node, str):
-        if any(resolver in node.replace(" ", "") for resolver in _REFUSED_RESOLVERS):
-            raise UserError(f"{where} reads an environment variable ({node}); pass the value on the command line")
-        if "ext://" in node and node not in _ALLOWED_STREAMS:
-            raise UserError(f"{where}={node} is not an allowed stream; refused")
+        _check_text(node, where, root)
+
+
+def _check_target(value: Any, path: tuple[Any, ...]) -> None:
+    plugin = path in (("hydra", "launcher", "_target_"), ("hydra", "sweeper", "_target_"))
+    if path == ("hydra", "sweeper", "sampler", "_target_") and _SAMPLER.fullmatch(str(value)):
+        return
+    if value not in (ALLOWED_PLUGINS if plugin else ALLOWED_TARGETS):
+        raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
+
+
+def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
+    in_hydra, where = path[:1] == ("hydra",), _dotted(path)
+    if "ext://" in text and text not in _ALLOWED_STREAMS:
+        raise UserError(f"{where}={text} is not an allowed stream; refused")
+    if "${" not in text:
+        return
+    try:
+        calls, nested = _interpolations(text)
+    except OmegaConfBaseException:
+        raise UserError(f"{where}={text} is not a valid interpolation") from None
+    for call in calls:
+        if call.startswith(("oc.env", "env")):
+            raise UserError(f"{where} reads an environment variable ({text}); pass the value on the command line")
+        if call not in ALLOWED_RESOLVERS and (in_hydra or call != "hydra"):
+            raise UserError(f"{where}={text} calls {call!r}, which a config may not; refused")
+    if in_hydra and nested:
+        raise UserError(f"{where}={text} nests interpolations, which a config may not under hydra; refused")
+    if _in_logging(path) and not _LOG_FILE.fullmatch(text):
+        raise UserError(f"{where}={text} may only begin with ${{hydra.runtime.output_dir}}/ or be plain; refused")
+    if in_hydra and OmegaConf.is_config(_resolved(root, path)):
+        raise UserError(f"{where}={text} stands for a whole node, which a config may not under hydra; refused")
+
+
+def _interpolations(text: str) -> tuple[list[str], bool]:
+    """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests."""
+    calls, nested = [], False
+    queue = [(parse(text), 0)]
+    while queue:
+        tree, depth = queue.pop()
+        kind = type(tree).__name__
+        if kind == "InterpolationContext":
+            depth += 1
+            nested |= depth > 1
+        elif kind == "ResolverNameContext":
+            calls.append(tree.getText())
+        queue += [(child, depth) for child in getattr(tree, "children", None) or []]
+    return calls, nested
+
+
+def _resolved(root: DictConfig, path: tuple[Any, ...]) -> Any:
+    """The value at `path`; None where it is not known before the job runs."""
+    node: Any = root
+    try:
+        for key in path:
+            node = node[key]
+    except OmegaConfBaseException:
+        return None
+    return node
+
+
+def _in_logging(path: tuple[Any, ...]) -> bool:
+    return path[:2] in (("hydra", "job_logging"), ("hydra", "hydra_logging"))
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
 def build(node: Any, *args: Any, **values: Any) -> Any:
@@ -260,7 +340,7 @@ def build(node: Any, *args: Any, **values: Any) -> Any:
         inspect.signature(found).bind(*args, **given)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
-    return instantiate({"_target_": name, "_recursive_": False, "_convert_": "all"}, *args, **given)
+    return instantiate({"_target_": name, "_partial_": True})(*args, **given)
 
 
 # ---- values -----------------------------------------------------------------------------------------------------
@@ -269,6 +349,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "finetune.mode": ("self_distill", "sft", "gold", "none"),
     "finetune.precision": ("32", "bf16"),
+    "dataset.answer_rule": RULES,
     "merge.method": ("none",),
     "evaluation.dtype": ("float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
@@ -298,13 +379,21 @@ AT_LEAST = {
     "engine.batch_size": 1,
     "engine.max_new_tokens": 1,
     "engine.tries": 1,
+    "engine.seed": 0,
+    "metric.seed": 0,
 }
 WITHIN = {
     "finetune.gold_share": (0.0, 1.0),
     "finetune.warmup_share": (0.0, 1.0),
+    "finetune.weight_decay": (0.0, 10.0),
+    "finetune.clip_norm": (1e-6, 1e6),
     "adapter.dropout": (0.0, 0.99),
+    "engine.temperature": (0.0, 100.0),
     "engine.top_p": (1e-6, 1.0),
 }
+NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks")
+LOGGER_SETTINGS = ("_target_", "project", "entity", "group", "job_type", "tags", "notes", "offline")
+"""What a config may say to the tracker; others of its settings choose servers and folders, or upload code."""
 
 
 def check_values(config: DictConfig) -> None:
@@ -313,6 +402,7 @@ def check_values(config: DictConfig) -> None:
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except Exception as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    _check_keys(config)
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown; choose one of {', '.join(choices)}")
@@ -322,10 +412,19 @@ def check_values(config: DictConfig) -> None:
             raise UserError(f"{key}={value} must be an integer of at least {least}")
     for key, (low, high) in WITHIN.items():
         value = OmegaConf.select(config, key)
-        if value is not None and not low <= float(value) <= high:
+        if value is not None and not (_is_number(value) and low <= value <= high):
             raise UserError(f"{key}={value} must lie between {low:g} and {high:g}")
-    if config.finetune.learning_rate <= 0:
-        raise UserError(f"finetune.learning_rate={config.finetune.learning_rate} must be positive")
+    for key in NOT_EMPTY:
+        value = OmegaConf.select(config, key)
+        if value is not None and not len(value):
+            raise UserError(f"{key}=[] names nothing; name at least one, or leave it out")
+    if not 0 < config.finetune.learning_rate < math.inf:
+        raise UserError(f"finetune.learning_rate={config.finetune.learning_rate} must be positive and finite")
+    if not isinstance(OmegaConf.select(config, "metric.contiguous", default=False), bool):
+        raise UserError(f"metric.contiguous={config.metric.contiguous} must be true or false")
+    for key in config.logger:
+        if key not in LOGGER_SETTINGS:
+            raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")
     pruning = config.pruning
     if pruning.blocks is not None and (pruning.start is not None):
         raise UserError("pruning.blocks and pruning.start exclude each other; keep one")
@@ -338,6 +437,22 @@ def check_values(config: DictConfig) -> None:
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
     if "{prompt}" not in config.dataset.template:
         raise UserError("dataset.template lacks {prompt}; it shows the task, and {reference} the reference answer")
+
+
+def _check_keys(node: Any, where: str = "") -> None:
+    """Refuse a key that `+key=...` added beside those of the schema."""
+    kind = OmegaConf.get_type(node)
+    known = {item.name for item in fields(kind)} if is_dataclass(kind) else set(node)
+    for key in node:
+        if key not in known:
+            raise UserError(f"{where}{key} is not a setting; choose from {', '.join(sorted(known))}")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _check_keys(child, f"{where}{key}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_pruning(pruning: Any, num_blocks: int) -> None:

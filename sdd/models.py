@@ -31,27 +31,32 @@ SIDE_FILES = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; a user's mistake if there are none or one is missing."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files that stock loading reads; a user's mistake if there are none or one is missing."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("no plain file names")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"model.path={folder}: model.safetensors.index.json is not a valid index") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"model.path={folder}: the index names {missing[0]}, which is not there; fetch it again")
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")), None)
-        if pickled:
-            raise UserError(
-                f"model.path={folder}: the weights are pickled ({pickled}), which can run code; "
-                "convert them to safetensors"
-            )
-        raise UserError(f"model.path={folder}: no safetensors weights")
-    return files
+    if next(folder.glob("*.safetensors"), None):
+        raise UserError(
+            f"model.path={folder}: safetensors files, but no model.safetensors and no model.safetensors.index.json; "
+            "fetch it again"
+        )
+    pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")), None)
+    if pickled:
+        raise UserError(
+            f"model.path={folder}: the weights are pickled ({pickled}), which can run code; convert them to safetensors"
+        )
+    raise UserError(f"model.path={folder}: no safetensors weights")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -65,14 +70,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"model.path={folder}: config.json is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.path={folder}: config.json is not a JSON object")
     if "auto_map" in config:
         raise UserError(f"model.path={folder}: needs remote code (auto_map in config.json), which is never run")
+    if "/" in str(config.get("attn_implementation", config.get("_attn_implementation"))):
+        raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model.path={folder}: holds an adapter (adapter_config.json); merge it into a full checkpoint")
     architectures = config.get("architectures") or ["unknown"]
     if not architectures[0].endswith("ForCausalLM"):
         raise UserError(f"model.path={folder}: {architectures[0]} is not a causal language model")
     if not isinstance(config.get("num_hidden_layers"), int):
         raise UserError(f"model.path={folder}: config.json has no num_hidden_layers")
-    return dict(config)
+    return config
 
 
 def num_blocks(folder: Path) -> int:

@@ -9,10 +9,12 @@ all that resuming needs. Knows nothing of the store, Hydra, or where the rows co
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sdd.losses import target_loss_sum
@@ -186,6 +188,15 @@ class StudentModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["history"])
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all: a kill or a full disk leaves no half one to resume from."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        half = Path(f"{path}.half")
+        super().save_checkpoint(checkpoint, half, storage_options)
+        half.replace(path)
 
 
 def _seed_of(seed: int, step: int) -> int:

@@ -6,6 +6,7 @@ lists in the config are cut alike, so that stock `from_pretrained` opens the res
 """
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -32,12 +33,19 @@ def read_header(file: BinaryIO, path: Path) -> tuple[Header, int]:
         raise UserError(f"{path}: damaged safetensors file (the header is cut off); fetch it again")
     try:
         header: Header = json.loads(file.read(length))
-    except ValueError:
-        raise UserError(f"{path}: damaged safetensors file (the header is not JSON); fetch it again") from None
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if 8 + length + end > size:
+        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged safetensors file (the header is not valid); fetch it again") from None
+    if 8 + length + max(ends, default=0) > size:
         raise UserError(f"{path}: damaged safetensors file (the data are cut off); fetch it again")
     return header, 8 + length
+
+
+def _end(entry: dict[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end and _elements(entry) >= 0):
+        raise ValueError("no byte range")
+    return end
 
 
 def renamed(name: str, position: dict[int, int]) -> str | None:
@@ -50,10 +58,7 @@ def renamed(name: str, position: dict[int, int]) -> str | None:
 
 
 def _elements(entry: dict[str, Any]) -> int:
-    count = 1
-    for extent in entry["shape"]:
-        count *= extent
-    return count
+    return math.prod(int(extent) for extent in entry["shape"])
 
 
 def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
@@ -93,16 +98,50 @@ def _stream(source: Path, target: Path, position: dict[int, int]) -> tuple[dict[
     return {name: _elements(entry) for name, entry in kept}, offset
 
 
+PER_BLOCK = ("layer", "mlp_layer", "no_rope_layer")
+"""How the names of config lists with an entry per block begin, such as `layer_types`."""
+
+BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers")
+"""Config lists that name single blocks."""
+
+LEADING_BLOCKS = ("max_window_layers", "first_k_dense_replace")
+"""Config values that say how many of the first blocks are of another kind."""
+
+
+def _is_per_block(key: str, value: Any, num_blocks: int) -> bool:
+    return key.startswith(PER_BLOCK) and isinstance(value, list) and len(value) == num_blocks
+
+
+def complete_config(folder: Path) -> dict[str, Any]:
+    """The stored config, with the per-block lists that stock code derives from a block's index where none is stored.
+
+    Gemma 2, for one, alternates two kinds of attention: without the list, a block moved by one would change its kind.
+    """
+    from transformers import AutoConfig
+
+    config = read_config(folder)
+    try:
+        derived = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path={folder}: config.json does not open ({reason})") from None
+    for key, value in derived.items():
+        if config.get(key) is None and _is_per_block(key, value, config["num_hidden_layers"]) and len(set(value)) > 1:
+            config[key] = value
+    return config
+
+
 def cut_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """The config of the pruned model: fewer blocks, and every per-block list (such as `layer_types`) cut alike."""
-    before = config["num_hidden_layers"]
+    """The config of the pruned model: fewer blocks, and all that is said of single blocks cut and renumbered alike."""
     cut = dict(config)
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == before and key.startswith(("layer", "mlp_layer", "no_rope_layer")):
+        if _is_per_block(key, value, config["num_hidden_layers"]):
             cut[key] = [value[block] for block in kept]
+        elif key in BLOCK_NUMBERS and isinstance(value, list):
+            cut[key] = [index for index, block in enumerate(kept) if block in value]
+        elif key in LEADING_BLOCKS and isinstance(value, int):
+            cut[key] = sum(block < value for block in kept)
     cut["num_hidden_layers"] = len(kept)
-    if isinstance(config.get("max_window_layers"), int):
-        cut["max_window_layers"] = sum(block < config["max_window_layers"] for block in kept)
     return cut
 
 
@@ -119,13 +158,23 @@ def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
         yield from ((name, _elements(entry)) for name, entry in header.items() if name != "__metadata__")
 
 
+def matrices(folder: Path) -> set[str]:
+    """The names of a checkpoint's modules with a two-dimensional weight."""
+    found = set()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            header, _ = read_header(file, path)
+        found |= {name for name, entry in header.items() if name != "__metadata__" and len(entry["shape"]) == 2}
+    return {name.removesuffix(".weight") for name in found if name.endswith(".weight")}
+
+
 def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str, Any]:
     """Write the checkpoint without the blocks `removed` (0-based) into the folder `target`.
 
     Returns kept and removed blocks, parameters before and after (tied weights once), and the share of FLOPs saved as
     arXiv 2410.09982 counts it: removed parameters / all parameters.
     """
-    config = read_config(source)
+    config = complete_config(source)
     gone = set(removed)
     kept = [block for block in range(config["num_hidden_layers"]) if block not in gone]
     assert kept, "all blocks removed; the caller checks this"
@@ -138,7 +187,7 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
         counts, size = _stream(shard, target / shard.name, position)
         weight_map |= dict.fromkeys(counts, shard.name)
         total_bytes += size
-    if len(shards) > 1:
+    if shards[0].name != "model.safetensors":
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (target / "config.json").write_text(json.dumps(cut_config(config, kept), indent=2, sort_keys=True) + "\n")

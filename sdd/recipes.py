@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdd import models
 from sdd.config import build, check_pruning
 from sdd.errors import UserError
+from sdd.pruning import matrices
 from sdd.store import Recipe, digest_of
 
 VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "evaluated": 1}
@@ -57,7 +58,12 @@ class Recipes:
     @cached_property
     def teacher_digest(self) -> str:
         path = self.config.teacher.path
-        return self.model_digest if path is None else self._digest(Path(path).expanduser())
+        if path is None:
+            return self.model_digest
+        try:
+            return self._digest(Path(path).expanduser())
+        except UserError as error:
+            raise UserError(str(error).replace("model.path=", "teacher.path=", 1)) from None
 
     # ---- the cut -----------------------------------------------------------------------------------------------
 
@@ -170,6 +176,7 @@ class Recipes:
                 f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
                 f"{finetune.validation_rows} for validation; raise dataset.num_rows"
             )
+        self._check_adapter()
         settings = OmegaConf.to_container(finetune, resolve=True)
         assert isinstance(settings, dict)
         for key in ("mode", "select", "gold_share", "precision"):
@@ -182,6 +189,8 @@ class Recipes:
             "system_prompt": self.config.dataset.system_prompt,
             "seed": self.config.seed,
         }
+        if self.config.adapter.dropout > 0:
+            spec["micro_batch_tokens"] = self.config.trainer.micro_batch_tokens  # dropout's draws follow the passes
         inputs = {"targets": self.targets()}
         pruned = self.pruned()
         if pruned is None:
@@ -189,6 +198,18 @@ class Recipes:
         else:
             inputs["pruned"] = pruned
         return self._recipe("tuned", spec, inputs, self._labels)
+
+    def _check_adapter(self) -> None:
+        targets = list(self.config.adapter.targets)
+        if targets == ["all-linear"]:
+            return
+        names = matrices(self.model_folder)
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                known = sorted({name.rsplit(".", 1)[1] for name in names if ".layers." in name})
+                raise UserError(
+                    f"adapter.targets: no linear layer {target}; choose [all-linear] or from {', '.join(known)}"
+                )
 
     def student(self) -> Recipe | None:
         """What is evaluated: the tuned student, the pruned one, or None for the unpruned model itself."""

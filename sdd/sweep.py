@@ -15,12 +15,19 @@ log = logging.getLogger(__name__)
 class SweepEnd(Callback):
     """A Hydra callback. Reads the jobs' records, so that it does not matter which process ran them."""
 
+    def __init__(self) -> None:
+        self.earlier: set[tuple[Path, int]] = set()
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the records that an earlier sweep left in the same folder."""
+        self.earlier = set(_records(Path(config.hydra.sweep.dir)))
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from sdd import app
 
         folder = Path(config.hydra.sweep.dir)
-        paths = sorted(folder.glob("*/result.json"), key=lambda path: (len(path.parent.name), path.parent.name))
-        jobs = [(path.parent.name, json.loads(path.read_text())) for path in paths]
+        names = {str(p.parent.relative_to(folder)): p for p, _ in set(_records(folder)) - self.earlier}
+        jobs = [(name, json.loads(names[name].read_text())) for name in sorted(names, key=lambda n: (len(n), n))]
         failed = [(name, job) for name, job in jobs if "error" in job]
         app.outcome[:] = [job.get("code", 0) for _, job in jobs]
         if failed:
@@ -40,3 +47,7 @@ class SweepEnd(Callback):
             app.outcome.append(app.FAILURE)
             return
         log.info("report: %s", report)
+
+
+def _records(folder: Path) -> list[tuple[Path, int]]:
+    return [(path, path.stat().st_mtime_ns) for path in folder.rglob("result.json")]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -18,11 +19,10 @@ def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank; `what` names the setting in errors."""
     if not path.is_file():
         raise UserError(f"{what}={path}: no such file")
-    number = 0
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
+            for number, data in enumerate(file, 1):
+                if line := data.decode().strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise UserError(f"{what}={path}: line {number} is not a JSON object")
@@ -30,8 +30,8 @@ def read_jsonl(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{what}={path}: line {number} is not valid JSON ({error.msg})") from None
         except UnicodeDecodeError:
-            raise UserError(f"{what}={path}: line {number + 1} is not UTF-8 text") from None
-        except (gzip.BadGzipFile, EOFError):
+            raise UserError(f"{what}={path}: line {number} is not UTF-8 text") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error):
             raise UserError(f"{what}={path}: not a complete gzip file") from None
 
 

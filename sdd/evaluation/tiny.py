@@ -41,6 +41,8 @@ def _choice(instance: Instance) -> Item:
     """Candidates are whole statements; wrong ones change one of the two facts to another value of its attribute."""
     rng = random.Random(f"choices {instance.key}")
     one, other = (tuple(part.split(" ")) for part in instance.key.removeprefix("fact ").split(", "))
+    if f"{WORLD[one[0], one[1]]} {WORLD[other[0], other[1]]}" != instance.answer:
+        one, other = other, one  # the key is sorted, the question need not be
     wrong: set[str] = set()
     while len(wrong) < CHOICES - 1:
         values = [WORLD[one[0], one[1]], WORLD[other[0], other[1]]]

@@ -62,8 +62,11 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     student = _with_adapter(models.load_model(base, _dtype(spec), runtime.device, runtime.attention), spec["adapter"])
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
     history = _fit(student, training, validation, recipe, runtime, folder / SCRATCH)
-    student.peft_config["default"].base_model_name_or_path = base_name
-    student.save_pretrained(folder / "adapter")
+    saved = student.peft_config["default"]
+    saved.base_model_name_or_path = base_name
+    saved.target_modules = sorted(saved.target_modules)  # a set, written in another order by every process
+    # "auto" would look the base's vocabulary up under that name, on the hub.
+    student.save_pretrained(folder / "adapter", save_embedding_layers=False)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
@@ -109,7 +112,7 @@ def _fit(
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from sdd.module import Optimisation, StudentModule, step_rows
+    from sdd.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
 
     settings, seed = recipe.spec["finetune"], recipe.spec["seed"]
     plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)
@@ -144,6 +147,7 @@ def _fit(
             max_epochs=-1,
             logger=_logger(recipe, runtime),
             callbacks=[ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)],
+            plugins=[WholeCheckpoints()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
         ]
         return rows, lines, 0
     if arguments.command == "verify":
-        folders = [store.root / m["stage"] / m["address"] for m in store.manifests()]
+        folders = store.folders()
         problems = {f"{f.parent.name}/{f.name}": found for f in folders if (found := store.verify(f))}
         lines = [f"{name}: {'; '.join(found)}" for name, found in problems.items()]
         lines.append(f"{len(folders)} artifacts, {len(problems)} damaged")

@@ -25,13 +25,13 @@ def remembered_digest(path: Path, memory: Path) -> str:
     key = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns])
     note = memory / hashlib.sha256(key.encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(note.read_text())
-        if known["key"] == key:
-            return str(known["sha256"])
+        remembered = note.read_text()
+        if len(remembered) == 64:
+            return remembered
     sha256 = file_digest(path)
     with contextlib.suppress(OSError):
         memory.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"key": key, "sha256": sha256}))
+        write_atomically(note, sha256)
     return sha256
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
-from sdd.store.recipe import Recipe
+from sdd.store.recipe import Recipe, address_of
 
 log = logging.getLogger(__name__)
 
@@ -128,18 +128,19 @@ class Store:
         write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         target = self.folder(recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():  # without a manifest: a deletion that was cut short
+            shutil.rmtree(target)
         os.replace(partial, target)
         log.info("%s/%s built in %.1f s", recipe.stage, recipe.address, manifest["seconds"])
 
     # ---- looking at what is there ------------------------------------------------------------------------------
 
+    def folders(self) -> list[Path]:
+        """The folders of all complete artifacts, by stage, then by address."""
+        return [path.parent for stage in STAGES for path in sorted((self.root / stage).glob("*/manifest.json"))]
+
     def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all complete artifacts, by stage, then by address."""
-        return [
-            read_manifest(path.parent)
-            for stage in STAGES
-            for path in sorted((self.root / stage).glob("*/manifest.json"))
-        ]
+        return [read_manifest(folder) for folder in self.folders()]
 
     def find(self, address: str) -> Path:
         """The folder of a complete artifact by its address or an unambiguous start of it."""
@@ -150,9 +151,15 @@ class Store:
         return hits[0]
 
     def verify(self, folder: Path) -> list[str]:
-        """What is wrong with a complete artifact: files changed, missing, or not in its manifest."""
-        manifest = read_manifest(folder)
-        recorded: dict[str, str] = manifest["files"]
+        """What is wrong with a complete artifact: files changed, missing, or unlisted; the manifest."""
+        try:
+            manifest = read_manifest(folder)
+            recorded: dict[str, str] = manifest["files"]
+            address = address_of(*(manifest[key] for key in ("stage", "version", "spec", "inputs")))
+        except (UserError, KeyError, TypeError):
+            return ["changed manifest.json: it cannot be read"]
+        if (folder.parent.name, folder.name) != (manifest["stage"], address):
+            return [f"changed manifest.json: its recipe is {manifest['stage']}/{address}"]
         present = {str(path.relative_to(folder)) for path in files_of(folder)} - {"manifest.json"}
         problems = [f"missing {name}" for name in sorted(set(recorded) - present)]
         problems += [f"not in the manifest: {name}" for name in sorted(present - set(recorded))]
@@ -167,7 +174,10 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder}/manifest.json is damaged; delete the folder and build it again") from None
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: byte-level BPE with single digits, trained on the teacher split; its chat template."""
+"""The embedded model's tokenizer: byte-level BPE with single digits, from the teacher split; its chat template."""
 
 import random
 from typing import Any
@@ -14,14 +14,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(context: int, seed: int = 0) -> Any:
-    """Train the tokenizer on 16,000 tasks; plain text gets the begin token, chats bring their own."""
+def build_tokenizer(context: int, seed: int = 0, tasks: int = 16_000) -> Any:
+    """Train the tokenizer on that many tasks; plain text gets the begin token, chats bring their own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
-    tasks = (draw(rng.choice(list(FAMILIES)), "teacher", rng) for _ in range(16_000))
-    texts = (text for task in tasks for text in (task.prompt, task.gold, task.reference))
+    drawn = (draw(rng.choice(list(FAMILIES)), "teacher", rng) for _ in range(tasks))
+    texts = (text for task in drawn for text in (task.prompt, task.gold, task.reference))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -20,11 +20,13 @@ from typing import Any
 
 CONTEXT = 256
 LEARNING_RATE = {"muon": 0.02, "adamw": 3e-3}
-DECAY_FROM = 0.55
+DECAY_FROM = 0.35
 PRACTICE_UNTIL = 0.3
-LAYERDROP_FROM = 0.55
+LAYERDROP_FROM = 0.6
 LAYERDROP = 0.1
 TOKENS_PER_PROCESS = 2_304
+MONITOR_EVERY = 200
+"""Steps between looks at the dev split."""
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -82,7 +84,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from sdd.tiny.corpus import batches
+    from sdd.tiny.corpus import batches, final_answer_nats
     from sdd.tiny.tokenizer import build_tokenizer
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -105,8 +107,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     inner = range(1, len(model.model.layers) - 1)
     streams = {
-        practice: batches(tokenizer, f"{seed} {rank} {practice}", TOKENS_PER_PROCESS, practice)
-        for practice in (True, False)
+        practice: batches(tokenizer, seed, TOKENS_PER_PROCESS, processes, rank, practice) for practice in (True, False)
     }
     smoothed = 0.0
     progress = tqdm(range(steps), disable=rank > 0, desc="teacher", mininterval=10)
@@ -134,6 +135,9 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
             optimizer.zero_grad(set_to_none=True)
         smoothed = total_loss / total if step == 0 else 0.98 * smoothed + 0.02 * total_loss / total
         progress.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
+        if rank == 0 and (step + 1) % MONITOR_EVERY == 0:
+            nats = final_answer_nats(model, tokenizer)
+            progress.write(f"step {step + 1}: " + " ".join(f"{family} {value:.2f}" for family, value in nats.items()))
     if rank == 0:
         model.to(torch.bfloat16)
         model.generation_config.do_sample = False
@@ -146,7 +150,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdd.tiny.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")

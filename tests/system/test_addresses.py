@@ -1,0 +1,308 @@
+"""Equal work has equal addresses: what is in the key of each stage, and what is not, for every setting there is."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import run
+from omegaconf import DictConfig, OmegaConf
+
+from sdd.app import config_folder
+from sdd.recipes import Recipes
+
+FOLLOWS = {
+    "scores": {"pruned", "tuned", "evaluated"},
+    "pruned": {"tuned", "evaluated"},
+    "rewrites": {"targets", "tuned", "evaluated"},
+    "targets": {"tuned", "evaluated"},
+    "tuned": {"evaluated"},
+    "evaluated": set(),
+}
+STAGES = set(FOLLOWS)
+
+Addresses = Callable[..., dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def addresses(composed: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathFactory) -> Addresses:
+    """A function from overrides (groups) and values (settings) to the address of each stage of the full study."""
+    memory = tmp_path_factory.mktemp("digests")
+    known: dict[str, dict[str, str]] = {}
+
+    def function(*groups: str, values: dict[str, Any] | None = None) -> dict[str, str]:
+        key = json.dumps([groups, values])
+        if key not in known or "path" in key:  # what lies at a path may have changed
+            config = composed(*groups)
+            for name, value in (values or {}).items():
+                OmegaConf.update(config, name, value)
+            wanted = Recipes(config, memory).wanted("evaluate")
+            assert wanted is not None
+            known[key] = {recipe.stage: recipe.address for recipe in wanted.walk()}
+        return known[key]
+
+    return function
+
+
+def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
+    return {stage for stage in a.keys() | b.keys() if a.get(stage) != b.get(stage)}
+
+
+SAMPLING = {"engine.temperature": 0.7}
+RANDOM = ["metric=random"]
+
+IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
+    # setting, another value, the first stages that change, groups and settings that both sides share
+    ("calibration.num_texts", 5, {"scores"}, [], {}),
+    ("calibration.max_length", 20, {"scores"}, [], {}),
+    ("metric.contiguous", True, {"scores"}, ["metric=block_influence"], {}),
+    ("metric.seed", 1, {"scores"}, RANDOM, {}),
+    ("model.dtype", "bfloat16", {"scores", "rewrites"}, [], {}),
+    ("pruning.size", 1, {"pruned"}, [], {}),
+    ("pruning.start", 1, {"pruned"}, [], {"pruning.blocks": None, "pruning.start": 0}),
+    ("pruning.blocks", [0, 3], {"pruned"}, [], {"pruning.blocks": [0, 2]}),
+    ("dataset.num_rows", 139, {"rewrites"}, [], {}),
+    ("dataset.seed", 1, {"rewrites"}, [], {}),
+    ("dataset.families", ["word"], {"rewrites"}, [], {}),
+    ("dataset.template", "{prompt} {reference}", {"rewrites"}, [], {}),
+    ("dataset.system_prompt", "Be brief.", {"rewrites", "tuned"}, [], {}),
+    ("dataset.answer_rule", "none", {"targets"}, [], {}),
+    ("dataset.leak_phrases", ["leak"], {"targets"}, [], {}),
+    ("dataset.answer_rule", "none", {"rewrites"}, [], {**SAMPLING, "engine.tries": 2}),
+    ("engine.max_new_tokens", 5, {"rewrites"}, [], {}),
+    ("engine.max_prompt_tokens", 99, {"rewrites"}, [], {}),
+    ("engine.temperature", 0.5, {"rewrites"}, [], {}),
+    ("engine.top_p", 0.5, {"rewrites"}, [], SAMPLING),
+    ("engine.tries", 2, {"rewrites"}, [], SAMPLING),
+    ("engine.seed", 1, {"rewrites"}, [], SAMPLING),
+    ("finetune.select", False, {"targets"}, [], {}),
+    ("finetune.gold_share", 0.5, {"targets"}, [], {}),
+    ("finetune.mode", "sft", {"targets"}, [], {}),
+    ("finetune.epochs", 1, {"tuned"}, [], {}),
+    ("finetune.learning_rate", 1e-4, {"tuned"}, [], {}),
+    ("finetune.batch_size", 5, {"tuned"}, [], {}),
+    ("finetune.max_length", 99, {"tuned"}, [], {}),
+    ("finetune.num_rows", 11, {"tuned"}, [], {}),
+    ("finetune.validation_rows", 5, {"tuned"}, [], {}),
+    ("finetune.precision", "bf16", {"tuned"}, [], {}),
+    ("finetune.warmup_share", 0.5, {"tuned"}, [], {}),
+    ("finetune.weight_decay", 0.1, {"tuned"}, [], {}),
+    ("finetune.clip_norm", 0.5, {"tuned"}, [], {}),
+    ("adapter.rank", 3, {"tuned"}, [], {}),
+    ("adapter.alpha", 3, {"tuned"}, [], {}),
+    ("adapter.dropout", 0.1, {"tuned"}, [], {}),
+    ("adapter.targets", ["q_proj"], {"tuned"}, [], {}),
+    ("seed", 1, {"tuned"}, [], {}),
+    ("seed", 1, {"tuned"}, RANDOM, SAMPLING),
+    ("evaluation.tasks", ["arithmetic"], {"evaluated"}, [], {}),
+    ("evaluation.split", "test", {"evaluated"}, [], {}),
+    ("evaluation.limit", 2, {"evaluated"}, [], {}),
+    ("evaluation.seed", 1, {"evaluated"}, [], {}),
+    ("evaluation.max_new_tokens", 5, {"evaluated"}, [], {}),
+    ("evaluation.dtype", "bfloat16", {"evaluated"}, [], {}),
+    ("evaluation.system_prompt", "Be brief.", {"evaluated"}, [], {}),
+]
+
+NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
+    ("trainer.accelerator", "gpu", [], {}),
+    ("trainer.devices", 2, [], {}),
+    ("trainer.threads", 2, [], {}),
+    ("trainer.micro_batch_tokens", 99, [], {}),
+    ("trainer.inference_batch_size", 3, [], {}),
+    ("trainer.attention", "sdpa", [], {}),
+    ("trainer.checkpoint_every", 7, [], {}),
+    ("engine.batch_size", 3, [], {}),
+    ("evaluation.batch_size", 3, [], {}),
+    ("paths.artifacts", "elsewhere", [], {}),
+    ("store.missing", "raise", [], {}),
+    ("dry_run", True, [], {}),
+    ("dataset.name", "renamed", [], {}),
+    ("engine.seed", 1, [], {}),
+    ("dataset.template", "{prompt}", ["finetune=sft"], {}),
+    ("dataset.answer_rule", "none", ["finetune=sft"], {}),
+    ("finetune.select", False, ["finetune=sft"], {}),
+    ("finetune.gold_share", 0.5, ["finetune=sft"], {}),
+    ("engine.max_new_tokens", 5, ["finetune=sft"], {}),
+    ("engine.temperature", 0.5, ["finetune=sft"], {}),
+    ("calibration.num_texts", 5, RANDOM, {}),
+    ("calibration.max_length", 20, ["metric=last"], {}),
+    ("metric.contiguous", True, ["metric=block_influence"], {"pruning.blocks": [1]}),
+    ("calibration.num_texts", 5, [], {"pruning.start": 1}),
+]
+
+ELSEWHERE = {
+    *("model.path", "model.revision", "teacher.path", "teacher.revision", "metric._target_", "calibration._target_"),
+    *("calibration.path", "dataset._target_", "dataset.path", "engine._target_", "evaluation.suite", "merge.method"),
+}
+"""Settings with tests of their own below, or with one value so far."""
+
+
+@pytest.mark.parametrize(("key", "value", "first", "groups", "shared"), IN_KEY, ids=lambda v: str(v)[:40])
+def test_setting_is_in_the_key(
+    key: str, value: Any, first: set[str], groups: list, shared: dict, addresses: Addresses
+) -> None:
+    expected = first | {stage for start in first for stage in FOLLOWS[start]}
+    assert (
+        changed(addresses(*groups, values=shared), addresses(*groups, values={**shared, key: value}))
+        - {
+            # leaving self-distillation, the rewrites go
+            *({"rewrites"} if key == "finetune.mode" else ()),
+        }
+        == expected
+    )
+
+
+@pytest.mark.parametrize(("key", "value", "groups", "shared"), NOT_IN_KEY, ids=lambda v: str(v)[:40])
+def test_setting_is_not_in_the_key(key: str, value: Any, groups: list, shared: dict, addresses: Addresses) -> None:
+    assert addresses(*groups, values=shared) == addresses(*groups, values={**shared, key: value})
+
+
+def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> None:
+    def leaves(node: Any, prefix: str = "") -> Iterator[str]:
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(value, f"{prefix}{key}.")
+            elif value != {}:
+                yield f"{prefix}{key}"
+
+    plain = {name: node for name, node in OmegaConf.to_container(composed()).items() if name != "hydra"}
+    settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed"}
+    accounted = {row[0] for row in IN_KEY} | {row[0] for row in NOT_IN_KEY} | ELSEWHERE
+    assert settings == accounted
+
+
+@pytest.mark.parametrize("groups", [["trainer=gpu"], ["logger=wandb"], ["logger=wandb", "logger.project=other"]])
+def test_option_is_not_in_the_key(groups: list[str], addresses: Addresses) -> None:
+    assert addresses() == addresses(*groups)
+
+
+def test_metric_is_in_the_key(addresses: Addresses) -> None:
+    found = {metric: addresses(f"metric={metric}") for metric in ("angular", "block_influence", "random", "last")}
+    for stage in ("scores", "pruned", "tuned", "evaluated"):
+        assert len({one[stage] for one in found.values()}) == 4
+    assert len({one["rewrites"] for one in found.values()}) == 1
+
+
+def test_renamed_option_is_the_same_work(small: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "own" / "metric"
+    own.mkdir(parents=True)
+    shutil.copyfile(config_folder() / "metric" / "angular.yaml", own / "mine.yaml")
+    shutil.copytree(Path(small[0].removeprefix("--config-dir=")) / "experiment", tmp_path / "own" / "experiment")
+    words = [f"--config-dir={tmp_path / 'own'}", "experiment=small", "dry_run=true"]
+    plain, renamed = (run("prune", *words, *more, cwd=tmp_path) for more in ([], ["metric=mine"]))
+    assert plain.code == renamed.code == 0
+    assert plain.stdout == renamed.stdout
+
+
+def test_experiment_over_several_sizes_shares_scores(addresses: Addresses) -> None:
+    sizes = [addresses(f"pruning=n{size}") for size in (1, 2, 3)]
+    assert len({one["scores"] for one in sizes}) == 1
+    assert len({one["pruned"] for one in sizes}) == 3
+
+
+# ---- models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "another" / "place"))
+
+
+def test_model_that_moved_is_the_same(addresses: Addresses, moved: Path) -> None:
+    (moved / "README.md").write_text("a note beside the model\n")
+    assert addresses() == addresses(values={"model.path": str(moved)})
+
+
+def _append_token(moved: Path) -> None:
+    path = moved / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 3]}))
+
+
+def _flip_weight(moved: Path) -> None:
+    path = moved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _edit_config(moved: Path) -> None:
+    path = moved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+
+
+def _edit_template(moved: Path) -> None:
+    path = moved / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def _edit_tokenizer(moved: Path) -> None:
+    path = moved / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+
+
+CONTENTS = [_append_token, _flip_weight, _edit_config, _edit_template, _edit_tokenizer]
+
+
+@pytest.mark.parametrize("change", CONTENTS, ids=lambda function: function.__name__)
+def test_content_of_a_model_is_in_the_key(change: Callable, addresses: Addresses, moved: Path) -> None:
+    change(moved)
+    assert changed(addresses(), addresses(values={"model.path": str(moved)})) == STAGES
+
+
+@pytest.mark.parametrize("metric", ["random", "last"])
+def test_controls_depend_on_the_number_of_blocks_only(metric: str, addresses: Addresses, moved: Path) -> None:
+    _flip_weight(moved)
+    before, after = addresses(f"metric={metric}"), addresses(f"metric={metric}", values={"model.path": str(moved)})
+    assert before["scores"] == after["scores"]
+    assert before["pruned"] != after["pruned"]
+
+
+def test_teacher_is_in_the_key_of_the_rewrites_alone(addresses: Addresses, moved: Path) -> None:
+    assert addresses(values={"teacher.path": str(moved)}) == addresses()
+    _flip_weight(moved)
+    assert changed(addresses(), addresses(values={"teacher.path": str(moved)})) == {"rewrites", *FOLLOWS["rewrites"]}
+    assert addresses("finetune=sft", values={"teacher.path": str(moved)}) == addresses("finetune=sft")
+
+
+# ---- spans and lists of blocks, data ------------------------------------------------------------------------------
+
+
+def test_given_blocks_need_no_metric(addresses: Addresses) -> None:
+    plain = addresses(values={"pruning.blocks": [1, 2]})
+    assert "scores" not in plain
+    for groups in (["metric=random"], ["metric=block_influence"]):
+        assert addresses(*groups, values={"pruning.blocks": [2, 1]}) == plain
+    assert addresses(values={"pruning.start": 1, "pruning.size": 2}) == plain
+
+
+def test_same_texts_from_a_file_are_the_same(addresses: Addresses, tmp_path: Path) -> None:
+    def scored(name: str, lines: list[str]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        values = {"calibration.path": str(tmp_path / name), "calibration.num_texts": 2}
+        return addresses("calibration=local", "calibration.path=x", values=values)["scores"]
+
+    first = scored("a.jsonl", ["some text", "more text"])
+    assert scored("b.jsonl", ["some text", "more text", "text that is not used"]) == first
+    assert scored("c.jsonl", ["some text", "more texts"]) != first
+
+
+def test_rows_of_a_file_are_named_by_content(addresses: Addresses, tmp_path: Path) -> None:
+    def targeted(name: str, reference: str) -> dict[str, str]:
+        rows = [{"prompt": f"p{n}", "reference": reference} for n in range(30)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {"dataset.path": str(tmp_path / name), "dataset.num_rows": None}
+        return addresses("dataset=local", "dataset.path=x", values=values)
+
+    first = targeted("a.jsonl", "r")
+    assert targeted("b.jsonl", "r") == first
+    assert changed(targeted("c.jsonl", "s"), first) == {"rewrites", *FOLLOWS["rewrites"]}
+
+
+def test_unpruned_student_and_teacher(addresses: Addresses) -> None:
+    assert set(addresses("pruning=none", "finetune=none")) == {"evaluated"}
+    assert set(addresses("pruning=none", "finetune=sft")) == {"targets", "tuned", "evaluated"}
+    assert set(addresses("finetune=none")) == {"scores", "pruned", "evaluated"}
+    plain = addresses("pruning=none", "finetune=none")
+    assert addresses("pruning=none", "finetune=none", "metric=random", values={"seed": 3}) == plain

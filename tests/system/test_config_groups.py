@@ -1,0 +1,154 @@
+"""Every option of every config group composes, names classes that take its settings, and passes the checks."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
+from launching import REPOSITORY, run
+from omegaconf import DictConfig, OmegaConf
+
+from sdd.app import config_folder
+from sdd.config import ALLOWED_PLUGINS, ALLOWED_TARGETS, build, check_targets, check_values
+
+CONF = REPOSITORY / "conf"
+OPTIONS = sorted(
+    (str(path.parent.relative_to(CONF)), path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix(""))
+    for path in CONF.rglob("*.yaml")
+    if path.parent != CONF
+)
+NEEDS = {
+    ("model", "local"): ["model.path=somewhere"],
+    ("calibration", "local"): ["calibration.path=texts.jsonl"],
+    ("dataset", "local"): ["dataset.path=rows.jsonl"],
+}
+GROUPS = {
+    *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),
+    *("trainer", "logger", "experiment"),
+}
+PASSED = {
+    "dataset": {"path", "num_rows", "seed", "families"},
+    "calibration": {"path", "num_texts"},
+}
+"""What the constructors of these two are given; the rest of their settings belongs to the recipe."""
+ADDED = {"logger": {"id": "a", "name": "n", "save_dir": "d", "config": {}}}
+
+
+@pytest.fixture
+def composed() -> Iterator[Any]:
+    """A function from overrides to the composed config, `hydra` node included."""
+
+    def function(*overrides: str) -> DictConfig:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("config", list(overrides), return_hydra_config=True)
+
+    yield function
+    GlobalHydra.instance().clear()
+
+
+def targets(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """Every mapping with a `_target_`, and where it stands."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, (*path, key))
+
+
+def assert_bound(path: tuple, node: dict) -> None:
+    name = node["_target_"]
+    assert name in (ALLOWED_PLUGINS if path[0] == "hydra" and path[1] != "callbacks" else ALLOWED_TARGETS), name
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    if path[0] in PASSED:
+        given = {key: given[key] for key in PASSED[path[0]]}
+    inspect.signature(get_object(name)).bind(**given, **ADDED.get(path[0], {}))
+
+
+def test_configs_in_use_are_those_of_the_checkout() -> None:
+    assert config_folder() == CONF
+
+
+def test_every_file_is_an_option_that_hydra_lists() -> None:
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+
+    loader = ConfigLoaderImpl(create_config_search_path(str(config_folder())))
+    listed = {(group, option) for group in {g for g, _ in OPTIONS} for option in loader.get_group_options(group)}
+    assert listed == {(group, option.name) for group, option in OPTIONS}
+    assert len(OPTIONS) == len(list(CONF.rglob("*.yaml"))) - 1
+    assert {group.split("/")[0] for group, _ in OPTIONS} == GROUPS
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_option_composes_and_binds(group: str, option: Path, composed: Any) -> None:
+    top = group.split("/")[0]
+    config = composed(f"{top}={option}", *NEEDS.get((top, str(option)), []))
+    check_targets(config)
+    with_hydra = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(with_hydra, dict)
+    plugins = with_hydra.pop("hydra")
+    found = list(targets(OmegaConf.to_container(OmegaConf.masked_copy(config, list(with_hydra)), resolve=True)))
+    found += [(("hydra", *path), node) for path, node in targets(plugins)]
+    assert {path[0] for path, _ in found} >= {"metric", "calibration", "dataset", "engine", "hydra"}
+    for path, node in found:
+        assert_bound(path, node)
+    del config.hydra
+    check_values(config)
+    assert build(config.metric).name
+    assert build(config.engine).spec()["kind"]
+
+
+def test_first_option_of_each_group_is_the_default(composed: Any) -> None:
+    choices = composed().hydra.runtime.choices
+    first = {"model": "tiny", "metric": "angular", "calibration": "tiny", "pruning": "n2", "dataset": "tiny_math"}
+    first |= {"finetune": "self_distill", "adapter": "lora", "engine": "hf", "merge": "none", "evaluation": "tiny"}
+    first |= {"trainer": "cpu", "logger": "csv", "experiment": None}
+    assert {group: choices[group] for group in first} == first
+    assert set(first) == GROUPS
+
+
+def test_command_line_wins_over_an_experiment(composed: Any) -> None:
+    alone, asked = composed("experiment=demo"), composed("experiment=demo", "dataset.num_rows=7", "pruning=n1")
+    assert (alone.dataset.num_rows, alone.pruning.size) == (1600, 4)
+    assert (asked.dataset.num_rows, asked.pruning.size) == (7, 1)
+
+
+def test_own_config_folder_adds_an_option(tmp_path: Path) -> None:
+    option = tmp_path / "mine" / "pruning" / "half.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("size: 6\n")
+    words = [f"--config-dir={tmp_path / 'mine'}", "pruning=half", "metric=last", "finetune=none", "dry_run=true"]
+    outcome = run("train", *words, cwd=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert len(outcome.lines) == 2
+    assert "pruned/" in outcome.lines[1]
+
+
+HYDRA_REFUSES = {
+    "unknown option": ("metric=angula", "Could not find 'metric/angula'"),
+    "unknown group": ("metrics=angular", "Could not override 'metrics'"),
+    "misspelt key": ("finetune.epoch=3", "Key 'epoch' not in 'Finetune'"),
+    "misspelt key of a part": ("metric.sed=1", "Key 'sed' is not in struct"),
+    "word for a number": ("pruning.size=many", "could not be converted to Integer"),
+    "fraction for a count": ("finetune.epochs=1.5", "could not be converted to Integer"),
+    "word for a switch": ("dry_run=perhaps", "is not a valid bool"),
+    "text for a list": ("pruning.blocks=3", "Invalid value assigned"),
+    "word in a list of numbers": ("pruning.blocks=[1,x]", "could not be converted to Integer"),
+    "nothing for a number": ("seed=null", "Error merging override seed=null"),
+    "not an override": ("pruning.size", "missing EQUAL"),
+}
+
+
+@pytest.mark.parametrize(("word", "message"), HYDRA_REFUSES.values(), ids=HYDRA_REFUSES.keys())
+def test_hydra_refuses_at_composition(word: str, message: str, tmp_path: Path) -> None:
+    outcome = run("train", "dry_run=true", word, cwd=tmp_path)
+    assert outcome.code == 1
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert not (tmp_path / "artifacts").exists()

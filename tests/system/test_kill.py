@@ -1,0 +1,138 @@
+"""Processes that are killed, and processes that ask for the same: nothing is half there, nothing is made twice."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import artifacts_of, files_of, run, spawn
+
+ASKED_BY = {
+    "scores": "prune",
+    "pruned": "prune",
+    "rewrites": "generate",
+    "targets": "generate",
+    "tuned": "train",
+    "evaluated": "evaluate",
+}
+UPSTREAM = {
+    "scores": set(),
+    "pruned": {"scores"},
+    "rewrites": set(),
+    "targets": {"rewrites"},
+    "tuned": {"scores", "pruned", "rewrites", "targets"},
+    "evaluated": {"scores", "pruned", "rewrites", "targets", "tuned"},
+}
+KEPT = {"rewrites": ["000000.jsonl"], "tuned": ["step=3.ckpt"], "evaluated": ["arithmetic.jsonl"]}
+"""What a killed build leaves to be continued."""
+
+
+def scratch_of(root: Path, stage: str) -> dict[str, tuple[int, int]]:
+    """Name -> (modification time, inode) of the files that a stage would continue from."""
+    found = (root / "artifacts" / ".partial" / stage).glob("*/scratch/*")
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+
+@pytest.mark.parametrize("stage", ASKED_BY)
+def test_killed_in_the_middle_then_run_again(
+    stage: str, small: list[str], study: Path, manifests: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command completes, with the same bytes as an uninterrupted run, and redoes no finished chunk."""
+    for upstream in UPSTREAM[stage]:
+        shutil.copytree(study / "artifacts" / upstream, tmp_path / "artifacts" / upstream)
+    process = spawn(ASKED_BY[stage], *small, cwd=tmp_path, hold=stage)
+    process.until_holding(stage)
+    process.kill()
+    assert {name.split("/")[0] for name in artifacts_of(tmp_path / "artifacts")} == UPSTREAM[stage]
+    assert list((tmp_path / "artifacts" / ".partial" / stage).glob("[0-9a-f]*"))
+    assert sorted(scratch_of(tmp_path, stage)) == KEPT.get(stage, [])
+
+    redone: list[str] = []
+    if stage in KEPT:
+        from sdd import module
+        from sdd.stages import evaluated, rows
+
+        for owner, name in ((rows, "write_jsonl"), (evaluated, "write_jsonl")):
+            original = getattr(owner, name)
+            monkeypatch.setattr(
+                owner, name, lambda path, lines, original=original: (redone.append(path.name), original(path, lines))
+            )
+        record = module.StudentModule._record
+        monkeypatch.setattr(
+            module.StudentModule,
+            "_record",
+            lambda self, step, *rest: (redone.append(f"step={step}.ckpt"), record(self, step, *rest)),
+        )
+    outcome = run(ASKED_BY[stage], *small, cwd=tmp_path)
+    assert outcome.path.is_dir()
+    assert not set(redone[:-2] if stage == "evaluated" else redone) & set(KEPT.get(stage, []))
+    wanted = {
+        name: digest
+        for name, digest in files_of(study / "artifacts").items()
+        if name.split("/")[0] in UPSTREAM[stage] | {stage, *(["pruned"] if stage == "scores" else [])}
+        or (stage == "rewrites" and name.startswith("targets"))
+    }
+    assert files_of(tmp_path / "artifacts") == wanted
+    assert not scratch_of(tmp_path, stage)
+
+
+def test_killed_while_writing_a_checkpoint(small: list[str], study: Path, tmp_path: Path) -> None:
+    """Half a checkpoint is not resumed from; the one before it is."""
+    for upstream in UPSTREAM["tuned"]:
+        shutil.copytree(study / "artifacts" / upstream, tmp_path / "artifacts" / upstream)
+    process = spawn("train", *small, cwd=tmp_path, hold="checkpoint")
+    process.until_holding("checkpoint")
+    process.kill()
+    assert [name for name in scratch_of(tmp_path, "tuned") if name.endswith(".ckpt")] == ["step=2.ckpt"]
+    run("train", *small, cwd=tmp_path)
+    made = files_of(tmp_path / "artifacts")
+    assert made == {name: files_of(study / "artifacts")[name] for name in made}
+    assert any(name.startswith("tuned/") for name in made)
+
+
+def test_same_artifact_asked_for_twice_at_once_is_built_once(small: list[str], study: Path, tmp_path: Path) -> None:
+    first = spawn("prune", *small, cwd=tmp_path, name="first", hold="scores")
+    first.until_holding("scores")
+    second = spawn("prune", *small, cwd=tmp_path, name="second")
+    second.until(lambda: "is being built by another process; waiting" in second.stream("stderr"))
+    (tmp_path / "go").touch()
+    outcomes = [first.outcome(), second.outcome()]
+    assert outcomes[0].path == outcomes[1].path
+    built = outcomes[0].built + outcomes[1].built
+    assert len(built) == len(set(built)) == 2
+    assert outcomes[0].built[0].startswith("scores/")
+
+
+def test_lock_of_a_killed_builder_blocks_nobody(small: list[str], study: Path, tmp_path: Path) -> None:
+    first = spawn("prune", *small, cwd=tmp_path, name="first", hold="scores")
+    first.until_holding("scores")
+    second = spawn("prune", *small, cwd=tmp_path, name="second")
+    second.until(lambda: "waiting for it" in second.stream("stderr"))
+    first.kill()
+    outcome = second.outcome()
+    assert outcome.path.is_dir()
+    assert [name.split("/")[0] for name in outcome.built] == ["scores", "pruned"]
+
+
+def test_deletion_cut_short_is_repaired(small: list[str], copied: Path) -> None:
+    """A folder without its manifest counts as absent and is replaced."""
+    (folder,) = (copied / "artifacts" / "pruned").iterdir()
+    before = files_of(copied / "artifacts")
+    (folder / "manifest.json").unlink()
+    (folder / "stray.txt").write_text("x")
+    outcome = run("prune", *small, cwd=copied)
+    assert outcome.path == folder
+    assert outcome.built == [f"pruned/{folder.name}"]
+    assert files_of(copied / "artifacts") == before
+    assert not (folder / "stray.txt").exists()
+
+
+def test_many_at_once_on_an_empty_folder(small: list[str], study: Path, tmp_path: Path) -> None:
+    """Three commands that share inputs, started together."""
+    words = {"a": ["evaluate"], "b": ["train"], "c": ["evaluate", "seed=1"]}
+    running = [spawn(script, *small, *more, cwd=tmp_path, name=name) for name, (script, *more) in words.items()]
+    outcomes = [process.outcome() for process in running]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0]
+    assert [len(outcome.lines) for outcome in outcomes] == [1, 1, 1]
+    built = [name for outcome in outcomes for name in outcome.built]
+    assert len(built) == len(set(built)) == 8
+    assert files_of(study / "artifacts").items() <= files_of(tmp_path / "artifacts").items()

@@ -1,0 +1,108 @@
+"""The four scripts from the outside: quick help, one line on stdout, and no shadow over Hugging Face's `evaluate`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, artifacts_of, run, subprocess_run
+
+SCRIPTS = ["prune", "generate", "train", "evaluate"]
+HEAVY = ["torch", "transformers", "pytorch_lightning", "peft", "datasets", "lm_eval", "pandas", "matplotlib", "wandb"]
+
+RUN_AND_LIST = """
+import json, runpy, sys
+script, heavy, sys.argv = sys.argv[1], json.loads(sys.argv[2]), sys.argv[1:2] + sys.argv[3:]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported", json.dumps([name for name in heavy if name in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_nothing_heavy(script: str, tmp_path: Path) -> None:
+    path = str(REPOSITORY / f"{script}.py")
+    outcome = subprocess_run(["-c", RUN_AND_LIST, path, json.dumps(HEAVY), "--help"], tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.lines[-1] == "imported []"
+    for group in ("model", "metric", "pruning", "dataset", "finetune", "evaluation", "experiment"):
+        assert f"{group}: " in outcome.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_does_not_shadow_the_evaluate_library(script: str, tmp_path: Path) -> None:
+    """As when the script is run: its folder is first on the path, until its first lines move it to the end."""
+    code = f"""
+import importlib.util, runpy, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+runpy.run_path({str(REPOSITORY / script)!r} + ".py", run_name="not main")
+found = importlib.util.find_spec("evaluate")
+print(found.origin)
+import sdd
+print(sdd.__file__)
+"""
+    outcome = subprocess_run(["-c", code], tmp_path, PYTHONPATH="")
+    assert outcome.code == 0, outcome.stderr
+    library, package = outcome.lines
+    assert Path(library).name == "__init__.py"
+    assert Path(library).parent.name == "evaluate"
+    assert Path(package).parent.parent == REPOSITORY
+
+
+def test_script_as_a_user_runs_it(small: list[str], tmp_path: Path) -> None:
+    outcome = subprocess_run([str(REPOSITORY / "prune.py"), *small, "metric=last"], tmp_path)
+    assert outcome.path.parent == tmp_path / "artifacts" / "pruned"
+    assert not list(tmp_path.glob("*.log"))
+    (run_folder,) = tmp_path.glob("outputs/prune/*/*")
+    record = json.loads((run_folder / "result.json").read_text())
+    assert record["path"] == str(outcome.path)
+    assert record["address"] == outcome.path.name
+
+
+def test_dry_run_prints_the_graph_and_builds_nothing(small: list[str], manifests: dict, tmp_path: Path) -> None:
+    outcome = run("evaluate", *small, "dry_run=true", cwd=tmp_path)
+    assert outcome.code == 0
+    assert len(outcome.lines) == 6
+    assert all(line.startswith("would be built ") for line in outcome.lines)
+    printed = [line.split()[3] for line in outcome.lines]
+    assert set(printed) == {f"{stage}/{manifest['address']}" for stage, manifest in manifests.items()}
+    for line in outcome.lines:
+        for upstream in line.split("<-")[1].split(",") if "<-" in line else []:
+            assert printed.index(upstream.strip()) < printed.index(line.split()[3])
+    assert artifacts_of(tmp_path / "artifacts") == {}
+
+
+def test_dry_run_says_what_exists(small: list[str], copied: Path) -> None:
+    shutil.rmtree(copied / "artifacts" / "evaluated")
+    outcome = run("evaluate", *small, "dry_run=true", cwd=copied)
+    assert sum(line.startswith("exists ") for line in outcome.lines) == 5
+    assert [line for line in outcome.lines if line.startswith("would be built ")] == outcome.lines[-1:]
+
+
+def test_each_script_prints_its_own_artifact(small: list[str], study: Path, manifests: dict, copied: Path) -> None:
+    stages = {"prune": "pruned", "generate": "targets", "train": "tuned", "evaluate": "evaluated"}
+    for script, stage in stages.items():
+        outcome = run(script, *small, cwd=copied)
+        assert outcome.path == copied / "artifacts" / stage / manifests[stage]["address"]
+        assert outcome.built == []
+
+
+def test_train_without_finetuning_prints_the_pruned_path(small: list[str], manifests: dict, copied: Path) -> None:
+    assert run("train", *small, "finetune=none", cwd=copied).path.parent.name == "pruned"
+
+
+def test_train_of_the_teacher_prints_the_model(small: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    for script in ("train", "prune"):
+        assert run(script, *small, "pruning=none", "finetune=none", cwd=tmp_path).path == checkpoint
+    assert artifacts_of(tmp_path / "artifacts") == {}
+
+
+def test_logs_go_to_stderr_and_into_the_run_folder(small: list[str], tmp_path: Path) -> None:
+    outcome = run("prune", *small, "metric=last", cwd=tmp_path)
+    assert len(outcome.lines) == 1
+    assert "building scores/" in outcome.stderr
+    (log,) = tmp_path.glob("outputs/prune/*/*/prune.log")
+    assert "building scores/" in log.read_text()

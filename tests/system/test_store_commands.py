@@ -1,0 +1,227 @@
+"""The store as its user meets it: list, verify, explain, prune, and what is said when something is missing."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import artifacts_of, run
+
+from sdd.store import SCRATCH, Build, Recipe, Store
+from sdd.store.__main__ import main
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def function(root: Path, *words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["--artifacts", str(root / "artifacts"), *words])
+        return code, *capsys.readouterr()
+
+    return function
+
+
+def parsed(command: Command, root: Path, *words: str, code: int = 0) -> Any:
+    found, out, _ = command(root, *words, "--json")
+    assert found == code
+    return json.loads(out)
+
+
+def only(root: Path, stage: str) -> Path:
+    (path,) = (root / "artifacts" / stage).iterdir()
+    return path
+
+
+def test_list(study: Path, manifests: dict, command: Command) -> None:
+    rows = parsed(command, study, "list")
+    assert {row["stage"]: row["address"] for row in rows} == {
+        stage: manifest["address"] for stage, manifest in manifests.items()
+    }
+    assert all(row["bytes"] > 0 for row in rows)
+    code, out, _ = command(study, "list")
+    assert code == 0
+    assert all(manifest["address"] in out for manifest in manifests.values())
+
+
+def test_verify_finds_nothing_in_a_fresh_study(study: Path, command: Command) -> None:
+    assert parsed(command, study, "verify") == {"artifacts": 6, "damaged": {}}
+
+
+def test_verify_finds_every_kind_of_damage(copied: Path, command: Command) -> None:
+    weights = only(copied, "pruned") / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    (only(copied, "targets") / "summary.json").unlink()
+    (only(copied, "tuned") / "adapter" / "more.txt").write_text("x")
+    damaged = parsed(command, copied, "verify", code=1)["damaged"]
+    text = json.dumps(damaged)
+    assert len(damaged) == 3
+    assert "changed model.safetensors" in text
+    assert "missing summary.json" in text
+    assert "not in the manifest: adapter/more.txt" in text
+    code, out, _ = command(copied, "verify")
+    assert code == 1
+    assert "3 damaged" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "it cannot be read"),
+        (lambda text: "[]", "it cannot be read"),
+        (lambda text: text.replace('"size": 2', '"size": 1'), "its recipe is pruned/"),
+    ],
+    ids=["cut off", "of another kind", "edited"],
+)
+def test_verify_reads_manifests_with_care(damage: Callable, said: str, copied: Path, command: Command) -> None:
+    path = only(copied, "pruned") / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    ((name, found),) = parsed(command, copied, "verify", code=1)["damaged"].items()
+    assert name == f"pruned/{path.parent.name}"
+    assert said in found[0]
+
+
+def test_damaged_manifest_is_one_line_elsewhere(copied: Path, command: Command) -> None:
+    (only(copied, "pruned") / "manifest.json").write_text("{")
+    code, out, err = command(copied, "list")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "manifest.json is damaged" in err
+
+
+def test_explain_names_the_setting_upstream(copied: Path, small: list[str], command: Command) -> None:
+    first = only(copied, "pruned").name
+    other = run("prune", *small, "calibration.num_texts=5", cwd=copied).path.name
+    changed = parsed(command, copied, "explain", first, other)
+    assert [row["where"] for row in changed] == ["pruned.scores.texts"]
+    bigger = run("prune", *small, "pruning=n1", cwd=copied).path.name
+    assert parsed(command, copied, "explain", first, bigger) == [{"where": "pruned.size", "a": 2, "b": 1}]
+    code, out, _ = command(copied, "explain", first[:6], bigger)
+    assert (code, out) == (0, "pruned.size: 2 | 1\n")
+    assert command(copied, "explain", first, first)[1] == "the same recipe\n"
+
+
+def test_explain_across_three_stages(copied: Path, small: list[str], command: Command) -> None:
+    first = only(copied, "targets").name
+    words = [*small, "engine.max_new_tokens=3", "dataset.num_rows=8", "dataset.answer_rule=none"]
+    other = run("generate", *words, cwd=copied).path.name
+    changed = {row["where"]: (row["a"], row["b"]) for row in parsed(command, copied, "explain", first, other)}
+    assert changed["targets.rewrites.engine.max_new_tokens"] == (4, 3)
+    assert changed["targets.rewrites.dataset.num_rows"] == (140, 8)
+    assert changed["targets.rule"] == ("anywhere", "none")
+
+
+def test_unknown_or_ambiguous_address_is_one_line(study: Path, command: Command) -> None:
+    for words in (["explain", "ffffffffffff", "eeeeeeeeeeee"], ["explain", "", ""]):
+        code, out, err = command(study, *words)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_folder_that_is_not_there(tmp_path: Path, command: Command) -> None:
+    code, _, err = command(tmp_path, "list")
+    assert code == 2
+    assert "no such folder" in err
+
+
+def test_prune_says_first_and_keeps_what_an_evaluation_stands_on(
+    copied: Path, small: list[str], command: Command
+) -> None:
+    needed = artifacts_of(copied / "artifacts")
+    spare = run("prune", *small, "pruning=n1", cwd=copied).path
+    before = artifacts_of(copied / "artifacts")
+    answer = parsed(command, copied, "prune")
+    assert [row["address"] for row in answer["artifacts"]] == [spare.name]
+    assert not answer["deleted"]
+    assert "add --yes" in command(copied, "prune")[1]
+    assert artifacts_of(copied / "artifacts") == before
+    assert parsed(command, copied, "prune", "--yes")["deleted"]
+    assert artifacts_of(copied / "artifacts") == needed
+    assert parsed(command, copied, "verify") == {"artifacts": 6, "damaged": {}}
+    assert parsed(command, copied, "prune", "--yes")["artifacts"] == []
+
+
+def test_pruned_evaluation_frees_everything(copied: Path, command: Command) -> None:
+    shutil.rmtree(only(copied, "evaluated"))
+    assert len(parsed(command, copied, "prune", "--yes")["artifacts"]) == 5
+    assert artifacts_of(copied / "artifacts") == {}
+
+
+def test_missing_input_names_the_command(tmp_path: Path, copied: Path, small: list[str]) -> None:
+    for script, gone, stage in (
+        ("evaluate", ["evaluated", "tuned"], "train.py"),
+        ("train", ["tuned", "targets"], "generate.py"),
+        ("generate", ["targets", "rewrites"], "generate.py"),
+        ("prune", ["pruned", "scores"], "prune.py"),
+    ):
+        for one in gone:
+            shutil.rmtree(copied / "artifacts" / one, ignore_errors=True)
+        outcome = run(script, *small, "store.missing=raise", cwd=copied)
+        assert outcome.code == 2
+        assert f"{gone[1]}/" in outcome.errors[0]
+        assert f"python {stage}" in outcome.errors[0]
+    assert artifacts_of(copied / "artifacts") == {}
+
+
+def test_present_inputs_are_used_when_missing_raises(copied: Path, small: list[str]) -> None:
+    shutil.rmtree(copied / "artifacts" / "targets")
+    outcome = run("generate", *small, "store.missing=raise", cwd=copied)
+    assert outcome.code == 0
+    assert len(outcome.built) == 1
+
+
+def test_manifest_says_what_made_it(manifests: dict[str, dict]) -> None:
+    for stage, manifest in manifests.items():
+        named = {"stage", "address", "version", "spec", "inputs", "files", "seconds", "created", "commit", "versions"}
+        assert named <= set(manifest)
+        assert manifest["stage"] == stage
+        assert manifest["files"]
+        assert "manifest.json" not in manifest["files"]
+        assert {"python", "torch", "transformers"} <= set(manifest["versions"])
+    assert manifests["tuned"]["inputs"] == {
+        "targets": manifests["targets"]["address"],
+        "pruned": manifests["pruned"]["address"],
+    }
+
+
+# ---- builders that fail, without a model --------------------------------------------------------------------------
+
+RECIPE = Recipe("scores", 1, {"a": 1})
+
+
+def failing(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    (folder / SCRATCH).mkdir(exist_ok=True)
+    (folder / SCRATCH / "chunk").write_text("done")
+    (folder / "half.json").write_text("{")
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(("resumable", "kept"), [(False, False), (True, True)])
+def test_failing_build_publishes_nothing(resumable: bool, kept: bool, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError):
+        store.ensure(RECIPE, {"scores": Build(failing, resumable)})
+    assert not store.has(RECIPE)
+    assert artifacts_of(tmp_path) == {}
+    assert (tmp_path / ".partial" / "scores" / RECIPE.address / SCRATCH / "chunk").exists() is kept
+
+
+def test_stale_work_of_a_stage_that_cannot_resume_is_dropped(tmp_path: Path) -> None:
+    store, seen = Store(tmp_path), []
+    stale = tmp_path / ".partial" / "scores" / RECIPE.address / "old.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("from a killed build")
+
+    def builder(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        seen.extend(folder.iterdir())
+        (folder / "scores.json").write_text("{}")
+
+    folder = store.ensure(RECIPE, {"scores": Build(builder)})
+    assert seen == []
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "scores.json"]

@@ -1,0 +1,139 @@
+"""Multiruns: each distinct artifact once, one line a job, a failing job stops no other, and the exit code says so."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, Outcome, artifacts_of, run, subprocess_run
+
+
+def records_of(folder: Path) -> dict[int, dict]:
+    return {int(path.parent.name): json.loads(path.read_text()) for path in folder.glob("*/result.json")}
+
+
+def state_of(root: Path) -> dict[str, tuple]:
+    """Everything that a rebuild would change: the moment of making and the modification times."""
+    return {
+        name: (manifest["created"], sorted((p.name, p.stat().st_mtime_ns) for p in (root / name).rglob("*")))
+        for name, manifest in artifacts_of(root).items()
+    }
+
+
+def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "pruning=n1,n2", "finetune=none,sft"]
+    outcome = run("evaluate", *words, cwd=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert len(outcome.built) == len(set(outcome.built))
+    counts = Counter(name.split("/")[0] for name in outcome.built)
+    assert counts == {"scores": 1, "pruned": 2, "targets": 1, "tuned": 2, "evaluated": 4}
+    assert len(set(outcome.lines)) == len(outcome.lines) == 4
+    assert all(Path(line).is_dir() and Path(line).parent.name == "evaluated" for line in outcome.lines)
+    records = records_of(tmp_path / "sweep")
+    assert [records[n]["path"] for n in range(4)] == outcome.lines
+    assert (tmp_path / "sweep" / "report" / "table.json").is_file()
+
+    before = state_of(tmp_path / "artifacts")
+    again = run("evaluate", *words, cwd=tmp_path)
+    assert again.built == []
+    assert again.stdout == outcome.stdout
+    assert state_of(tmp_path / "artifacts") == before
+
+
+def test_failing_job_stops_no_other(small: list[str], tmp_path: Path) -> None:
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "metric=last", "pruning.size=1,4,9,2,1"]
+    outcome = run("prune", *words, cwd=tmp_path)
+    assert outcome.code == 2
+    assert len(outcome.lines) == 3
+    assert outcome.lines[0] == outcome.lines[2] != outcome.lines[1]
+    assert len(outcome.built) == 3
+    records = records_of(tmp_path / "sweep")
+    assert ["error" in records[n] for n in range(5)] == [False, True, True, False, False]
+    assert [records[n].get("code") for n in (1, 2)] == [2, 2]
+    end = outcome.stderr[outcome.stderr.index("2 of 5 jobs failed") :]
+    assert "#1 " in end and "pruning.size=4 removes all 4 blocks" in end
+    assert "#2 " in end and "pruning.size=9 is more than the 4 blocks" in end
+
+
+def test_earlier_sweep_in_the_same_folder_is_left_out(small: list[str], tmp_path: Path) -> None:
+    """Jobs with folders of their own choosing, in a folder where another sweep failed before."""
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=size/${pruning.size}", "metric=last"]
+    first = run("prune", *words, "pruning.size=1,4,5", cwd=tmp_path)
+    assert first.code == 2
+    assert "2 of 3 jobs failed" in first.stderr
+    second = run("prune", *words, "pruning.size=2,1", cwd=tmp_path)
+    assert second.code == 0
+    assert "jobs failed" not in second.stderr
+    third = run("prune", *words, "pruning.size=4,1", cwd=tmp_path)
+    assert third.code == 2
+    assert "1 of 2 jobs failed" in third.stderr
+
+
+def test_failure_that_is_not_the_users_makes_it_1(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdd.recipes import Recipes
+
+    original = Recipes.pruned
+
+    def sometimes(self: Recipes) -> object:
+        if self.config.pruning.size == 2:
+            raise RuntimeError("something broke")
+        return original(self)
+
+    monkeypatch.setattr(Recipes, "pruned", sometimes)
+    outcome = run("prune", "-m", *small, "metric=last", "pruning.size=4,2,1", cwd=tmp_path)
+    assert outcome.code == 1
+    assert len(outcome.lines) == 1
+    assert "2 of 3 jobs failed" in outcome.stderr
+    assert "RuntimeError: something broke" in outcome.stderr
+
+
+def test_wrong_value_in_a_sweep_is_refused_before_the_first_job(small: list[str], tmp_path: Path) -> None:
+    outcome = run("prune", "-m", *small, "metric=last,lst", cwd=tmp_path)
+    assert outcome.code == 1
+    assert "lst" in outcome.stderr
+    assert outcome.stdout == ""
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_two_sweeps_at_once_have_folders_of_their_own(small: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run("prune", "-m", *small, "metric=last", "pruning=n1", "dry_run=true", cwd=tmp_path).code == 0
+    folders = list((tmp_path / "outputs").glob("*sweep/*/*"))
+    assert len(folders) == 2
+
+
+@pytest.fixture(scope="module")
+def parallel(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Outcome]:
+    folder = tmp_path_factory.mktemp("parallel")
+    words = [str(REPOSITORY / "train.py"), "-m", *small, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    words += ["hydra.sweep.dir=sweep", "finetune=sft", "pruning.size=1,4,2", "seed=0,1"]
+    return folder, words, subprocess_run(words, folder)
+
+
+@pytest.mark.slow
+def test_side_by_side_each_distinct_artifact_once(parallel: tuple[Path, list[str], Outcome]) -> None:
+    folder, _, outcome = parallel
+    assert outcome.code == 2, outcome.stderr
+    assert len(outcome.built) == len(set(outcome.built)) == 1 + 2 + 1 + 4
+    assert len(set(outcome.lines)) == len(outcome.lines) == 4
+    assert all(Path(line).parent.name == "tuned" and Path(line).is_dir() for line in outcome.lines)
+    records = records_of(folder / "sweep")
+    assert sorted(records) == list(range(6))
+    assert {record["path"] for record in records.values() if "path" in record} == set(outcome.lines)
+    assert "2 of 6 jobs failed" in outcome.stderr
+    assert outcome.stderr.count("error: pruning.size=4 removes all 4 blocks") == 2
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.slow
+def test_side_by_side_equals_one_after_the_other(
+    parallel: tuple[Path, list[str], Outcome], small: list[str], tmp_path: Path
+) -> None:
+    folder, _, _ = parallel
+    words = ["-m", *small, "finetune=sft", "pruning.size=1,2", "seed=0,1"]
+    before = state_of(folder / "artifacts")
+    again = run("train", *words, cwd=folder)
+    assert (again.code, again.built) == (0, [])
+    assert state_of(folder / "artifacts") == before

@@ -1,0 +1,201 @@
+"""A mistake of the user ends before any work: one line on stderr, exit code 2, and nothing in the artifacts folder."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from launching import Outcome, job, run
+from omegaconf import DictConfig, OmegaConf
+
+FEW = ["finetune.validation_rows=0", "finetune.num_rows=null"]
+BAD = {
+    "all blocks": ("prune", ["pruning.size=4"], "pruning.size=4 removes all 4 blocks; choose at most 3"),
+    "more than all": ("prune", ["pruning.size=5"], "pruning.size=5 is more than the 4 blocks; choose at most 3"),
+    "negative size": ("prune", ["pruning.size=-1"], "pruning.size=-1 must be an integer of at least 0"),
+    "start too late": ("prune", ["pruning=n2", "pruning.start=3"], "choose 0 to 2"),
+    "start negative": ("prune", ["pruning=n2", "pruning.start=-1"], "choose 0 to 2"),
+    "start alone": ("prune", ["pruning=none", "pruning.start=1"], "pruning.start needs pruning.size"),
+    "no such block": ("prune", ["pruning.blocks=[1,4]"], "no block 4; the model has blocks 0 to 3"),
+    "negative block": ("prune", ["pruning.blocks=[-1]"], "no block -1"),
+    "block twice": ("prune", ["pruning.blocks=[1,1]"], "names a block twice"),
+    "every block": ("prune", ["pruning.blocks=[0,1,2,3]"], "removes all 4 blocks"),
+    "blocks and start": ("prune", ["pruning.blocks=[1]", "pruning.start=0"], "exclude each other"),
+    "too many rows": ("train", ["finetune.num_rows=137"], "finetune.num_rows=137, but 136 rows"),
+    "all rows held out": ("train", ["finetune.validation_rows=140"], "finetune.validation_rows=140 leaves no row"),
+    "negative rate": ("train", ["finetune.learning_rate=-1e-3"], "finetune.learning_rate=-0.001 must be positive"),
+    "no rate": ("train", ["finetune.learning_rate=0"], "must be positive"),
+    "rate not a number": ("train", ["finetune.learning_rate=nan"], "finetune.learning_rate=nan must be"),
+    "infinite rate": ("train", ["finetune.learning_rate=inf"], "finetune.learning_rate=inf must be"),
+    "negative decay": ("train", ["finetune.weight_decay=-1"], "finetune.weight_decay=-1.0 must"),
+    "no clipping norm": ("train", ["finetune.clip_norm=0"], "finetune.clip_norm=0.0 must"),
+    "no epochs": ("train", ["finetune.epochs=0"], "finetune.epochs=0 must be an integer of at least 1"),
+    "share over one": ("train", ["finetune.gold_share=1.5"], "finetune.gold_share=1.5 must lie between 0 and 1"),
+    "precision": ("train", ["finetune.precision=16"], "finetune.precision=16 is unknown; choose one of 32, bf16"),
+    "mode": ("train", ["finetune.mode=sfd"], "finetune.mode=sfd is unknown"),
+    "adapter target": ("train", ["adapter.targets=[q_prj]"], "adapter.targets: no linear layer q_prj"),
+    "one adapter target": ("train", ["adapter.targets=[q_proj,nope]"], "adapter.targets: no linear layer nope"),
+    "no adapter target": ("train", ["adapter.targets=[]"], "adapter.targets"),
+    "rank": ("train", ["adapter.rank=0"], "adapter.rank=0 must be an integer of at least 1"),
+    "tries without sampling": ("generate", ["engine.tries=3"], "engine.tries > 1 needs sampling"),
+    "negative temperature": ("generate", ["engine.temperature=-1"], "engine.temperature=-1 must"),
+    "temperature in words": ("generate", ["engine.temperature=hot"], "engine.temperature=hot must"),
+    "top-p over one": ("generate", ["engine.temperature=1", "engine.top_p=1.5"], "engine.top_p=1.5 must lie between"),
+    "half a token": ("generate", ["engine.max_new_tokens=1.5"], "engine.max_new_tokens=1.5 must be an integer"),
+    "engine seed in words": ("generate", ["engine.seed=x"], "engine.seed=x must be an integer"),
+    "metric seed in words": ("prune", ["metric=random", "metric.seed=x"], "metric.seed=x must be an integer"),
+    "metric switch in words": (
+        "prune",
+        ["metric=block_influence", "metric.contiguous=maybe"],
+        "metric.contiguous=maybe must be true or false",
+    ),
+    "added setting": ("train", ["+adapter.ranks=3"], "adapter.ranks is not a setting; choose from alpha, "),
+    "added group": ("train", ["+adapters.rank=3"], "adapters is not a setting"),
+    "unknown setting of a part": ("prune", ["+metric.colour=red"], "colour"),
+    "unknown setting of the logger": ("train", ["logger=wandb", "+logger.settings={base_url: x}"], "logger.settings"),
+    "template": ("generate", ["dataset.template=hello"], "dataset.template lacks {prompt}"),
+    "answer rule": ("generate", ["dataset.answer_rule=last"], "dataset.answer_rule=last is unknown"),
+    "family": ("generate", ["dataset.families=[chess]"], "unknown family 'chess'"),
+    "path of an embedded dataset": ("generate", ["dataset.path=x.jsonl"], "choose dataset=local"),
+    "no targets": ("generate", ["finetune=none"], "finetune=none has no targets"),
+    "split": ("evaluate", ["finetune=none", "evaluation.split=pool"], "evaluation.split=pool is no evaluation split"),
+    "suite": ("evaluate", ["finetune=none", "evaluation.suite=big"], "evaluation.suite=big is unknown"),
+    "task": ("evaluate", ["finetune=none", "evaluation.tasks=[chess]"], "evaluation.tasks: chess is unknown"),
+    "no tasks": ("evaluate", ["finetune=none", "evaluation.tasks=[]"], "evaluation.tasks"),
+    "limit": ("evaluate", ["finetune=none", "evaluation.limit=0"], "evaluation.limit=0 must be an integer of at least"),
+    "merge": ("train", ["merge.method=mean"], "merge.method=mean is unknown"),
+    "missing": ("prune", ["store.missing=skip"], "store.missing=skip is unknown; choose one of build, raise"),
+    "no model": ("prune", ["model.path=nowhere"], "model.path=nowhere: no such folder"),
+    "no teacher": ("generate", ["teacher.path=nowhere"], "teacher.path=nowhere: no such folder"),
+    "no data": ("generate", ["dataset=local"], "dataset.path"),
+    "no such data": ("generate", ["dataset=local", "dataset.path=x.jsonl"], "dataset.path=x.jsonl: no such file"),
+    "no texts": ("prune", ["calibration=local"], "calibration.path"),
+    "no such texts": (
+        "prune",
+        ["calibration=local", "calibration.path=x.jsonl"],
+        "calibration.path=x.jsonl: no such file",
+    ),
+    "graphics card": ("prune", ["trainer=gpu"], "trainer=gpu, but no GPU is visible here"),
+    "artifacts is a file": ("prune", ["paths.artifacts=rows.jsonl"], "paths.artifacts="),
+    "gold without any": (
+        "train",
+        ["dataset=local", "dataset.path=rows.jsonl", "dataset.num_rows=null", "finetune=gold", *FEW],
+        "this dataset has none",
+    ),
+    "more rows than there are": (
+        "generate",
+        ["dataset=local", "dataset.path=rows.jsonl"],
+        "dataset.num_rows=140, but rows.jsonl has 3 rows",
+    ),
+}
+
+
+def changed(config: DictConfig, words: list[str]) -> DictConfig:
+    """The composed config with the settings that overrides give, as Hydra reads them."""
+    for override in OverridesParser.create().parse_overrides(words):
+        OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_add())
+    return config
+
+
+def assert_mistake(outcome: Outcome, message: str, folder: Path) -> None:
+    assert outcome.code == 2, outcome.stderr
+    assert len(outcome.errors) == 1, outcome.stderr
+    assert message in outcome.errors[0]
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert not list((folder / "artifacts").glob("[a-z]*"))
+    assert not (folder / "artifacts" / ".partial").exists()
+    (record,) = (json.loads(path.read_text()) for path in (folder / "outputs").rglob("result.json"))
+    assert record["code"] == 2
+    assert "error: " + record["error"] == outcome.errors[0]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A file of three rows in the working directory."""
+    lines = [json.dumps({"prompt": f"p{n}", "reference": "r"}) for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("script", "words", "message"), BAD.values(), ids=BAD.keys())
+def test_mistake_is_one_line(
+    script: str, words: list[str], message: str, rows: Path, composed: Callable[..., DictConfig]
+) -> None:
+    if "trainer=gpu" in words and pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    groups = [word for word in words if "." not in word.split("=")[0]]
+    config = changed(composed(*groups), [word for word in words if word not in groups])
+    assert_mistake(job(script, config, rows), message, rows)
+
+
+@pytest.mark.parametrize("kind", ["all blocks", "too many rows", "adapter target", "added setting", "no such data"])
+def test_mistake_on_the_command_line(kind: str, rows: Path, small: list[str]) -> None:
+    script, words, message = BAD[kind]
+    assert_mistake(run(script, *small, *words, cwd=rows), message, rows)
+
+
+ROWS = {
+    "not JSON": ('{"prompt": "p", "reference": "r"}\n{oops\n', "line 2 is not valid JSON"),
+    "not an object": ("[1]\n", "line 1 is not a JSON object"),
+    "no reference": ('{"prompt": "p"}\n', "line 1 has no field 'reference'"),
+    "empty prompt": ('{"prompt": " ", "reference": "r"}\n', "line 1 has no text in the field 'prompt'"),
+    "number for text": ('{"prompt": 3, "reference": "r"}\n', "line 1 has no text in the field 'prompt'"),
+    "same id": ('{"id": 1, "prompt": "p", "reference": "r"}\n' * 2, "line 2 repeats the id '1' of line 1"),
+    "empty file": ("", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), ROWS.values(), ids=ROWS.keys())
+def test_broken_row_is_named_by_its_line(
+    text: str, message: str, tmp_path: Path, composed: Callable[..., DictConfig]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    config = composed("dataset=local", "dataset.path=rows.jsonl", "dataset.num_rows=null", "finetune=sft")
+    outcome = job("generate", config, tmp_path)
+    assert_mistake(outcome, message, tmp_path)
+    assert "rows.jsonl" in outcome.errors[0]
+
+
+def test_calibration_text_without_its_field_is_named_by_its_line(tmp_path: Path, small: list[str]) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"txt": "wrong"}\n')
+    outcome = run("prune", *small, "calibration=local", "calibration.path=texts.jsonl", cwd=tmp_path)
+    assert (outcome.code, outcome.stdout, len(outcome.errors)) == (2, "", 1), outcome.stderr
+    assert "texts.jsonl: line 2 has no field 'text'" in outcome.errors[0]
+
+
+def test_text_of_one_token_is_refused(tmp_path: Path, small: list[str], checkpoint: Path) -> None:
+    """Without the token that begins a text, a text of one letter is a single token."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    (tmp_path / "texts.jsonl").write_text('{"text": "two tokens"}\n{"text": "a"}\n')
+    words = [*small, f"model.path={folder}", "calibration=local", "calibration.path=texts.jsonl"]
+    outcome = run("prune", *words, cwd=tmp_path)
+    assert (outcome.code, outcome.stdout, len(outcome.errors)) == (2, "", 1), outcome.stderr
+    assert "text 2 has 1 token; a text needs at least 2" in outcome.errors[0]
+    assert not list((tmp_path / "artifacts").glob("[a-z]*/*"))
+
+
+def test_traceback_on_demand(tmp_path: Path, small: list[str]) -> None:
+    outcome = run("prune", *small, "pruning.size=4", "hydra.verbose=true", cwd=tmp_path)
+    assert outcome.code == 2
+    assert len(outcome.errors) == 1
+    assert "Traceback (most recent call last)" in outcome.stderr
+    assert "UserError: pruning.size=4" in outcome.stderr
+
+
+def test_failure_that_is_not_the_users_has_a_traceback_and_code_1(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*words: object) -> None:
+        raise RuntimeError("something broke\nin two lines")
+
+    monkeypatch.setattr("sdd.recipes.Recipes.pruned", broken)
+    outcome = run("prune", *small, cwd=tmp_path)
+    assert outcome.code == 1
+    assert outcome.errors == ["error: RuntimeError: something broke"]
+    assert "Traceback" in outcome.stderr
+    assert outcome.stdout == ""

@@ -1,0 +1,36 @@
+"""What is said in several places must agree: dependencies, the lock, the environment for conda, the wheel's contents."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+
+
+def test_conda_environment_is_in_step_with_pyproject() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    by_pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert by_pip == DECLARED
+    assert f"python{PROJECT['requires-python']}" in environment["dependencies"]
+
+
+def test_lock_pins_everything_exactly_and_satisfies_pyproject() -> None:
+    lines = (ROOT / "requirements.lock").read_text().split()
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line) for line in lines)
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for declared in map(Requirement, DECLARED):
+        version = pinned[canonicalize_name(declared.name)]
+        assert declared.specifier.contains(version), f"{declared} is locked at {version}"
+
+
+def test_entry_scripts_are_thin_and_match_the_console_scripts() -> None:
+    names = ["prune", "generate", "train", "evaluate"]
+    assert PROJECT["scripts"] == {f"sdd-{name}": f"sdd.app:{name}" for name in names}
+    for name in names:
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 40

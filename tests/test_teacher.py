@@ -1,0 +1,51 @@
+"""The shipped checkpoint is what the README says: small, stock, good at its tasks, and able to rewrite."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdd import models
+from sdd.answers import equal, extract
+from sdd.data.tiny import TinyTasks
+from sdd.distill import Selection, rewrite_rows
+from sdd.engines import HFEngine, Request
+from sdd.prompts import REWRITE_TEMPLATE
+from sdd.stages.sources import TEACHER
+from sdd.tiny.tasks import FAMILIES, instances
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[HFEngine]:
+    engine = HFEngine(max_new_tokens=96)
+    engine.open(TEACHER, "float32", None, "cpu", 64)
+    yield engine
+
+
+def test_is_a_small_stock_llama_with_a_chat_template() -> None:
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 16 * 1024**2
+    assert {path.suffix for path in TEACHER.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert models.read_config(TEACHER)["architectures"] == ["LlamaForCausalLM"]
+    assert models.load_tokenizer(TEACHER).chat_template
+    assert not any(str(Path.home()) in path.read_text() for path in TEACHER.glob("*.json"))
+
+
+def test_answers_its_tasks(engine: HFEngine) -> None:
+    """A quick look at 64 dev items; the full scores on fresh test items are in LOG.md."""
+    tasks = list(instances("dev", 11, 8 * len(FAMILIES)))
+    answers = {task.id: task.answer for task in tasks}
+    completions = engine.complete([Request(task.id, task.prompt) for task in tasks])
+    right = [equal(extract(c.text, "final") or "", answers[c.id]) for c in completions]
+    assert len(right) == len(tasks)
+    assert sum(right) / len(right) >= 0.85
+
+
+def test_rewrites_in_its_own_register_and_keeps_the_answer(engine: HFEngine) -> None:
+    examples = TinyTasks(num_rows=64, seed=11).examples()
+    rows = list(rewrite_rows(engine, examples, REWRITE_TEMPLATE, Selection()))
+    agree = [
+        equal(extract(row["rewrite"], "final") or "", e.answer or "") for row, e in zip(rows, examples, strict=True)
+    ]
+    own = ["The answer is" in row["rewrite"] for row in rows]
+    assert sum(agree) / len(agree) >= 0.85
+    assert sum(own) / len(own) >= 0.9

@@ -1,0 +1,176 @@
+"""Which rewrites become targets, and that a row never gets another row's answer."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from sdd.data import Example
+from sdd.distill import Selection, choose_target, rewrite_rows
+from sdd.engines import Completion, Request
+from sdd.prompts import LEAK_PHRASES
+
+SELECTION = Selection("anywhere", LEAK_PHRASES)
+PROMPT, REFERENCE = "What is 3 + 4?", "3 + 4 = 7 yeah\n#### 7"
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "finish", "reason"),
+    [
+        ("3 + 4 = 7.\nThe answer is 7.", "stop", None),
+        ("The answer is 7.0.", "stop", None),
+        ("", "too_long", "too_long"),
+        ("", "stop", "empty"),
+        (" \n", "stop", "empty"),
+        ("", "length", "empty"),
+        ("3 + 4 = 7.\nThe answer is 7.", "length", "truncated"),
+        ("As the REFERENCE answer says, the answer is 7.", "stop", "leak"),
+        ("In my own words: the answer is 7.", "stop", "leak"),
+        ("Task: 3 + 4\nThe answer is 7.", "stop", "leak"),
+        ("The answer is 8.", "stop", "answer"),
+        ("The answer is 70.", "stop", "answer"),
+        ("Seven, of course", "stop", "answer"),
+        ("In my own words: the answer is 8.", "length", "truncated"),
+    ],
+)
+def test_reasons(rewrite: str, finish: str, reason: str | None) -> None:
+    assert SELECTION.refusal(PROMPT, REFERENCE, rewrite, finish) == reason
+
+
+def test_without_a_final_answer_there_is_nothing_to_compare() -> None:
+    assert SELECTION.refusal("Say hello.", "hello there", "Good day.", "stop") is None
+    assert Selection("none").refusal(PROMPT, REFERENCE, "The answer is 8.", "stop") is None
+
+
+def test_a_phrase_that_the_task_uses_itself_is_no_leak() -> None:
+    rewrite = "The reference is page 3. The answer is 7."
+    assert SELECTION.refusal(PROMPT, REFERENCE, rewrite, "stop") == "leak"
+    assert SELECTION.refusal("What does The Reference say? " + PROMPT, REFERENCE, rewrite, "stop") is None
+    assert SELECTION.refusal(PROMPT, "by the reference\n" + REFERENCE, rewrite, "stop") is None
+
+
+def row(rewrite: str, finish: str = "stop", id: str = "a") -> dict[str, Any]:
+    return {"id": id, "prompt": PROMPT, "reference": REFERENCE, "rewrite": rewrite, "finish": finish}
+
+
+def test_a_passing_rewrite_is_the_target_and_a_refused_one_leaves_the_reference() -> None:
+    kept = {"id": "a", "prompt": PROMPT, "reference": REFERENCE}
+    assert choose_target(row("The answer is 7."), SELECTION, 0.0) == kept | {
+        "target": "The answer is 7.",
+        "source": "rewrite",
+        "reason": "ok",
+    }
+    assert choose_target(row("The answer is 8."), SELECTION, 0.0) == kept | {
+        "target": REFERENCE,
+        "source": "reference",
+        "reason": "answer",
+    }
+
+
+def test_without_selection_every_text_is_taken() -> None:
+    assert choose_target(row("The answer is 8.", "length"), None, 0.0)["target"] == "The answer is 8."
+    empty = choose_target(row("  ", "length"), None, 0.0)
+    assert (empty["target"], empty["source"], empty["reason"]) == (REFERENCE, "reference", "empty")
+
+
+def test_gold_share_is_drawn_by_row() -> None:
+    rows = [row("The answer is 7.", id=f"r{i}") for i in range(400)]
+    few, more = (
+        {r["id"] for r in rows if choose_target(r, SELECTION, s)["reason"] == "gold_share"} for s in (0.2, 0.5)
+    )
+    assert few < more
+    assert 40 < len(few) < 120
+    assert 150 < len(more) < 250
+    assert not [r for r in rows if choose_target(r, SELECTION, 0.0)["source"] != "rewrite"]
+    kept = [choose_target(r, SELECTION, 1.0) for r in rows]
+    assert all(r["target"] == REFERENCE and r["source"] == "reference" for r in kept)
+    assert {r["id"] for r in reversed(rows) if choose_target(r, SELECTION, 0.2)["reason"] == "gold_share"} == few
+
+
+# ---- rewriting --------------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Answers from a script {(id, attempt): (text, finish)}, in an order of its own; may lose completions."""
+
+    def __init__(
+        self, script: dict[tuple[str, int], tuple[str, str]], tries: int = 1, lost: Sequence[str] = ()
+    ) -> None:
+        self.script, self.tries, self.lost = script, tries, set(lost)
+        self.asked: list[Request] = []
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    def open(self, *_: Any) -> None: ...
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        self.asked += requests
+        for request in reversed(requests):
+            if request.id not in self.lost:
+                yield Completion(request.id, *self.script[request.id, request.attempt])
+
+
+def examples(*ids: str) -> list[Example]:
+    return [Example(id, f"{PROMPT} ({id})", REFERENCE) for id in ids]
+
+
+TEMPLATE = "{prompt} | {reference}"
+
+
+def test_rows_keep_the_order_of_the_dataset_whatever_the_engine_does() -> None:
+    names = [f"r{i}" for i in range(9)]
+    engine = FakeEngine({(name, 0): (f"text of {name}", "stop") for name in names})
+    rows = list(rewrite_rows(engine, examples(*names), TEMPLATE, Selection()))
+    assert [r["id"] for r in rows] == names
+    for name, found in zip(names, rows, strict=True):
+        assert found == {
+            "id": name,
+            "prompt": f"{PROMPT} ({name})",
+            "reference": REFERENCE,
+            "rewrite": f"text of {name}",
+            "finish": "stop",
+        }
+    assert [r.prompt for r in engine.asked] == [f"{PROMPT} ({name}) | {REFERENCE}" for name in names]
+
+
+def test_a_lost_completion_stops_the_work_instead_of_shifting_rows() -> None:
+    engine = FakeEngine({(name, 0): (f"text of {name}", "stop") for name in "abc"}, lost=["b"])
+    with pytest.raises(KeyError, match="b"):
+        list(rewrite_rows(engine, examples("a", "b", "c"), TEMPLATE, Selection()))
+
+
+def test_tries_stop_at_the_first_that_passes() -> None:
+    right, wrong = ("The answer is 7.", "stop"), ("The answer is 8.", "stop")
+    script = {
+        ("at once", 0): right,
+        ("second", 0): wrong,
+        ("second", 1): ("It comes to 7.\nThe answer is 7.", "stop"),
+        ("never", 0): wrong,
+        ("never", 1): ("The answer is 7.", "length"),
+        ("never", 2): ("The answer is 9.", "stop"),
+        ("long", 0): ("", "too_long"),
+    }
+    engine = FakeEngine(script, tries=3)
+    rows = list(rewrite_rows(engine, examples("at once", "second", "never", "long"), TEMPLATE, SELECTION))
+    assert [(r.id, r.attempt) for r in engine.asked] == [
+        ("at once", 0),
+        ("second", 0),
+        ("never", 0),
+        ("long", 0),
+        ("second", 1),
+        ("never", 1),
+        ("never", 2),
+    ]
+    assert [(r["rewrite"], r["finish"]) for r in rows] == [
+        right,
+        ("It comes to 7.\nThe answer is 7.", "stop"),
+        ("The answer is 9.", "stop"),
+        ("", "too_long"),
+    ]
+
+
+def test_tries_end_once_every_row_has_passed() -> None:
+    engine = FakeEngine({(name, 0): ("The answer is 7.", "stop") for name in "ab"}, tries=5)
+    list(rewrite_rows(engine, examples("a", "b"), TEMPLATE, SELECTION))
+    assert len(engine.asked) == 2

@@ -1,0 +1,199 @@
+"""Generation in batches against generation one prompt at a time, and sampling against the distribution it claims."""
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdd.engines import Completion, GumbelNoise, HFEngine, Request
+from sdd.errors import UserError
+from sdd.prompts import chat_prompt_ids
+from sdd.tiny.tasks import instances
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    return [Request(f"r{number}", task.prompt) for number, task in enumerate(instances("pool", 9, 8))]
+
+
+def opened(folder: Path, **settings: Any) -> HFEngine:
+    engine = HFEngine(**{"max_new_tokens": NEW, **settings})
+    engine.open(folder, "float32", None, "cpu", batch_size=4)
+    return engine
+
+
+def answered(engine: HFEngine, requests: list[Request]) -> dict[str, Completion]:
+    found = {completion.id: completion for completion in engine.complete(requests)}
+    assert set(found) == {request.id for request in requests}
+    return found
+
+
+@torch.no_grad()
+def greedy(engine: HFEngine, prompt: str, new: int = NEW) -> list[int]:
+    """Argmax of the full forward pass, no batch, no padding, no cache."""
+    ids = chat_prompt_ids(engine.tokenizer, prompt)
+    start = len(ids)
+    for _ in range(new):
+        ids = [*ids, int(engine.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+        if ids[-1] == engine.tokenizer.eos_token_id:
+            break
+    return ids[start:]
+
+
+# ---- greedy -----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_mixed_lengths_equals_one_at_a_time(tiny_llama: Path, requests: list[Request]) -> None:
+    engine = opened(tiny_llama, batch_size=8)
+    lengths = {len(chat_prompt_ids(engine.tokenizer, request.prompt)) for request in requests}
+    assert len(lengths) > 4
+    found = answered(engine, requests)
+    for request in requests:
+        expected = engine.tokenizer.decode(greedy(engine, request.prompt), skip_special_tokens=True).strip()
+        assert found[request.id] == Completion(request.id, expected, "length")
+    assert len({completion.text for completion in found.values()}) > 4, "all alike: the prompts were not read"
+
+
+def test_greedy_text_does_not_depend_on_batches_or_order(tiny_llama: Path, requests: list[Request]) -> None:
+    whole = answered(opened(tiny_llama, batch_size=8), requests)
+    assert answered(opened(tiny_llama, batch_size=1), requests) == whole
+    assert answered(opened(tiny_llama, batch_size=3), requests[::-1]) == whole
+
+
+def test_a_system_prompt_is_read(tiny_llama: Path, requests: list[Request]) -> None:
+    engine = HFEngine(max_new_tokens=NEW)
+    engine.open(tiny_llama, "float32", "Be brief.", "cpu", batch_size=4)
+    assert answered(engine, requests) != answered(opened(tiny_llama), requests)
+
+
+def test_generation_ends_at_the_end_of_turn(tiny_llama: Path, requests: list[Request]) -> None:
+    """A token that one answer comes to is made the end of turn: that answer stops before it, its batch goes on."""
+    engine = opened(tiny_llama, batch_size=8)
+    runs = {request.id: greedy(engine, request.prompt) for request in requests}
+    special = set(engine.tokenizer.all_special_ids)
+    candidates = [token for run in runs.values() for token in run[2:6] if token not in special]
+    end = min(candidates, key=lambda token: sum(token in run for run in runs.values()))
+    engine.tokenizer.eos_token = engine.tokenizer.convert_ids_to_tokens(end)
+    found = answered(engine, requests)
+    for id, run in runs.items():
+        kept = run[: run.index(end)] if end in run else run
+        assert found[id].finish == ("stop" if end in run else "length")
+        assert found[id].text == engine.tokenizer.decode(kept, skip_special_tokens=True).strip()
+    assert {completion.finish for completion in found.values()} == {"stop", "length"}
+
+
+def test_an_answer_that_ends_on_its_last_token_has_stopped(tiny_llama: Path, requests: list[Request]) -> None:
+    engine = opened(tiny_llama)
+    run = greedy(engine, requests[0].prompt)
+    first = next(token for token in run if token not in engine.tokenizer.all_special_ids)
+    engine.max_new_tokens = run.index(first) + 1
+    engine.tokenizer.eos_token = engine.tokenizer.convert_ids_to_tokens(first)
+    assert answered(engine, requests[:1])["r0"].finish == "stop"
+    engine.max_new_tokens -= 1
+    if engine.max_new_tokens:
+        assert answered(engine, requests[:1])["r0"].finish == "length"
+
+
+def test_prompts_over_the_limit_are_not_asked(tiny_llama: Path, requests: list[Request]) -> None:
+    engine = opened(tiny_llama)
+    whole = answered(engine, requests)
+    lengths = {request.id: len(chat_prompt_ids(engine.tokenizer, request.prompt)) for request in requests}
+    engine.max_prompt_tokens = sorted(lengths.values())[3]
+    found = answered(engine, requests)
+    for id, length in lengths.items():
+        expected = whole[id] if length <= engine.max_prompt_tokens else Completion(id, "", "too_long")
+        assert found[id] == expected
+    assert Counter(completion.finish for completion in found.values())["too_long"] == 4
+    engine.max_prompt_tokens = 1
+    assert {completion.finish for completion in engine.complete(requests)} == {"too_long"}
+
+
+def test_no_requests_and_no_template(tiny_llama: Path, tmp_path: Path) -> None:
+    assert list(opened(tiny_llama).complete([])) == []
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template; an instruct model is needed"):
+        opened(folder)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+def test_the_spec_names_what_decides_the_text() -> None:
+    greedy_spec = HFEngine(seed=1, batch_size=8).spec()
+    assert greedy_spec == HFEngine(seed=2, batch_size=64).spec()
+    assert greedy_spec == {"kind": "hf", "max_new_tokens": 256, "max_prompt_tokens": 1024, "temperature": 0.0}
+    sampled = HFEngine(temperature=0.7, tries=2, seed=1)
+    assert sampled.spec() != HFEngine(temperature=0.7, tries=2, seed=2).spec()
+    assert sampled.spec() == HFEngine(temperature=0.7, tries=2, seed=1, batch_size=3).spec()
+    rebuilt = HFEngine(**{key: value for key, value in sampled.spec().items() if key != "kind"})
+    assert rebuilt.spec() == sampled.spec()
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_llama: Path, requests: list[Request]) -> None:
+    settings = {"temperature": 1.0, "seed": 5}
+    whole = answered(opened(tiny_llama, batch_size=8, **settings), requests)
+    assert answered(opened(tiny_llama, batch_size=8, **settings), requests) == whole
+    assert answered(opened(tiny_llama, batch_size=1, **settings), requests) == whole
+    assert answered(opened(tiny_llama, batch_size=3, **settings), requests[5:1:-1]) == {
+        request.id: whole[request.id] for request in requests[5:1:-1]
+    }
+
+
+def test_a_sample_is_decided_by_seed_request_and_try(tiny_llama: Path, requests: list[Request]) -> None:
+    prompt = requests[0].prompt
+    engine = opened(tiny_llama, temperature=1.5, seed=0)
+    texts = {c.id: c.text for c in engine.complete([Request(f"{n}", prompt) for n in range(6)])}
+    texts |= {f"try {n}": next(engine.complete([Request("0", prompt, n)])).text for n in (1, 2)}
+    engine.seed = 1
+    texts["seed"] = next(engine.complete([Request("0", prompt)])).text
+    texts["greedy"] = next(opened(tiny_llama).complete([Request("0", prompt)])).text
+    assert len(set(texts.values())) == len(texts)
+
+
+def test_noise_repeats_and_moves_on_with_every_token() -> None:
+    scores = torch.zeros(2, 5)
+    one, other = (GumbelNoise(3, [Request("a", "p"), Request("b", "p")]) for _ in range(2))
+    first, second = one(None, scores), one(None, scores)
+    assert torch.equal(other(None, scores), first)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(GumbelNoise(3, [Request("b", "p")])(None, scores[:1])[0], first[1])
+
+
+def test_gumbel_argmax_is_a_sample_of_the_softmax() -> None:
+    """Four thousand draws of three tokens; a fourth is excluded, as a nucleus does it."""
+    n, logits = 4000, torch.tensor([0.3, -1.0, 1.2, -math.inf])
+    noise = GumbelNoise(0, [Request(str(number), "p") for number in range(n)])
+    drawn = Counter(noise(None, logits.expand(n, 4)).argmax(dim=-1).tolist())
+    for token, p in enumerate(logits.softmax(dim=0).tolist()):
+        assert abs(drawn[token] / n - p) <= 4 * math.sqrt(p * (1 - p) / n), token
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (2.0, 1.0), (2.0, 0.6)])
+def test_sampled_tokens_follow_temperature_and_nucleus(
+    temperature: float, top_p: float, tiny_llama: Path, requests: list[Request]
+) -> None:
+    """First tokens of one prompt against the softmax of the logits / temperature, cut to its nucleus."""
+    n, prompt = 600, requests[1].prompt
+    engine = opened(tiny_llama, max_new_tokens=1, temperature=temperature, top_p=top_p, batch_size=100)
+    engine.tokenizer.eos_token = "<|pad|>"
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([chat_prompt_ids(engine.tokenizer, prompt)])).logits[0, -1]
+    p, order = (logits.double() / temperature).softmax(dim=0).sort(descending=True)
+    p = p * (p.cumsum(dim=0) - p < top_p)
+    p /= p.sum()
+    expected: Counter[str] = Counter()
+    for token, share in zip(order.tolist(), p.tolist(), strict=True):
+        expected[engine.tokenizer.decode([token], skip_special_tokens=True).strip()] += share  # type: ignore[assignment]
+    drawn = Counter(c.text for c in engine.complete([Request(str(number), prompt) for number in range(n)]))
+    for text, share in expected.most_common(5):
+        assert abs(drawn[text] / n - share) <= 4 * math.sqrt(share * (1 - share) / n), text
+    assert not [text for text in drawn if not expected[text]]
+    assert expected.most_common(1)[0][1] < 0.999, "nothing to draw"

@@ -1,0 +1,221 @@
+"""The stage that tunes: which rows, which tokens, and that a killed run ends where an unbroken one does."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdd.errors import UserError
+from sdd.module import StudentModule, padded
+from sdd.stages.runtime import Runtime, write_jsonl
+from sdd.stages.tuned import build_tuned, split_rows, tokenized
+from sdd.store import SCRATCH, Recipe
+from sdd.tiny.tasks import instances
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+def test_training_rows_of_one_seed_are_nested() -> None:
+    rows = [f"r{i}" for i in range(50)]
+    samples = {n: split_rows(rows, 10, n, seed=3)[0] for n in (1, 8, 25, 40, None)}
+    for n, sample in samples.items():
+        assert sample == samples[None][:n]
+        assert len(sample) == (40 if n is None else n)
+    assert split_rows(rows, 10, 8, seed=3)[0] == samples[8]
+    assert split_rows(rows, 10, 8, seed=4)[0] != samples[8]
+
+
+def test_validation_rows_are_the_same_for_every_seed_and_size() -> None:
+    rows = [f"r{i}" for i in range(50)]
+    held_out = {tuple(split_rows(rows, 10, n, seed)[1]) for n in (1, 25, None) for seed in range(5)}
+    assert len(held_out) == 1
+    assert len(set(*held_out)) == 10
+    assert set(*held_out) != set(rows[:10]) != set(rows[-10:])
+
+
+@pytest.mark.parametrize("validation_rows", [0, 1, 10, 49])
+def test_training_and_validation_never_overlap(validation_rows: int) -> None:
+    rows = [f"r{i}" for i in range(50)]
+    for seed in range(5):
+        training, validation = split_rows(rows, validation_rows, None, seed)
+        assert len(validation) == validation_rows
+        assert sorted(training + validation) == sorted(rows)
+
+
+def test_both_arms_get_the_same_rows() -> None:
+    gold = [{"id": f"r{i}", "target": "a"} for i in range(30)]
+    rewritten = [row | {"target": "b"} for row in gold]
+    for seed in range(3):
+        one, other = (split_rows(rows, 5, 12, seed) for rows in (gold, rewritten))
+        assert [[row["id"] for row in part] for part in one] == [[row["id"] for row in part] for part in other]
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------
+
+
+def spec_of(max_length: int = 256, system_prompt: str | None = None) -> dict[str, Any]:
+    return {"system_prompt": system_prompt, "finetune": {"max_length": max_length}}
+
+
+def test_the_loss_is_taken_on_the_answer_and_its_end(tokenizer: Any) -> None:
+    tasks = list(instances("pool", 4, 8))
+    rows = [{"prompt": task.prompt, "target": task.gold} for task in tasks]
+    kept, too_long = tokenized(tokenizer, rows, spec_of())
+    assert too_long == 0
+    ids, mask, labels = padded(kept)
+    for at, task in enumerate(tasks):
+        whole = tokenizer.decode(ids[at][mask[at].bool()])
+        assert whole == f"<|begin|><|user|>{task.prompt}<|end|><|assistant|>{task.gold}<|end|>"
+        targets = labels[at][labels[at] != -100]
+        assert tokenizer.decode(targets) == f"{task.gold}<|end|>"
+        assert targets[-1] == tokenizer.eos_token_id
+
+
+def test_training_reads_the_prompt_that_generation_is_asked_with(tokenizer: Any) -> None:
+    from sdd.prompts import chat_prompt_ids
+
+    (row,), _ = tokenized(tokenizer, [{"prompt": "Sort: b a", "target": "a b"}], spec_of(system_prompt="Be brief."))
+    assert row.ids[: row.prompt_length] == chat_prompt_ids(tokenizer, "Sort: b a", "Be brief.")
+
+
+def test_rows_over_the_limit_are_left_out_whole_and_counted(tokenizer: Any) -> None:
+    rows = [{"prompt": "p", "target": "word " * n} for n in (1, 5, 50)]
+    (short, middle, long), _ = tokenized(tokenizer, rows, spec_of())
+    limit = len(middle.ids)
+    kept, too_long = tokenized(tokenizer, rows, spec_of(limit))
+    assert (kept, too_long) == ([short, middle], 1)
+    assert len(long.ids) > limit
+    assert len(tokenized(tokenizer, rows, spec_of(limit - 1))[0]) == 1
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+RUNTIME = Runtime(micro_batch_tokens=300, checkpoint_every=2)
+FINETUNE = {
+    "epochs": 2,
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "max_length": 256,
+    "num_rows": 10,
+    "validation_rows": 3,
+    "warmup_share": 0.2,
+    "weight_decay": 0.01,
+    "clip_norm": 1.0,
+}
+STEPS = 6
+
+
+def recipe(seed: int = 0, dropout: float = 0.0, **finetune: Any) -> Recipe:
+    targets = Recipe("targets", 1, {"mode": "sft"}, {}, {})
+    pruned = Recipe("pruned", 1, {"blocks": [1]}, {}, {})
+    spec = {
+        "adapter": {"rank": 4, "alpha": 8, "dropout": dropout, "targets": ["all-linear"]},
+        "base_quantisation": None,
+        "precision": "32",
+        "finetune": FINETUNE | finetune,
+        "system_prompt": None,
+        "seed": seed,
+    }
+    return Recipe("tuned", 1, spec, {"targets": targets, "pruned": pruned}, {})
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    targets = tmp_path_factory.mktemp("targets")
+    rows = [{"id": task.id, "prompt": task.prompt, "target": task.reference} for task in instances("pool", 0, 16)]
+    write_jsonl(targets / "train.jsonl", rows)
+    return {"targets": targets, "pruned": tiny_llama}
+
+
+def tune(folder: Path, inputs: dict[str, Path], recipe: Recipe, runtime: Runtime = RUNTIME) -> dict[str, torch.Tensor]:
+    (folder / SCRATCH).mkdir(parents=True, exist_ok=True)
+    build_tuned(runtime, recipe, inputs, folder)
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    assert set(a) == set(b)
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("killed_at", [3, 5])
+def test_a_resumed_run_is_bit_exact(
+    killed_at: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two checkpoints: steps are taken again, with dropout, momenta and rate as they were."""
+    whole = tune(tmp_path / "whole", inputs, recipe(dropout=0.2))
+    taken: list[int] = []
+    record = StudentModule._record
+
+    def dying(self: StudentModule, step: int, loss: float, rate: float) -> None:
+        if step == killed_at and killed_at not in taken:
+            taken.append(step)
+            raise KeyboardInterrupt
+        taken.append(step)
+        record(self, step, loss, rate)
+
+    monkeypatch.setattr(StudentModule, "_record", dying)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        tune(tmp_path / "broken", inputs, recipe(dropout=0.2))
+    assert not (tmp_path / "broken" / "adapter").exists()
+    resumed = tune(tmp_path / "broken", inputs, recipe(dropout=0.2))
+    assert taken == [*range(1, killed_at + 1), *range(killed_at, STEPS + 1)], "it did not go on from its checkpoint"
+    assert same(resumed, whole)
+    histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    assert histories[0] == histories[1]
+
+
+def test_the_seed_decides_the_adapter(inputs: dict[str, Path], tmp_path: Path) -> None:
+    one, again, other = (
+        tune(tmp_path / name, inputs, recipe(seed)) for name, seed in (("one", 1), ("again", 1), ("other", 2))
+    )
+    assert same(one, again)
+    assert (tmp_path / "one" / "history.csv").read_text() == (tmp_path / "again" / "history.csv").read_text()
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_micro_batch_is_no_part_of_the_result(inputs: dict[str, Path], tmp_path: Path) -> None:
+    adapters = [
+        tune(tmp_path / str(tokens), inputs, recipe(), dataclasses.replace(RUNTIME, micro_batch_tokens=tokens))
+        for tokens in (1, 4096)
+    ]
+    losses = []
+    for tokens in (1, 4096):
+        with (tmp_path / str(tokens) / "history.csv").open() as file:
+            losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][name], atol=2e-3), name
+
+
+def test_what_an_artifact_holds(inputs: dict[str, Path], tmp_path: Path) -> None:
+    tune(tmp_path, inputs, recipe())
+    facts = json.loads((tmp_path / "rows.json").read_text())
+    assert len(facts["ids"]) == facts["trained"] == 10
+    assert facts["validation"] == 3
+    with (tmp_path / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in history] == list(range(1, STEPS + 1))
+    assert float(history[-1]["loss"]) < float(history[0]["loss"])
+    assert float(history[-1]["epoch"]) == 2.0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"pruned/{inputs['pruned'].name}", "no path of this machine"
+    assert (tmp_path / "learning_curve.png").stat().st_size > 0
+
+
+def test_a_limit_under_every_row_is_a_users_mistake(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"finetune\.max_length=8 is shorter than every training row"):
+        tune(tmp_path, inputs, recipe(max_length=8))
+
+
+def test_unknown_adapter_targets_are_a_users_mistake(inputs: dict[str, Path], tmp_path: Path) -> None:
+    wrong = recipe()
+    wrong.spec["adapter"]["targets"] = ["nowhere_proj"]
+    with pytest.raises(UserError, match=r"adapter\.targets=\['nowhere_proj'\]") as caught:
+        tune(tmp_path, inputs, wrong)
+    assert "\n" not in str(caught.value)
