@@ -1,6 +1,6 @@
 """Make a full checkpoint of a pruned or fine-tuned student, which stock transformers opens.
 
-    python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--source DIGEST=PATH]
+python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--source DIGEST=PATH]
 """
 
 import argparse

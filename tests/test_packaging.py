@@ -1,4 +1,4 @@
-"""What is said in several places must agree: dependencies, the lock, the environment for conda, the wheel's contents."""
+"""What is said in several places must agree: dependencies, the lock, the environment for conda, the scripts."""
 
 import re
 import tomllib

@@ -67,8 +67,8 @@ def batches(
 ) -> Iterator[list[Row]]:
     """Endless steps of random rows, sorted by length and cut into `parts` of equal cost; yields the given part.
 
-    All parts of a step together mix the families, and each has rows of similar length. (Steps of one length are steps of
-    one or two families: they pull one family at a time, and what needs matching by content was not learnt.)
+    All parts of a step together mix the families, and each has rows of similar length. (Steps of one length are steps
+    of one or two families: they pull one family at a time, and what needs matching by content was not learnt.)
     """
     rng = random.Random(f"{seed} {practice}")
     while True:
@@ -99,7 +99,8 @@ def final_answer_nats(model: Any, tokenizer: Any, per_family: int = 24) -> dict[
         for _ in range(per_family):
             task = draw(family, "dev", rng)
             head, _, final = task.gold.rpartition("\n")
-            prefix = chat_prompt_ids(tokenizer, task.prompt) + tokenizer(head + "\n", add_special_tokens=False).input_ids
+            worked = tokenizer(head + "\n", add_special_tokens=False)["input_ids"]
+            prefix = chat_prompt_ids(tokenizer, task.prompt) + worked
             ids = torch.tensor([prefix + answer_ids(tokenizer, final)])
             with torch.no_grad():
                 logits = model(ids).logits[0, len(prefix) - 1 : -1]

@@ -119,8 +119,9 @@ def test_answers_of_the_other_families_are_right(drawn: dict[str, list[Instance]
 
 
 def _asked(who: str, what: str) -> str:
-    asked = {"colour": "colour is the {}", "food": "does the {} eat", "home": "does the {} live", "sound": "the {} make"}
-    return asked[what].format(who)
+    if what == "colour":
+        return f"colour is the {who}"
+    return f"the {who} " + {"food": "eat", "home": "live", "sound": "make"}[what]
 
 
 @pytest.mark.parametrize("split", list(SPLITS))
