@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 DEMO := outputs/demo
-EVALUATE := $(BIN)/python evaluate.py -m
+SIZES ?= none,n1,n2,n3,n4,n5,n6
+SEEDS ?= 0,1,2,3,4
+EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 FIXED_RATE := 1e-3
 WORKERS ?= 2
 
@@ -21,9 +23,9 @@ env: .venv/.made
 # frozen learning rates over five seeds, then SFT at the rate of the other arms. Everything is cached in artifacts/.
 demo: env
 	rm -rf $(DEMO)/jobs
-	$(EVALUATE) experiment=demo pruning=none,n1,n2,n3,n4,n5,n6 finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
-	$(EVALUATE) experiment=demo hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
-	$(EVALUATE) experiment=demo finetune=sft finetune.learning_rate=$(FIXED_RATE) hydra.sweep.dir=$(DEMO)/jobs/fixed_rate $(ARGS)
+	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
+	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+	$(EVALUATE) seed=$(SEEDS) finetune=sft finetune.learning_rate=$(FIXED_RATE) hydra.sweep.dir=$(DEMO)/jobs/fixed_rate $(ARGS)
 	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 
 lint: env

@@ -286,6 +286,7 @@ def test_dataset_rows_are_text(tmp_path: Path, small: list[str]) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_hub_is_not_asked(study: Path, tmp_path: Path, small: list[str]) -> None:
     """Saving an adapter whose base is named by address must not look that address up on the network."""
     code = """

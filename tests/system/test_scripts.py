@@ -13,11 +13,13 @@ HEAVY = ["torch", "transformers", "pytorch_lightning", "peft", "datasets", "lm_e
 RUN_AND_LIST = """
 import json, runpy, sys
 script, heavy, sys.argv = sys.argv[1], json.loads(sys.argv[2]), sys.argv[1:2] + sys.argv[3:]
+code = 0
 try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit as end:
-    assert not end.code, end.code
+    code = end.code
 print("imported", json.dumps([name for name in heavy if name in sys.modules]))
+sys.exit(code)
 """
 
 
@@ -30,6 +32,14 @@ def test_help_imports_nothing_heavy(script: str, tmp_path: Path) -> None:
     for group in ("model", "metric", "pruning", "dataset", "finetune", "evaluation", "experiment"):
         assert f"{group}: " in outcome.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistake_is_told_before_anything_heavy_is_imported(small: list[str], tmp_path: Path) -> None:
+    path = str(REPOSITORY / "evaluate.py")
+    outcome = subprocess_run(["-c", RUN_AND_LIST, path, json.dumps(HEAVY), *small, "pruning.size=4"], tmp_path)
+    assert outcome.code == 2, outcome.stderr
+    assert len(outcome.errors) == 1
+    assert outcome.lines == ["imported []"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,6 +62,7 @@ print(sdd.__file__)
     assert Path(package).parent.parent == REPOSITORY
 
 
+@pytest.mark.slow
 def test_script_as_a_user_runs_it(small: list[str], tmp_path: Path) -> None:
     outcome = subprocess_run([str(REPOSITORY / "prune.py"), *small, "metric=last"], tmp_path)
     assert outcome.path.parent == tmp_path / "artifacts" / "pruned"

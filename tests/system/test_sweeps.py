@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, Outcome, artifacts_of, run, subprocess_run
+from launching import REPOSITORY, artifacts_of, run, subprocess_run
 
 
 def records_of(folder: Path) -> dict[int, dict]:
@@ -20,6 +20,7 @@ def state_of(root: Path) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     words = ["-m", *small, "hydra.sweep.dir=sweep", "pruning=n1,n2", "finetune=none,sft"]
     outcome = run("evaluate", *words, cwd=tmp_path)
@@ -104,36 +105,25 @@ def test_two_sweeps_at_once_have_folders_of_their_own(small: list[str], tmp_path
     assert len(folders) == 2
 
 
-@pytest.fixture(scope="module")
-def parallel(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Outcome]:
-    folder = tmp_path_factory.mktemp("parallel")
+@pytest.mark.slow
+def test_side_by_side_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
+    """Two processes that share inputs and both meet failing jobs; afterwards one process finds everything there."""
     words = [str(REPOSITORY / "train.py"), "-m", *small, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     words += ["hydra.sweep.dir=sweep", "finetune=sft", "pruning.size=1,4,2", "seed=0,1"]
-    return folder, words, subprocess_run(words, folder)
-
-
-@pytest.mark.slow
-def test_side_by_side_each_distinct_artifact_once(parallel: tuple[Path, list[str], Outcome]) -> None:
-    folder, _, outcome = parallel
+    outcome = subprocess_run(words, tmp_path)
     assert outcome.code == 2, outcome.stderr
     assert len(outcome.built) == len(set(outcome.built)) == 1 + 2 + 1 + 4
     assert len(set(outcome.lines)) == len(outcome.lines) == 4
     assert all(Path(line).parent.name == "tuned" and Path(line).is_dir() for line in outcome.lines)
-    records = records_of(folder / "sweep")
+    records = records_of(tmp_path / "sweep")
     assert sorted(records) == list(range(6))
     assert {record["path"] for record in records.values() if "path" in record} == set(outcome.lines)
     assert "2 of 6 jobs failed" in outcome.stderr
     assert outcome.stderr.count("error: pruning.size=4 removes all 4 blocks") == 2
     assert "Traceback" not in outcome.stderr
 
-
-@pytest.mark.slow
-def test_side_by_side_equals_one_after_the_other(
-    parallel: tuple[Path, list[str], Outcome], small: list[str], tmp_path: Path
-) -> None:
-    folder, _, _ = parallel
-    words = ["-m", *small, "finetune=sft", "pruning.size=1,2", "seed=0,1"]
-    before = state_of(folder / "artifacts")
-    again = run("train", *words, cwd=folder)
+    before = state_of(tmp_path / "artifacts")
+    again = run("train", "-m", *small, "finetune=sft", "pruning.size=1,2", "seed=0,1", cwd=tmp_path)
     assert (again.code, again.built) == (0, [])
-    assert state_of(folder / "artifacts") == before
+    assert sorted(again.lines) == sorted(outcome.lines)
+    assert state_of(tmp_path / "artifacts") == before
