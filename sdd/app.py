@@ -23,7 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import sdd
-from sdd.config import Config, check_targets, check_values
+from sdd.allowed import check_targets
+from sdd.config import Config, check_values
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
 

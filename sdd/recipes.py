@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdd import models
-from sdd.config import build, check_pruning
+from sdd.allowed import build
+from sdd.config import check_pruning
 from sdd.errors import UserError
 from sdd.pruning import matrices
 from sdd.store import Recipe, digest_of

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdd import models
-from sdd.config import build
+from sdd.allowed import build
 from sdd.importance import chosen_blocks
 from sdd.pruning import prune_checkpoint
 from sdd.stages.figures import heat_map

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdd.config import build
+from sdd.allowed import build
 from sdd.data import Example
 from sdd.distill import Selection, choose_target, rewrite_rows
 from sdd.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sdd import models
-from sdd.config import build
+from sdd.allowed import build
 from sdd.errors import UserError
 from sdd.prompts import answer_ids, chat_prompt_ids
 from sdd.stages.figures import learning_curve

@@ -12,8 +12,9 @@ from hydra.utils import get_object
 from launching import REPOSITORY, run
 from omegaconf import DictConfig, OmegaConf
 
+from sdd.allowed import ALLOWED_PLUGINS, ALLOWED_TARGETS, build, check_targets
 from sdd.app import config_folder
-from sdd.config import ALLOWED_PLUGINS, ALLOWED_TARGETS, build, check_targets, check_values
+from sdd.config import check_values
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(

@@ -10,7 +10,7 @@ import pytest
 from launching import Outcome, run, subprocess_run
 from omegaconf import OmegaConf
 
-from sdd.config import build, check_targets
+from sdd.allowed import build, check_targets
 from sdd.errors import UserError
 
 PAYLOAD = "{_target_: os.system, command: touch MARKER}"

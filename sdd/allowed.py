@@ -1,0 +1,184 @@
+"""What a config may name: the allow-list of `_target_`, log handlers and resolvers; and `build`, which obeys it.
+
+Somebody else's config can choose among this project's parts and the library classes they configure, and run nothing
+else. The list is checked on every composed config, the `hydra` node included, before Hydra instantiates anything;
+`build` is the only place where a node becomes an object of ours, and it looks at the object found as well as its name.
+"""
+
+import re
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse
+
+from sdd.errors import UserError
+
+ALLOWED_TARGETS = frozenset(
+    {
+        "sdd.importance.Angular",
+        "sdd.importance.BlockInfluence",
+        "sdd.importance.Random",
+        "sdd.importance.Last",
+        "sdd.data.tiny.TinyTexts",
+        "sdd.data.tiny.TinyTasks",
+        "sdd.data.local.LocalTexts",
+        "sdd.data.local.LocalRows",
+        "sdd.engines.HFEngine",
+        "sdd.sweep.SweepEnd",
+        "pytorch_lightning.loggers.WandbLogger",
+    }
+)
+"""Exact names. `build` also checks that the object found under a name is defined where the name says."""
+
+ALLOWED_PLUGINS = frozenset(
+    {
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+        "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    }
+)
+ALLOWED_LOGGING = frozenset(
+    {
+        "logging.Formatter",
+        "logging.StreamHandler",
+        "logging.FileHandler",
+        "logging.NullHandler",
+        "colorlog.ColoredFormatter",
+    }
+)
+ALLOWED_RESOLVERS = frozenset({"now", "process_id", "package_folder"})
+"""What `${name:...}` may call: values that cannot name a class. `hydra` is allowed outside the `hydra` node."""
+
+_ALLOWED_STREAMS = ("ext://sys.stderr", "ext://sys.stdout")
+_LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/[^/].*")
+_REFUSED_SETTINGS = {
+    ("hydra", "job", "env_set"): "changes the environment",
+    ("hydra", "job", "env_copy"): "reads the environment",
+    ("hydra", "launcher", "setup"): "runs commands of its own",
+    ("hydra", "launcher", "srun_args"): "runs commands of its own",
+    ("hydra", "launcher", "additional_parameters"): "runs commands of its own",
+    ("hydra", "sweeper", "custom_search_space"): "runs a function of its own",
+}
+_SAMPLER = re.compile(r"optuna\.samplers\.[A-Z][A-Za-z]*Sampler")
+
+
+def check_targets(config: DictConfig) -> None:
+    """Refuse a composed config (its `hydra` node included) that names anything outside the allow-list.
+
+    Names of classes are literals. Inside the `hydra` node, which is instantiated before any of our code is asked, an
+    interpolation stands for a plain value, so that what is checked here is what Hydra will see.
+    """
+    _check_node(OmegaConf.to_container(config, resolve=False), (), config)
+
+
+def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig) -> None:
+    if isinstance(node, list):
+        for index, value in enumerate(node):
+            _check_node(value, (*where, index), root)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            path = (*where, key)
+            if path in _REFUSED_SETTINGS and value:
+                raise UserError(f"{_dotted(path)} {_REFUSED_SETTINGS[path]}; refused in a config")
+            if key == "_target_" and value != MISSING:
+                _check_target(value, path)
+            elif key == "()" or (key == "class" and _in_logging(path)):
+                if value not in ALLOWED_LOGGING:
+                    raise UserError(f"{_dotted(path)}={value} is not an allowed logging class; refused")
+            else:
+                _check_node(value, path, root)
+    elif isinstance(node, str):
+        _check_text(node, where, root)
+
+
+def _check_target(value: Any, path: tuple[Any, ...]) -> None:
+    plugin = path in (("hydra", "launcher", "_target_"), ("hydra", "sweeper", "_target_"))
+    if path == ("hydra", "sweeper", "sampler", "_target_") and _SAMPLER.fullmatch(str(value)):
+        return
+    if value not in (ALLOWED_PLUGINS if plugin else ALLOWED_TARGETS):
+        raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
+
+
+def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
+    in_hydra, where = path[:1] == ("hydra",), _dotted(path)
+    if "ext://" in text and text not in _ALLOWED_STREAMS:
+        raise UserError(f"{where}={text} is not an allowed stream; refused")
+    if "${" not in text:
+        return
+    try:
+        calls, nested = _interpolations(text)
+    except OmegaConfBaseException:
+        raise UserError(f"{where}={text} is not a valid interpolation") from None
+    for call in calls:
+        if call.startswith(("oc.env", "env")):
+            raise UserError(f"{where} reads an environment variable ({text}); pass the value on the command line")
+        if call not in ALLOWED_RESOLVERS and (in_hydra or call != "hydra"):
+            raise UserError(f"{where}={text} calls {call!r}, which a config may not; refused")
+    if in_hydra and nested:
+        raise UserError(f"{where}={text} nests interpolations, which a config may not under hydra; refused")
+    if _in_logging(path) and not _LOG_FILE.fullmatch(text):
+        raise UserError(f"{where}={text} may only begin with ${{hydra.runtime.output_dir}}/ or be plain; refused")
+    if in_hydra and OmegaConf.is_config(_resolved(root, path)):
+        raise UserError(f"{where}={text} stands for a whole node, which a config may not under hydra; refused")
+
+
+def _interpolations(text: str) -> tuple[list[str], bool]:
+    """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests."""
+    calls, nested = [], False
+    queue = [(parse(text), 0)]
+    while queue:
+        tree, depth = queue.pop()
+        kind = type(tree).__name__
+        if kind == "InterpolationContext":
+            depth += 1
+            nested |= depth > 1
+        elif kind == "ResolverNameContext":
+            calls.append(tree.getText())
+        queue += [(child, depth) for child in getattr(tree, "children", None) or []]
+    return calls, nested
+
+
+def _resolved(root: DictConfig, path: tuple[Any, ...]) -> Any:
+    """The value at `path`; None where it is not known before the job runs."""
+    node: Any = root
+    try:
+        for key in path:
+            node = node[key]
+    except OmegaConfBaseException:
+        return None
+    return node
+
+
+def _in_logging(path: tuple[Any, ...]) -> bool:
+    return path[:2] in (("hydra", "job_logging"), ("hydra", "hydra_logging"))
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+def build(node: Any, *args: Any, **values: Any) -> Any:
+    """Instantiate a config node (a mapping with `_target_`), after checking name, identity and arguments."""
+    import inspect
+
+    from hydra.utils import get_object, instantiate
+
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    name = node.get("_target_")
+    if name not in ALLOWED_TARGETS:
+        raise UserError(f"_target_={name} is not one of this project's parts; refused")
+    found = get_object(name)
+    home = f"{found.__module__}.{found.__qualname__}"
+    if home != name and not home.startswith("pytorch_lightning.loggers."):
+        raise UserError(f"_target_={name} is really {home}; refused")
+    given = {key: value for key, value in node.items() if key != "_target_"} | values
+    try:
+        inspect.signature(found).bind(*args, **given)
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from None
+    return instantiate({"_target_": name, "_partial_": True})(*args, **given)
