@@ -87,7 +87,7 @@ def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig) -> None:
             if key == "_target_" and value != MISSING:
                 _check_target(value, path)
             elif key == "()" or (key == "class" and _in_logging(path)):
-                if value not in ALLOWED_LOGGING:
+                if str(value) not in ALLOWED_LOGGING:
                     raise UserError(f"{_dotted(path)}={value} is not an allowed logging class; refused")
             else:
                 _check_node(value, path, root)
@@ -99,7 +99,7 @@ def _check_target(value: Any, path: tuple[Any, ...]) -> None:
     plugin = path in (("hydra", "launcher", "_target_"), ("hydra", "sweeper", "_target_"))
     if path == ("hydra", "sweeper", "sampler", "_target_") and _SAMPLER.fullmatch(str(value)):
         return
-    if value not in (ALLOWED_PLUGINS if plugin else ALLOWED_TARGETS):
+    if str(value) not in (ALLOWED_PLUGINS if plugin else ALLOWED_TARGETS):
         raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
 
 

@@ -150,7 +150,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdd.tiny.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")

@@ -29,6 +29,8 @@ CONFIGS = {
     "launcher": "hydra: {launcher: {_target_: os.getcwd}}",
     "sweeper": "hydra: {sweeper: {_target_: os.getcwd}}",
     "a part as launcher": "hydra: {launcher: {_target_: sdd.sweep.SweepEnd}}",
+    "list as target": "hydra: {callbacks: {evil: {_target_: [os.mkdir], path: MARKER}}}",
+    "list as handler": "hydra: {job_logging: {handlers: {console: {'()': [os.mkdir], path: MARKER}}}}",
     "alias": "metric: {_target_: sdd.store.store.os.system, command: touch MARKER}",
     "alias in a callback": "hydra: {callbacks: {evil: {_target_: sdd.store.store.os.mkdir, path: MARKER}}}",
     "alias of a module": "hydra: {callbacks: {evil: {_target_: sdd.app.contextlib.os.mkdir, path: MARKER}}}",
