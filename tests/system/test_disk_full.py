@@ -58,8 +58,8 @@ def used(folder: Path) -> int:
 def test_full_disk_then_room_again(small: list[str], study: Path, small_disk: Path, tmp_path: Path) -> None:
     """Room is given out a little at a time, so that the disk fills up in every stage on the way."""
     words = [*small, f"paths.artifacts={small_disk}"]
-    refusals, stopped = 0, set()
-    for _ in range(60):
+    stopped: set[str] = set()
+    for refusals in range(1, 61):
         outcome = run("evaluate", *words, cwd=tmp_path)
         if outcome.code == 0:
             break
@@ -67,7 +67,6 @@ def test_full_disk_then_room_again(small: list[str], study: Path, small_disk: Pa
         assert len(outcome.errors) == 1
         assert outcome.errors[0].startswith("error: the disk is full")
         assert outcome.stdout == ""
-        refusals += 1
         stopped |= {name.split("/")[0] for name in outcome.built[-1:]}
         resize(small_disk, f"{used(small_disk) // 1024 + 24 + 8 * refusals}k")
     assert outcome.path.is_dir()
