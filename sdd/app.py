@@ -133,6 +133,8 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     if not store.has(wanted):
         from sdd.stages import builds
 
+        if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
+            _check_tracker(config.logger)
         _use_threads(config.trainer.threads)
         store.ensure(wanted, builds(_runtime(config, recipes, run_folder)), config.store.missing)
     path = store.folder(wanted)
@@ -149,6 +151,17 @@ def print_plan(wanted: Any, store: Any) -> None:
         state = "exists" if store.has(recipe) else "would be built"
         inputs = "  <- " + ", ".join(f"{r.stage}/{r.address}" for r in recipe.inputs.values()) if recipe.inputs else ""
         print(f"{state:<15} {recipe.stage}/{recipe.address}{inputs}")
+
+
+def _check_tracker(logger: DictConfig) -> None:
+    """Refuse to begin what would end at the tracker's door."""
+    offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
+    if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:
+        return
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError("logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true")
 
 
 def _use_threads(threads: int | None) -> None:

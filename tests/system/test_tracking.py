@@ -57,6 +57,23 @@ def test_cached_artifact_starts_no_run(tracked: Path, small: list[str]) -> None:
     assert runs_of(tracked) == before
 
 
+def test_nobody_logged_in_is_said_before_any_work(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    outcome = spawn("train", *small, "finetune=sft", "logger=wandb", cwd=tmp_path).outcome()
+    assert (outcome.code, outcome.stdout, outcome.built) == (2, "", []), outcome.stderr
+    assert outcome.errors == [
+        "error: logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true"
+    ]
+    assert artifacts_of(tmp_path / "artifacts") == {}
+    plain = run("prune", *small, "metric=last", "logger=wandb", cwd=tmp_path)
+    assert plain.code == 0, plain.stderr
+
+
 def test_tracker_changes_no_byte_of_the_artifact(tracked: Path, small: list[str], tmp_path: Path) -> None:
     for stage in ("scores", "pruned", "targets"):
         shutil.copytree(tracked / "artifacts" / stage, tmp_path / "artifacts" / stage)
