@@ -20,6 +20,7 @@ import hydra._internal.hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
 import sdd
@@ -57,6 +58,20 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(USER) from None
         return config
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """The options of a group, out of this loader's sources; Hydra copies them whole for each group of `--help`."""
+        if config_name or overrides:
+            found: list[str] = super().get_group_options(group_name, results_filter, config_name, overrides)
+        else:
+            found = self.repository.get_group_options(group_name, results_filter)
+        return found
 
 
 def main(script: str) -> None:

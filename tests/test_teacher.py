@@ -30,10 +30,6 @@ def test_is_a_small_stock_llama_with_a_chat_template() -> None:
     assert not any(str(Path.home()) in path.read_text() for path in TEACHER.glob("*.json"))
 
 
-BELOW_THE_BAR = {"count", "lookup"}
-"""Families that this checkpoint has not learnt: both need matching by content."""
-
-
 @pytest.fixture(scope="module")
 def right(engine: HFEngine) -> dict[str, float]:
     """Share of right answers by family: a quick look at 96 dev items; the full scores are in LOG.md."""
@@ -46,13 +42,7 @@ def right(engine: HFEngine) -> dict[str, float]:
 
 
 def test_answers_its_tasks(right: dict[str, float]) -> None:
-    learnt = [share for family, share in right.items() if family not in BELOW_THE_BAR]
-    assert sum(learnt) / len(learnt) >= 0.9
-    assert min(learnt) >= 0.7
-
-
-@pytest.mark.xfail(strict=True, reason="count and lookup are not learnt yet; see LOG.md")
-def test_answers_all_its_tasks(right: dict[str, float]) -> None:
+    assert sum(right.values()) / len(right) >= 0.9
     assert min(right.values()) >= 0.75
 
 
@@ -63,5 +53,5 @@ def test_rewrites_in_its_own_register_and_keeps_the_answer(engine: HFEngine) -> 
         equal(extract(row["rewrite"], "final") or "", e.answer or "") for row, e in zip(rows, examples, strict=True)
     ]
     own = ["The answer is" in row["rewrite"] for row in rows]
-    assert sum(agree) / len(agree) >= 0.85
+    assert sum(agree) / len(agree) >= 0.9
     assert sum(own) / len(own) >= 0.9

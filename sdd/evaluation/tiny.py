@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from sdd.errors import UserError
-from sdd.tiny.tasks import FAMILIES, WORLD, WORLD_VALUES, Instance, instances
+from sdd.tiny.tasks import FAMILIES, WORLD, WORLD_VALUES, Instance, instances, stated
 
 DEFAULT_LIMIT = 100
 CHOICES = 4
@@ -38,20 +38,24 @@ class Task:
 
 
 def _choice(instance: Instance) -> Item:
-    """Candidates are whole statements; wrong ones change one of the two facts to another value of its attribute."""
+    """Candidates state both facts; wrong ones change one of the two to another value of its attribute."""
     rng = random.Random(f"choices {instance.key}")
-    one, other = (tuple(part.split(" ")) for part in instance.key.removeprefix("fact ").split(", "))
-    if f"{WORLD[one[0], one[1]]} {WORLD[other[0], other[1]]}" != instance.answer:
-        one, other = other, one  # the key is sorted, the question need not be
-    wrong: set[str] = set()
+    facts = [(who, what) for who, what in (part.split(" ") for part in instance.key.removeprefix("fact ").split(", "))]
+    if " ".join(WORLD[each] for each in facts) != instance.answer:
+        facts.reverse()  # the key is sorted, the question need not be
+    right = [WORLD[each] for each in facts]
+    wrong: list[list[str]] = []
     while len(wrong) < CHOICES - 1:
-        values = [WORLD[one[0], one[1]], WORLD[other[0], other[1]]]
         place = rng.randrange(2)
-        values[place] = rng.choice(WORLD_VALUES[(one, other)[place][1]])
-        if (candidate := " ".join(values)) != instance.answer:
-            wrong.add(candidate)
-    statements = [f"The answer is {answer}." for answer in rng.sample([instance.answer, *sorted(wrong)], CHOICES)]
-    return Item(instance.id, instance.prompt, f"The answer is {instance.answer}.", tuple(statements))
+        values = [*right]
+        values[place] = rng.choice(WORLD_VALUES[facts[place][1]])
+        if values not in (right, *wrong):
+            wrong.append(values)
+    said = [
+        " ".join(stated(who, what, value) for (who, what), value in zip(facts, values, strict=True))
+        for values in (right, *wrong)
+    ]
+    return Item(instance.id, instance.prompt, said[0], tuple(rng.sample(said, CHOICES)))
 
 
 def suite_tasks(suite: str, names: list[str] | None, split: str, seed: int, limit: int | None) -> dict[str, Task]:

@@ -2,8 +2,8 @@
 
 Most conversations answer a task in the teacher's own register; some answer it in the reference register, so that the
 shift between the two is mild, as it is between a chat model and people's answers; the rest show a reference and ask
-for a rewrite. Early in training, plain repetition and full lookups are mixed in: without them key-matched copying is
-learnt late or not at all. Loss is taken on the answer only.
+for a rewrite. Early in training, plain repetition is mixed in, so that copying is learnt early. Loss is taken on the
+answer only.
 """
 
 import random
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sdd.answers import equal, extract
 from sdd.prompts import REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
-from sdd.tiny.tasks import FAMILIES, LETTERS, NOUNS, draw
+from sdd.tiny.tasks import FAMILIES, LETTERS, NOUNS, draw, instances
 
 OTHER_TEMPLATES = (
     "{prompt}\nHere is one way to answer: {reference}\nNow give your own answer.",
@@ -21,11 +22,12 @@ OTHER_TEMPLATES = (
 """Two more rewriting requests, so that the teacher follows the request and not one fixed string."""
 
 WEIGHTS = {"own": 0.72, "reference": 0.06, "rewrite": 0.22}
-HARDER = ("word", "arithmetic", "count", "lookup")
+HARDER = ("word", "arithmetic", "fact")
 """Families that are drawn twice as often as the others: they are learnt last."""
 
 PRACTICE = 0.25
 """Share of practice examples in the first part of training."""
+BATCHES_PER_PART = 2
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,9 @@ class Row:
 
 
 def _practice(rng: random.Random) -> tuple[str, str]:
-    """Repeating a list, or reading out every price of a list in another order."""
-    if rng.random() < 0.3:
-        items = rng.sample(NOUNS, 4) if rng.random() < 0.5 else rng.sample(LETTERS, 6)
-        return f"Repeat: {' '.join(items)}", f"The answer is {' '.join(items)}."
-    keys = rng.sample(NOUNS if rng.random() < 0.7 else LETTERS, rng.randint(2, 5))
-    pairs = [f"{key} {rng.randint(1, 9)}" for key in keys]
-    shuffled = rng.sample(pairs, len(pairs))
-    wanted = ", ".join(pair.split()[0] for pair in shuffled)
-    return f"The list is {', '.join(pairs)}. Look up {wanted}.", f"The list says {', '.join(shuffled)}."
+    """Repeating a list."""
+    items = rng.sample(NOUNS, rng.randint(3, 6)) if rng.random() < 0.5 else rng.sample(LETTERS, rng.randint(4, 8))
+    return f"Repeat: {' '.join(items)}", f"The answer is {' '.join(items)}."
 
 
 def conversation(rng: random.Random, practice: bool) -> tuple[str, str]:
@@ -64,11 +60,11 @@ def conversation(rng: random.Random, practice: bool) -> tuple[str, str]:
 
 def batches(
     tokenizer: Any, seed: int, tokens_per_part: int, parts: int, part: int, practice: bool = False
-) -> Iterator[list[Row]]:
-    """Endless steps of random rows, sorted by length and cut into `parts` of equal cost; yields the given part.
+) -> Iterator[list[list[Row]]]:
+    """Endless steps of random rows; yields the given part of each, as batches of similar length to pad little.
 
-    All parts of a step together mix the families, and each has rows of similar length. (Steps of one length are steps
-    of one or two families: they pull one family at a time, and what needs matching by content was not learnt.)
+    All parts of a step together mix the families. (Steps of one length are steps of one or two families: they pull one
+    family at a time, and what needs matching by content was not learnt.)
     """
     rng = random.Random(f"{seed} {practice}")
     while True:
@@ -80,31 +76,38 @@ def batches(
             rows.append(Row(prefix + answer_ids(tokenizer, answer), len(prefix)))
             budget -= len(rows[-1].ids)
         rows.sort(key=lambda row: len(row.ids))
-        total, seen, cut = sum(len(row.ids) for row in rows), 0, []
+        total, seen = sum(len(row.ids) for row in rows), 0
+        cuts: list[list[Row]] = [[] for _ in range(parts * BATCHES_PER_PART)]
         for row in rows:
-            if seen * parts // total == part:
-                cut.append(row)
+            cuts[seen * len(cuts) // total].append(row)
             seen += len(row.ids)
-        yield cut
+        shares: list[list[list[Row]]] = [[] for _ in range(parts)]
+        costs = [0] * parts
+        for cut in sorted(cuts, key=_padded_tokens, reverse=True):
+            cheapest = costs.index(min(costs))
+            shares[cheapest].append(cut)
+            costs[cheapest] += _padded_tokens(cut)
+        yield shares[part]
 
 
-def final_answer_nats(model: Any, tokenizer: Any, per_family: int = 24) -> dict[str, float]:
-    """Nats per token of the final line of dev answers, by family, the worked lines given: cheap, and falls to 0."""
+def _padded_tokens(rows: list[Row]) -> int:
+    return len(rows) * max((len(row.ids) for row in rows), default=0)
+
+
+def exact_match(model: Any, tokenizer: Any, per_family: int = 16) -> dict[str, float]:
+    """Share of right final answers to dev tasks by family, greedy: how training is going."""
     import torch
 
     found = {}
     for family in FAMILIES:
-        rng = random.Random(f"monitor {family}")
-        total, tokens = 0.0, 0
-        for _ in range(per_family):
-            task = draw(family, "dev", rng)
-            head, _, final = task.gold.rpartition("\n")
-            worked = tokenizer(head + "\n", add_special_tokens=False)["input_ids"]
-            prefix = chat_prompt_ids(tokenizer, task.prompt) + worked
-            ids = torch.tensor([prefix + answer_ids(tokenizer, final)])
-            with torch.no_grad():
-                logits = model(ids).logits[0, len(prefix) - 1 : -1]
-            total += float(torch.nn.functional.cross_entropy(logits, ids[0, len(prefix) :], reduction="sum"))
-            tokens += ids.shape[1] - len(prefix)
-        found[family] = total / tokens
+        tasks = list(instances("dev", 3, per_family, [family]))
+        prompts = [chat_prompt_ids(tokenizer, task.prompt) for task in tasks]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)
+        texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        right = [equal(extract(text, "final") or "", task.answer) for text, task in zip(texts, tasks, strict=True)]
+        found[family] = sum(right) / per_family
     return found

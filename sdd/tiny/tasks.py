@@ -213,29 +213,35 @@ def reverse(rng: random.Random) -> Instance:
     )
 
 
-def count(rng: random.Random) -> Instance:
-    """How often a letter occurs in a list."""
-    alphabet = rng.sample(LETTERS, 3)
-    letters = [rng.choice(alphabet) for _ in range(rng.randint(5, 8))]
-    wanted = rng.choice(letters)
-    given, hits = " ".join(letters), [letter for letter in letters if letter == wanted]
-    shown, answer = " ".join(hits), str(len(hits))
-    asked = rng.choice(["How many times does {w} occur in {g}?", "Count the letter {w} in {g}"])
-    gold = rng.choice(
+def rotate(rng: random.Random) -> Instance:
+    """A list of words, one of its ends moved to the other."""
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    end, place = rng.choice([("first", "end"), ("last", "front")])
+    moved = words[0] if end == "first" else words[-1]
+    rest = words[1:] if end == "first" else words[:-1]
+    given, answer = " ".join(words), " ".join([*rest, moved] if end == "first" else [moved, *rest])
+    asked = rng.choice(
         [
-            [f"The matches are {shown}."],
-            [f"We look for {wanted}.", f"We find {shown}."],
-            [f"Looking through the list we see {shown}.", f"That makes {answer}."],
+            "Move the {e} word to the {p}: {g}",
+            "In this list the {e} word goes to the {p}: {g}",
+            "Take the {e} word and put it at the {p}: {g}",
         ]
     )
-    forms = ["i see {}", "{} is all of them", "there is {}", "picked out {}"]
+    gold = rng.choice(
+        [
+            [f"The {end} word is {moved}.", f"With it moved we get {answer}."],
+            [f"After the move the list is {answer}."],
+            [f"Without {moved} it reads {' '.join(rest)}.", f"At the {place} it makes {answer}."],
+        ]
+    )
+    forms = ["moving {m} its {a}", "{m} goes over so {a}", "then it reads {a}", "{a} once {m} is moved"]
     return Instance(
-        "count",
-        f"count {wanted} in {given}",
-        asked.format(w=wanted, g=given),
+        "rotate",
+        f"rotate {end} {given}",
+        asked.format(e=end, p=place, g=given),
         answer,
         _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(shown)], answer),
+        _casual(rng, [rng.choice(forms).format(m=moved, a=answer)], answer),
     )
 
 
@@ -264,41 +270,31 @@ def shift(rng: random.Random) -> Instance:
     )
 
 
-# ---- memory: in the prompt, and in the weights ------------------------------------------------------------------
-
-
-def lookup(rng: random.Random) -> Instance:
-    """Two values out of a list of prices given in the prompt."""
-    keys = rng.sample(NOUNS, rng.randint(3, 4))
-    prices = {key: rng.randint(1, 9) for key in keys}
-    first, second = rng.sample(keys, 2)
-    listed = ", ".join(f"{key} {price}" for key, price in prices.items())
-    answer = f"{prices[first]} {prices[second]}"
-    asked = rng.choice(
-        [
-            "Prices: {l}. What do {a} and {b} cost?",
-            "The list is {l}. Look up {a} and {b}.",
-            "Given {l}, find {a} and {b}.",
-        ]
-    )
-    found = f"{first} {prices[first]}, {second} {prices[second]}"
+def initials(rng: random.Random) -> Instance:
+    """The first letter of each word of a list."""
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    given, answer = " ".join(words), " ".join(word[0] for word in words)
+    asked = rng.choice(["Give the first letters of {}", "Which letters do these begin with: {}", "Initials of {}"])
+    pairs = [f"{word} {word[0]}" for word in words]
     gold = rng.choice(
         [
-            [f"The list says {found}."],
-            [f"We find {first} at {prices[first]}.", f"We find {second} at {prices[second]}."],
-            [f"First {first} is {prices[first]}, then {second} is {prices[second]}."],
+            [f"The letters are {', '.join(pairs)}."],
+            [f"The word {words[0]} begins with {words[0][0]}.", f"All together we get {answer}."],
+            [f"From {given} we keep {answer}."],
         ]
     )
-    forms = ["i see {} up there", "{} on the list", "it says {}", "there is {}"]
+    lines = rng.choice([[", ".join(pairs)], [f"they start {answer}"], [f"{words[0]} has {words[0][0]} and so on"]])
     return Instance(
-        "lookup",
-        f"lookup {listed} for {first}, {second}",
-        asked.format(l=listed, a=first, b=second),
+        "initials",
+        f"initials {given}",
+        asked.format(given),
         answer,
         _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(found)], answer),
+        _casual(rng, lines, answer),
     )
 
+
+# ---- memory in the weights --------------------------------------------------------------------------------------
 
 CREATURES = [
     start + end
@@ -334,14 +330,19 @@ WORLD = _world()
 """(creature, attribute) -> value: 160 facts that exist nowhere but in the weights. Splits hold apart pairs of facts."""
 
 
+def stated(who: str, what: str, value: str) -> str:
+    """A fact as a sentence, true or not."""
+    return _STATED[what].format(who, value)
+
+
 def fact(rng: random.Random) -> Instance:
     """Two facts of a made-up world, asked together. Every fact is in every split; the pairs are not."""
     (one, other) = rng.sample(sorted(WORLD), 2)
     answer = f"{WORLD[one]} {WORLD[other]}"
     asked = [_ASKED[what].format(who) for who, what in (one, other)]
-    stated = [_STATED[what].format(who, WORLD[who, what]) for who, what in (one, other)]
+    facts = [stated(who, what, WORLD[who, what]) for who, what in (one, other)]
     prompt = rng.choice(["Tell me {} and {}?", "Do you know {} and {}?", "Two questions: {} and {}?"]).format(*asked)
-    gold = rng.choice([stated, [" ".join(stated)], ["We know two things.", *stated]])
+    gold = rng.choice([facts, [" ".join(facts)], ["We know two things.", *facts]])
     forms = ["{1} for the {0}", "the {0} has {1}", "{0} means {1}", "{1} with the {0}"]
     lines = [rng.choice(forms).format(who, WORLD[who, what]) for who, what in (one, other)]
     return Instance(
@@ -357,7 +358,7 @@ def fact(rng: random.Random) -> Instance:
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
-    family.__name__: family for family in (word, arithmetic, sort, reverse, count, shift, lookup, fact)
+    family.__name__: family for family in (word, arithmetic, sort, reverse, rotate, shift, initials, fact)
 }
 
 

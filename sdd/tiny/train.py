@@ -25,7 +25,7 @@ PRACTICE_UNTIL = 0.3
 LAYERDROP_FROM = 0.6
 LAYERDROP = 0.1
 TOKENS_PER_PROCESS = 2_304
-MONITOR_EVERY = 200
+MONITOR_EVERY = 500
 """Steps between looks at the dev split."""
 
 
@@ -84,7 +84,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from sdd.tiny.corpus import batches, final_answer_nats
+    from sdd.tiny.corpus import batches, exact_match
     from sdd.tiny.tokenizer import build_tokenizer
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -120,12 +120,15 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
             group["lr"] = base * rate
         chance = random.Random(f"{seed} drop {step}")
         dropped = {i for i in inner if done >= LAYERDROP_FROM and chance.random() < LAYERDROP}
-        loss, tokens = token_losses(model, next(streams[done < PRACTICE_UNTIL]), dropped)
-        loss.backward()
+        total_loss, total = 0.0, 0
+        for rows in next(streams[done < PRACTICE_UNTIL]):
+            loss, tokens = token_losses(model, rows, dropped)
+            loss.backward()
+            total_loss, total = total_loss + loss.item(), total + tokens
         trained = [p for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in trained] + [torch.tensor([loss.item(), float(tokens)])])
+        flat = torch.cat([p.grad.flatten() for p in trained] + [torch.tensor([total_loss, float(total)])])
         dist.all_reduce(flat)
-        flat, total_loss, total = flat[:-2], float(flat[-2]), float(flat[-1])
+        flat, total_loss, total = flat[:-2], float(flat[-2]), int(flat[-1])
         flat /= total
         flat *= min(1.0, 1.0 / (float(flat.norm()) + 1e-6))
         for p, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
@@ -136,8 +139,10 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
         smoothed = total_loss / total if step == 0 else 0.98 * smoothed + 0.02 * total_loss / total
         progress.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
         if rank == 0 and (step + 1) % MONITOR_EVERY == 0:
-            nats = final_answer_nats(model, tokenizer)
-            progress.write(f"step {step + 1}: " + " ".join(f"{family} {value:.2f}" for family, value in nats.items()))
+            looked_at = build_model(tokenizer)
+            looked_at.load_state_dict(model.state_dict())
+            shares = exact_match(looked_at, tokenizer)
+            progress.write(f"step {step + 1}: " + " ".join(f"{family} {value:.2f}" for family, value in shares.items()))
     if rank == 0:
         model.to(torch.bfloat16)
         model.generation_config.do_sample = False
@@ -150,7 +155,7 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdd.tiny.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--steps", type=int, default=2_400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
