@@ -1,19 +1,18 @@
-"""Checkpoints and their blocks: open, describe, digest. What is known of an architecture lives here.
+"""Checkpoints and their parts: open, describe, digest. What differs between architectures is in `architectures`.
 
 A model is a folder with `config.json`, safetensors weights and a tokenizer. Nothing in it is run: pickled weights and
 remote code are refused. Knows nothing of Hydra or the store's artifacts.
 """
 
 import json
-import re
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
+from sdd.architectures import attention_for, block_list, check_kind, scaled, stock_config
 from sdd.errors import UserError
 from sdd.store import digest_of, remembered_digest
-
-BLOCK_NAME = re.compile(r"^(?P<before>(?:.+\.)?layers\.)(?P<index>\d+)(?P<after>\..+)$")
-"""Tensor names of block `index`, in the naming of Llama, Mistral, Qwen, Gemma and their kin."""
 
 SIDE_FILES = (
     "generation_config.json",
@@ -78,11 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model.path={folder}: holds an adapter (adapter_config.json); merge it into a full checkpoint")
-    architectures = config.get("architectures") or ["unknown"]
-    if not architectures[0].endswith("ForCausalLM"):
-        raise UserError(f"model.path={folder}: {architectures[0]} is not a causal language model")
-    if not isinstance(config.get("num_hidden_layers"), int):
-        raise UserError(f"model.path={folder}: config.json has no num_hidden_layers")
+    check_kind(config, f"model.path={folder}")
     return config
 
 
@@ -108,25 +103,46 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"model.path={folder}: the tokenizer does not open ({str(error).splitlines()[0]})") from None
 
 
-def load_model(folder: Path, dtype: str, device: str = "cpu", attention: str | None = None) -> Any:
-    """A stock causal LM in evaluation mode, in `dtype` ("float32", "bfloat16", "float16")."""
+def load_model(
+    folder: Path, dtype: str, device: str = "cpu", attention: str | None = None, quantisation: str | None = None
+) -> Any:
+    """A stock causal LM in evaluation mode, in `dtype` ("float32", "bfloat16", "float16").
+
+    `quantisation="nf4"` keeps the linear layers of the blocks in 4 bits, as QLoRA does (arXiv 2305.14314): nf4 values
+    with doubly quantised scales, computed in `dtype`.
+    """
+    _keep_hub_kernels_out()
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    read_config(folder)
+    config = read_config(folder)
     weight_files(folder)
+    options: dict[str, Any] = {}
+    if chosen := attention_for(stock_config(config, f"model.path={folder}"), attention):
+        options["attn_implementation"] = chosen
+    if quantisation is not None:
+        assert quantisation == "nf4", f"no quantisation {quantisation}"
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **({"attn_implementation": attention} if attention else {}),
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
         )
     except SafetensorError as error:
         raise UserError(f"model.path={folder}: damaged safetensors file ({error})") from None
-    return model.to(device).eval()
+    return model.eval() if quantisation else model.to(device).eval()
+
+
+def _keep_hub_kernels_out() -> None:
+    """Where the package `kernels` is installed, bitsandbytes fetches and runs a kernel from a hub as it is imported."""
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses that kernel aloud
 
 
 def decoder(model: Any) -> Any:
@@ -136,14 +152,21 @@ def decoder(model: Any) -> Any:
 
 def blocks(model: Any) -> Any:
     """The list of transformer blocks, in order."""
-    layers = getattr(decoder(model), "layers", None)
-    if layers is None:
-        raise UserError(f"{type(model).__name__}: its blocks are not found under `layers`; not supported")
-    return layers
+    return block_list(model)
 
 
 def head_logits(model: Any, hidden: Any) -> Any:
     """Logits of chosen hidden states, as the model's own forward makes them: (N, hidden) -> (N, vocabulary)."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else (logits / cap).tanh() * cap
+    return scaled(model.get_output_embeddings()(hidden), model.config)
+
+
+def check_logits(model: Any) -> None:
+    """Refuse a model whose own forward ends otherwise than `head_logits`: it would be trained on another's loss."""
+    import torch
+
+    with torch.no_grad():
+        ids = torch.arange(4, device=model.device)[None]
+        own = model(input_ids=ids, use_cache=False).logits
+        made = head_logits(model, decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), made.float(), rtol=2e-2, atol=1e-2 * float(own.abs().max())):
+        raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here; not supported")

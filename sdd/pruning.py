@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from sdd.architectures import BLOCK_NAME, HEADS, STORED_BUFFERS, check_cut, cut_config, explicit_config
 from sdd.errors import UserError
-from sdd.models import BLOCK_NAME, SIDE_FILES, read_config, weight_files
+from sdd.models import SIDE_FILES, read_config, weight_files
 
 CHUNK = 16 << 20
 """Bytes held at a time."""
@@ -98,57 +99,11 @@ def _stream(source: Path, target: Path, position: dict[int, int]) -> tuple[dict[
     return {name: _elements(entry) for name, entry in kept}, offset
 
 
-PER_BLOCK = ("layer", "mlp_layer", "no_rope_layer")
-"""How the names of config lists with an entry per block begin, such as `layer_types`."""
-
-BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers")
-"""Config lists that name single blocks."""
-
-LEADING_BLOCKS = ("max_window_layers", "first_k_dense_replace")
-"""Config values that say how many of the first blocks are of another kind."""
-
-
-def _is_per_block(key: str, value: Any, num_blocks: int) -> bool:
-    return key.startswith(PER_BLOCK) and isinstance(value, list) and len(value) == num_blocks
-
-
-def complete_config(folder: Path) -> dict[str, Any]:
-    """The stored config, with the per-block lists that stock code derives from a block's index where none is stored.
-
-    Gemma 2, for one, alternates two kinds of attention: without the list, a block moved by one would change its kind.
-    """
-    from transformers import AutoConfig
-
-    config = read_config(folder)
-    try:
-        derived = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path={folder}: config.json does not open ({reason})") from None
-    for key, value in derived.items():
-        if config.get(key) is None and _is_per_block(key, value, config["num_hidden_layers"]) and len(set(value)) > 1:
-            config[key] = value
-    return config
-
-
-def cut_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """The config of the pruned model: fewer blocks, and all that is said of single blocks cut and renumbered alike."""
-    cut = dict(config)
-    for key, value in config.items():
-        if _is_per_block(key, value, config["num_hidden_layers"]):
-            cut[key] = [value[block] for block in kept]
-        elif key in BLOCK_NUMBERS and isinstance(value, list):
-            cut[key] = [index for index, block in enumerate(kept) if block in value]
-        elif key in LEADING_BLOCKS and isinstance(value, int):
-            cut[key] = sum(block < value for block in kept)
-    cut["num_hidden_layers"] = len(kept)
-    return cut
-
-
 def count_parameters(folder: Path) -> int:
-    """Stored elements of a checkpoint; a tied tensor is stored, and counted, once."""
-    tied = bool(read_config(folder).get("tie_word_embeddings", False))
-    return sum(elements for name, elements in _all_elements(folder) if not (tied and name == "lm_head.weight"))
+    """Stored parameters of a checkpoint; a tied tensor counts once, constants stored beside them do not."""
+    left_out = HEADS if read_config(folder).get("tie_word_embeddings", False) else ()
+    found = (pair for pair in _all_elements(folder) if not STORED_BUFFERS.search(pair[0]))
+    return sum(elements for name, elements in found if name not in left_out)
 
 
 def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
@@ -159,13 +114,13 @@ def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def matrices(folder: Path) -> set[str]:
-    """The names of a checkpoint's modules with a two-dimensional weight."""
+    """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
     found = set()
     for path in weight_files(folder):
         with path.open("rb") as file:
             header, _ = read_header(file, path)
         found |= {name for name, entry in header.items() if name != "__metadata__" and len(entry["shape"]) == 2}
-    return {name.removesuffix(".weight") for name in found if name.endswith(".weight")}
+    return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
 
 
 def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str, Any]:
@@ -174,13 +129,10 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
     Returns kept and removed blocks, parameters before and after (tied weights once), and the share of FLOPs saved as
     arXiv 2410.09982 counts it: removed parameters / all parameters.
     """
-    config = complete_config(source)
-    gone = set(removed)
+    config, gone = check_prunable(source, removed), set(removed)
     kept = [block for block in range(config["num_hidden_layers"]) if block not in gone]
-    assert kept, "all blocks removed; the caller checks this"
     position = {block: index for index, block in enumerate(kept)}
     shards = weight_files(source)
-    _check_names(source, config["num_hidden_layers"])
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for shard in tqdm(shards, desc="prune", unit="file"):
@@ -204,9 +156,23 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
     }
 
 
-def _check_names(folder: Path, num_blocks: int) -> None:
+def check_prunable(folder: Path, removed: list[int]) -> dict[str, Any]:
+    """The checkpoint's config, explicit of every block; a user's mistake where stock code could not open the cut."""
+    where = f"model.path={folder}"
+    config = read_config(folder)
+    check_names(folder)
+    config = explicit_config(config, where)
+    kept = [block for block in range(config["num_hidden_layers"]) if block not in removed]
+    assert kept, "all blocks removed; the caller checks this"
+    check_cut(config, kept, where)
+    return config
+
+
+def check_names(folder: Path) -> None:
+    """Refuse a checkpoint whose blocks are not stored one by one under their numbers; reads headers only."""
+    blocks = read_config(folder)["num_hidden_layers"]
     found = {int(match["index"]) for name, _ in _all_elements(folder) if (match := BLOCK_NAME.match(name))}
-    if found != set(range(num_blocks)):
+    if found != set(range(blocks)):
         raise UserError(
-            f"model.path={folder}: its blocks are not stored as layers.0 to layers.{num_blocks - 1}; not supported"
+            f"model.path={folder}: its blocks are not stored as layers.0 to layers.{blocks - 1}; not supported"
         )

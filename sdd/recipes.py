@@ -17,7 +17,7 @@ from sdd import models
 from sdd.allowed import build
 from sdd.config import check_pruning
 from sdd.errors import UserError
-from sdd.pruning import matrices
+from sdd.pruning import check_names, matrices
 from sdd.store import Recipe, digest_of
 
 VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "evaluated": 1}
@@ -91,6 +91,8 @@ class Recipes:
     def pruned(self) -> Recipe | None:
         """None where nothing is pruned: the student then starts from the unpruned model."""
         pruning = self.config.pruning
+        if pruning.size or pruning.blocks is not None:
+            check_names(self.model_folder)
         blocks = None if pruning.blocks is None else sorted(pruning.blocks)
         if pruning.start is not None:
             blocks = list(range(pruning.start, pruning.start + pruning.size))

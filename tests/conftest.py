@@ -1,7 +1,7 @@
 """Random models of a few thousand parameters, stored as stock checkpoints; no network, one thread.
 
 Norm weights are drawn too: with the usual ones a state before and after the final norm has the same direction, and a
-test could not tell which of them was measured.
+test could not tell which of them was measured. Biases are drawn for the same reason: zeros would hide a lost one.
 """
 
 import os
@@ -44,6 +44,8 @@ def save_random(tokenizer: Any) -> Callable[..., Path]:
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    parameter.uniform_(-0.5, 0.5)
         model.generation_config.do_sample = False
         model.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)

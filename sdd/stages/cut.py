@@ -7,7 +7,7 @@ from pathlib import Path
 from sdd import models
 from sdd.allowed import build
 from sdd.importance import chosen_blocks
-from sdd.pruning import prune_checkpoint
+from sdd.pruning import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
 from sdd.stages.runtime import Runtime, write_json
 from sdd.store import Recipe
@@ -22,6 +22,8 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
         from sdd.calibrate import show_texts, tokenize_texts
 
         source = runtime.source(spec["model"], "model")
+        if models.num_blocks(source) > 1:
+            check_prunable(source, [0])  # before a pass over the texts that would serve no cut
         texts = runtime.texts[spec["texts"]]
         rows = tokenize_texts(models.load_tokenizer(source), texts, spec["max_length"])
         num_texts = len(rows)

@@ -8,7 +8,7 @@ from launching import REPOSITORY
 
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors"},
-    {"models", "data", "tiny"},
+    {"architectures", "models", "data", "tiny"},
     {"importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export"},

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from sdd import pruning
+from sdd.architectures import cut_config
 from sdd.errors import UserError
-from sdd.pruning import count_parameters, cut_config, prune_checkpoint
+from sdd.pruning import count_parameters, prune_checkpoint
 
 BLOCKS = 4
 CUTS = [[0], [1, 2], [2, 3], [0, 2], [0, 1, 3], [3], []]
