@@ -7,6 +7,7 @@ mistake, else 1.
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import sys
@@ -150,6 +151,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
 
         if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
             _check_tracker(config.logger)
+            _check_quantisation(config.adapter.quantisation)
         _use_threads(config.trainer.threads)
         store.ensure(wanted, builds(_runtime(config, recipes, run_folder)), config.store.missing)
     path = store.folder(wanted)
@@ -177,6 +179,11 @@ def _check_tracker(logger: DictConfig) -> None:
 
     if not wandb.login(prompt=False, verify=False):
         raise UserError("logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true")
+
+
+def _check_quantisation(quantisation: str | None) -> None:
+    if quantisation is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"adapter.quantisation={quantisation} needs bitsandbytes; run: pip install 'sdd[quantisation]'")
 
 
 def _use_threads(threads: int | None) -> None:
@@ -207,6 +214,7 @@ def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
         inference_batch_size=config.engine.get("batch_size") or trainer.inference_batch_size,
         evaluation_batch_size=config.evaluation.batch_size,
         checkpoint_every=trainer.checkpoint_every,
+        gradient_checkpointing=trainer.gradient_checkpointing,
         logger={str(key): value for key, value in logger.items()},
         run_folder=run_folder,
     )

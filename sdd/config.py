@@ -92,12 +92,21 @@ class Finetune:
 
 @dataclass
 class Adapter:
-    """LoRA (arXiv 2106.09685) on the named modules; `all-linear` means every linear layer but the head."""
+    """What is trained: `lora` (arXiv 2106.09685) on the named modules, `head_and_norms`, or every parameter (`full`).
 
+    `targets`: `all-linear` means every linear layer but the head. `scope` says which blocks LoRA goes into: `all`,
+    those `beside_cut` (`blocks` on either side) or the `last` (`blocks` of them). `quantisation=nf4` keeps the base in
+    4 bits while LoRA trains (arXiv 2305.14314).
+    """
+
+    method: str = "lora"
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    scope: str = "all"
+    blocks: int = 1
+    quantisation: str | None = None
 
 
 @dataclass
@@ -122,7 +131,10 @@ class Evaluation:
 
 @dataclass
 class Trainer:
-    """Where training and inference run; never part of a result. `micro_batch_tokens` bounds padded tokens a pass."""
+    """Where training and inference run; never part of a result. `micro_batch_tokens` bounds padded tokens a pass.
+
+    `gradient_checkpointing` keeps one state a block in training: less memory for about a third more time.
+    """
 
     accelerator: str = "cpu"
     devices: int = 1
@@ -131,6 +143,7 @@ class Trainer:
     inference_batch_size: int = 32
     attention: str = "sdpa"
     checkpoint_every: int = 50
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -174,6 +187,8 @@ CHOICES = {
     "finetune.mode": ("self_distill", "sft", "gold", "none"),
     "finetune.precision": ("32", "bf16"),
     "dataset.answer_rule": RULES,
+    "adapter.method": ("lora", "head_and_norms", "full"),
+    "adapter.scope": ("all", "beside_cut", "last"),
     "merge.method": ("none",),
     "evaluation.dtype": ("float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
@@ -192,6 +207,7 @@ AT_LEAST = {
     "finetune.validation_rows": 0,
     "adapter.rank": 1,
     "adapter.alpha": 1,
+    "adapter.blocks": 1,
     "evaluation.limit": 1,
     "evaluation.batch_size": 1,
     "evaluation.max_new_tokens": 1,
@@ -256,6 +272,12 @@ def check_values(config: DictConfig) -> None:
         raise UserError(f"pruning.blocks={list(pruning.blocks)} names a block twice")
     if pruning.start is not None and pruning.size == 0:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
+    adapter = config.adapter
+    if adapter.quantisation not in (None, "nf4"):
+        raise UserError(f"adapter.quantisation={adapter.quantisation} is unknown; choose nf4, or null for none")
+    if adapter.method != "lora" and (adapter.quantisation is not None or adapter.scope != "all"):
+        key = "scope" if adapter.quantisation is None else "quantisation"
+        raise UserError(f"adapter.{key}={adapter[key]} goes with LoRA; leave it out, or choose adapter.method=lora")
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")

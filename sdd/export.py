@@ -4,7 +4,6 @@ python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--sour
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -26,17 +25,14 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
         raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned or tuned artifact")
     if target.exists():
         raise UserError(f"{target} exists; name a new folder")
-    base = base_folder(source, runtime) if (source / "adapter").is_dir() else source
+    base = base_folder(source, runtime) if source.parent.name == "tuned" else source
     config = models.read_config(base)
     kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / "checkpoint"
         model, _ = open_student(source, runtime, kept)
-        model.save_pretrained(folder)
-        for name in models.SIDE_FILES:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, folder / name)
+        models.save_model(model, folder, base)
         folder.rename(target)
     return target
 

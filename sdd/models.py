@@ -6,6 +6,7 @@ remote code are refused. Knows nothing of Hydra or the store's artifacts.
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,27 @@ def _keep_hub_kernels_out() -> None:
     """Where the package `kernels` is installed, bitsandbytes fetches and runs a kernel from a hub as it is imported."""
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses that kernel aloud
+
+
+def save_model(model: Any, folder: Path, base: Path) -> None:
+    """Write a stock checkpoint into `folder`, with the tokenizer and generation config of the checkpoint `base`."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()  # stock code refuses to write some that it has read
+    model.save_pretrained(folder)
+    for name in SIDE_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep one state a block in training and compute the rest again in the backward pass: less memory, more time."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"trainer.gradient_checkpointing: {str(error).splitlines()[0]}; leave it out") from None
+    model.disable_input_require_grads()  # only the reentrant kind needs them, and they would cost frozen first blocks
 
 
 def decoder(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The student in training: a LightningModule around a PEFT LoRA model, and the plan of its batches.
+"""The student in training: a LightningModule around what `adapters` made, and the plan of its batches.
 
 One step is one global batch. It is cut into micro-batches of similar length whose losses are *sums* over target tokens,
 divided by the number of target tokens of the whole global batch: neither padding nor the cut changes any sequence's
@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from sdd.adapters import causal_lm
 from sdd.losses import target_loss_sum
 from sdd.models import decoder, head_logits
 
@@ -93,11 +94,11 @@ def target_tokens(rows: Sequence[TrainingRow]) -> int:
 
 
 class StudentModule(pl.LightningModule):
-    """Trains the adapter of `peft_model` on `rows` in the order of `plan`; validates on `validation`."""
+    """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`."""
 
     def __init__(
         self,
-        peft_model: Any,
+        student: Any,
         rows: Sequence[TrainingRow],
         plan: Sequence[Sequence[int]],
         validation: Sequence[TrainingRow],
@@ -108,7 +109,7 @@ class StudentModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.peft_model = peft_model
+        self.student = student
         self.rows, self.plan, self.validation = rows, plan, validation
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
@@ -116,12 +117,16 @@ class StudentModule(pl.LightningModule):
 
     @property
     def causal_lm(self) -> Any:
-        """The student with its adapter in place, below PEFT's wrapper."""
-        return self.peft_model.get_base_model()
+        """The student as a causal LM, its adapter in place."""
+        return causal_lm(self.student)
 
     def train_dataloader(self) -> Any:
         """A bare counter: the rows of a step follow from the step itself."""
         return torch.utils.data.DataLoader(range(len(self.plan)), batch_size=None)  # type: ignore[arg-type]
+
+    def on_fit_start(self) -> None:
+        """Dropout and recomputed activations follow the mode, and a loaded model is in evaluation mode."""
+        self.student.train()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
@@ -155,16 +160,16 @@ class StudentModule(pl.LightningModule):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss per target token of the held-out rows, in nats."""
-        self.peft_model.eval()
+        self.student.eval()
         total, tokens = 0.0, 0
         for micro in micro_batches(self.validation, self.micro_batch_tokens):
             loss, count = loss_sum(self.causal_lm, micro, self.device)
             total, tokens = total + float(loss), tokens + count
-        self.peft_model.train()
+        self.student.train()
         return total / max(tokens, 1)
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.peft_model.parameters() if p.requires_grad]
+        trained = [p for p in self.student.parameters() if p.requires_grad]
         settings = self.optimisation
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         warmup = max(1, round(settings.warmup_share * settings.steps))

@@ -185,14 +185,14 @@ class Recipes:
         for key in ("mode", "select", "gold_share", "precision"):
             settings.pop(key)
         spec = {
-            "adapter": OmegaConf.to_container(self.config.adapter, resolve=True),
-            "base_quantisation": None,
+            "adapter": self._adapter_spec(),
+            "base_quantisation": self.config.adapter.quantisation,
             "precision": finetune.precision,
             "finetune": settings,
             "system_prompt": self.config.dataset.system_prompt,
             "seed": self.config.seed,
         }
-        if self.config.adapter.dropout > 0:
+        if spec["adapter"].get("dropout", 0) > 0:
             spec["micro_batch_tokens"] = self.config.trainer.micro_batch_tokens  # dropout's draws follow the passes
         inputs = {"targets": self.targets()}
         pruned = self.pruned()
@@ -202,8 +202,28 @@ class Recipes:
             inputs["pruned"] = pruned
         return self._recipe("tuned", spec, inputs, self._labels)
 
+    def _adapter_spec(self) -> dict[str, Any]:
+        """What of the adapter's settings counts; LoRA on all blocks is named by its own four."""
+        adapter = self.config.adapter
+        if adapter.method != "lora":
+            return {"method": adapter.method}
+        spec = {key: adapter[key] for key in ("rank", "alpha", "dropout")} | {"targets": list(adapter.targets)}
+        return spec if adapter.scope == "all" else spec | {"scope": adapter.scope, "blocks": adapter.blocks}
+
     def _check_adapter(self) -> None:
-        targets = list(self.config.adapter.targets)
+        adapter, pruning = self.config.adapter, self.config.pruning
+        if adapter.method != "lora":
+            return
+        removed = pruning.size if pruning.blocks is None else len(pruning.blocks)
+        if adapter.scope == "beside_cut" and not removed:
+            raise UserError(
+                "adapter.scope=beside_cut needs a cut; choose another adapter, or add for example pruning=n2"
+            )
+        if adapter.scope == "last" and adapter.blocks > self.num_blocks - removed:
+            raise UserError(
+                f"adapter.blocks={adapter.blocks} is more than the student's {self.num_blocks - removed} blocks"
+            )
+        targets = list(adapter.targets)
         if targets == ["all-linear"]:
             return
         names = matrices(self.model_folder)

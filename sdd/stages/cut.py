@@ -22,8 +22,8 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
         from sdd.calibrate import show_texts, tokenize_texts
 
         source = runtime.source(spec["model"], "model")
-        if models.num_blocks(source) > 1:
-            check_prunable(source, [0])  # before a pass over the texts that would serve no cut
+        if (last := models.num_blocks(source) - 1) > 0:
+            check_prunable(source, [last])  # a model that bears no cut is refused before the pass over the texts
         texts = runtime.texts[spec["texts"]]
         rows = tokenize_texts(models.load_tokenizer(source), texts, spec["max_length"])
         num_texts = len(rows)

@@ -23,6 +23,7 @@ class Runtime:
     inference_batch_size: int = 32
     evaluation_batch_size: int = 64
     checkpoint_every: int = 50
+    gradient_checkpointing: bool = False
     logger: dict[str, Any] = field(default_factory=dict)
     run_folder: Path = Path()
 

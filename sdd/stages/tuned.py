@@ -1,6 +1,7 @@
-"""Stage `tuned`: LoRA fine-tuning of the student on its targets, resumable at any checkpoint."""
+"""Stage `tuned`: fine-tuning of the student on its targets, resumable at any checkpoint."""
 
 import csv
+import json
 import logging
 import random
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sdd import models
+from sdd.adapters import adapted, beside_cut, save_student
 from sdd.allowed import build
 from sdd.errors import UserError
 from sdd.prompts import answer_ids, chat_prompt_ids
@@ -44,7 +46,7 @@ def tokenized(tokenizer: Any, rows: list[dict[str, Any]], spec: dict[str, Any]) 
 
 
 def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """`adapter/`, `history.csv`, `learning_curve.png` and `rows.json`."""
+    """`adapter/` (or `checkpoint/`, where all is trained), `history.csv`, `learning_curve.png` and `rows.json`."""
     import torch
 
     spec, settings = recipe.spec, recipe.spec["finetune"]
@@ -59,15 +61,16 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     if too_long:
         log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
     torch.manual_seed(spec["seed"])
-    student = _with_adapter(models.load_model(base, _dtype(spec), runtime.device, runtime.attention), spec["adapter"])
+    adapter = spec["adapter"]
+    dtype = "float32" if adapter.get("method") == "full" else _dtype(spec)
+    model = models.load_model(base, dtype, runtime.device, runtime.attention, spec["base_quantisation"])
+    models.check_logits(model)
+    if runtime.gradient_checkpointing:
+        models.recompute_activations(model)
+    student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
     history = _fit(student, training, validation, recipe, runtime, folder / SCRATCH)
-    saved = student.peft_config["default"]
-    saved.base_model_name_or_path = base_name
-    saved.target_modules = sorted(saved.target_modules)  # a set, written in another order by every process
-    # "auto" would look the base's vocabulary up under that name, on the hub.
-    student.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    save_student(student, folder, base, base_name)
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
@@ -89,21 +92,17 @@ def _dtype(spec: dict[str, Any]) -> str:
     return {"32": "float32", "bf16": "bfloat16"}[spec["precision"]]
 
 
-def _with_adapter(model: Any, adapter: dict[str, Any]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets = adapter["targets"]
-    config = LoraConfig(
-        r=adapter["rank"],
-        lora_alpha=adapter["alpha"],
-        lora_dropout=adapter["dropout"],
-        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"adapter.targets={targets}: {str(error).splitlines()[0]}") from None
+def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[int] | None:
+    """The blocks that the adapter goes into, by their place in the student; None for all."""
+    scope = adapter.get("scope", "all")
+    if scope == "all":
+        return None
+    if scope == "last":
+        last = len(models.blocks(model))
+        return list(range(last - adapter["blocks"], last))
+    assert pruned is not None, "a cut is asked for before the work begins"
+    cut = json.loads((pruned / "pruning.json").read_text())
+    return beside_cut(cut["kept_blocks"], cut["removed_blocks"], adapter["blocks"])
 
 
 def _fit(

@@ -9,7 +9,7 @@ from launching import REPOSITORY
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors"},
     {"architectures", "models", "data", "tiny"},
-    {"importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
+    {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export"},
     {"app", "sweep"},

@@ -132,7 +132,7 @@ class Gradients(pl.Callback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        named = pl_module.peft_model.named_parameters()
+        named = pl_module.student.named_parameters()
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
@@ -224,9 +224,9 @@ def test_only_the_adapter_is_trained_and_validation_is_without_dropout(
         if "lora_" not in name:
             assert torch.equal(tensor, untouched[name.replace(".base_layer", "")]), name
     assert [row["validation_loss"] is not None for row in module.history] == [True] * 4
-    assert module.peft_model.training, "dropout is on again after validation"
+    assert module.student.training, "dropout is on again after validation"
     with torch.no_grad():
-        expected = float(own_loss(module.peft_model.eval(), rows[4:]))
+        expected = float(own_loss(module.student.eval(), rows[4:]))
     assert module.history[-1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -236,7 +236,7 @@ def test_a_step_without_any_target_changes_nothing(tiny_llama: Path) -> None:
     module, _ = trained(tiny_llama, masked, [[0, 1]], validation=masked)
     assert module.history[0]["loss"] == module.history[0]["validation_loss"] == 0.0
     fresh = adapted(tiny_llama).state_dict()
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in module.peft_model.state_dict().items())
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in module.student.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore")
