@@ -137,6 +137,10 @@ def load_model(
         )
     except SafetensorError as error:
         raise UserError(f"model.path={folder}: damaged safetensors file ({error})") from None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first pass in evaluation mode rounds the scales to bfloat16, and training goes on from those.
+            module.support_avx512bf16_for_cpu = False
     return model.eval() if quantisation else model.to(device).eval()
 
 
@@ -159,7 +163,10 @@ def save_model(model: Any, folder: Path, base: Path) -> None:
 
 
 def recompute_activations(model: Any) -> None:
-    """Keep one state a block in training and compute the rest again in the backward pass: less memory, more time."""
+    """Keep one state a block in training and compute the rest again in the backward pass: less memory, more time.
+
+    `model` has its adapter in place already, since PEFT asks for gradients of the embeddings where it finds this on.
+    """
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:

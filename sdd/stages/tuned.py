@@ -65,9 +65,9 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     dtype = "float32" if adapter.get("method") == "full" else _dtype(spec)
     model = models.load_model(base, dtype, runtime.device, runtime.attention, spec["base_quantisation"])
     models.check_logits(model)
+    student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         models.recompute_activations(model)
-    student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
     history = _fit(student, training, validation, recipe, runtime, folder / SCRATCH)
     save_student(student, folder, base, base_name)

@@ -12,11 +12,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from sdd import models
+from sdd.adapters import adapted, causal_lm, merged, save_student
 from sdd.architectures import check_cut, explicit_config
 from sdd.calibrate import show_texts
 from sdd.errors import UserError
 from sdd.importance import Angular, BlockInfluence, angular_distance, block_influence
-from sdd.models import check_logits, decoder, head_logits, load_model
+from sdd.models import check_logits, decoder, head_logits, load_model, save_model
+from sdd.module import TrainingRow, loss_sum
 from sdd.pruning import check_prunable, prune_checkpoint
 
 BLOCKS = 6
@@ -320,3 +322,48 @@ def test_a_soft_cap_in_the_attention_is_never_left_out(
     assert not torch.allclose(eager, sdpa, atol=1e-2), "the case cannot tell them apart"
     for asked in (None, "sdpa", "eager"):
         assert torch.equal(logits(load_model(source, "float32", attention=asked)), eager)
+
+
+# ---- tuning and export ------------------------------------------------------------------------------------------
+
+ROWS = [TrainingRow(row, 4) for row in tokens(4, 16).tolist()]
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
+
+
+def trained(student: Any, steps: int = 3) -> list[float]:
+    """Losses per token before each of a few steps on the same rows, the student in evaluation mode before and after."""
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss, count = loss_sum(causal_lm(student), ROWS)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item() / count)
+    return losses
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lora_trains_the_adapter_alone_and_leaves_as_a_stock_checkpoint(
+    name: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint(name)
+    (tmp_path / "pruned").mkdir()
+    prune_checkpoint(source, tmp_path / "pruned", CUTS["span"])
+    model = load_model(tmp_path / "pruned", "float32", attention="eager")
+    before = logits(model)
+    student = adapted(model, LORA, None)
+    frozen = {key: p.clone() for key, p in student.named_parameters() if not p.requires_grad}
+    losses = trained(student)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert {key.split(".")[-3] for key, p in student.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert all(torch.equal(p, frozen[key]) for key, p in student.named_parameters() if key in frozen)
+    tuned = logits(student)
+    assert not torch.allclose(tuned, before, atol=1e-2)
+    save_student(student, tmp_path, tmp_path / "pruned", "pruned/address")
+    whole = merged(load_model(tmp_path / "pruned", "float32", attention="eager"), tmp_path / "adapter")
+    save_model(whole, tmp_path / "exported", tmp_path / "pruned")
+    exported = open_stock(tmp_path / "exported")
+    assert torch.allclose(logits(exported), tuned, rtol=1e-3, atol=1e-3)
+    assert len(models.blocks(exported)) == BLOCKS - 2
