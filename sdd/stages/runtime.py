@@ -12,14 +12,17 @@ from sdd.store import write_atomically
 
 @dataclass(frozen=True)
 class Runtime:
-    """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine."""
+    """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine.
+
+    The defaults are those of `trainer=cpu`, so that a rebuilt artifact is rounded as the first one was.
+    """
 
     sources: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     accelerator: str = "cpu"
     devices: int = 1
     attention: str = "eager"
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 1024
     inference_batch_size: int = 32
     evaluation_batch_size: int = 64
     checkpoint_every: int = 50
