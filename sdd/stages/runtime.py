@@ -22,7 +22,7 @@ class Runtime:
     accelerator: str = "cpu"
     devices: int = 1
     attention: str = "eager"
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 512
     inference_batch_size: int = 32
     evaluation_batch_size: int = 64
     checkpoint_every: int = 50
