@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import json
+import logging
 import os
 import sys
 import traceback
@@ -29,6 +30,8 @@ from sdd.allowed import check_targets
 from sdd.config import Config, check_values
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(sdd.__file__).resolve().parent
 ConfigStore.instance().store(name="schema", node=Config)
@@ -134,6 +137,8 @@ def explained(error: Exception) -> tuple[int, str]:
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     """Check the config, derive the recipe, and have it built; what the job's record says of it."""
     check_values(config)
+    if config.dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
     from sdd.recipes import Recipes
     from sdd.store import Store
 
@@ -141,8 +146,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     recipes = Recipes(config, store.root / ".digests")
     wanted = recipes.wanted(script)
     if config.dry_run:
-        print_plan(wanted, store)
-        return {"dry_run": True}
+        return {"dry_run": True, "plan": print_plan(wanted, recipes, store)}
     if wanted is None:
         print(recipes.model_folder, flush=True)
         return {"stage": "model", "path": str(recipes.model_folder)}
@@ -159,15 +163,21 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
 
 
-def print_plan(wanted: Any, store: Any) -> None:
-    """The graph of artifacts, inputs first, each with whether it exists; on stdout, since it was asked for."""
+def print_plan(wanted: Any, recipes: Any, store: Any) -> list[dict[str, Any]]:
+    """The graph of artifacts, inputs first, each with whether it exists and what it takes; on stdout, as asked for."""
     if wanted is None:
         print("nothing to build: the unpruned model itself")
-        return
-    for recipe in wanted.walk():
-        state = "exists" if store.has(recipe) else "would be built"
-        inputs = "  <- " + ", ".join(f"{r.stage}/{r.address}" for r in recipe.inputs.values()) if recipe.inputs else ""
-        print(f"{state:<15} {recipe.stage}/{recipe.address}{inputs}")
+        return []
+    from sdd.plan import assumption, lines, planned, summary
+
+    plan = planned(wanted, recipes, store)
+    print("\n".join(lines(plan)))
+    records = [one.record() for one in plan]
+    log.info(summary(records))
+    log.info(assumption(recipes.config.trainer.accelerator))
+    if any(one.provisional for one in plan):
+        log.info("addresses with a question mark are known once the model and the data have been fetched")
+    return records
 
 
 def _check_tracker(logger: DictConfig) -> None:

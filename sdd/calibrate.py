@@ -6,7 +6,6 @@ states as they pass. Knows nothing of what the criterion computes.
 
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from sdd import models
@@ -35,11 +34,12 @@ def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list
     return batches
 
 
-@torch.no_grad()
 def show_texts(
     model: Any, criterion: Criterion, rows: list[list[int]], batch_size: int, max_tokens: int = 16_384
 ) -> None:
     """Run the texts through the model's blocks, telling the criterion of every block's states."""
+    import torch
+
     body, layers = models.decoder(model), models.blocks(model)
     device = next(model.parameters()).device
     mask = torch.empty(0)
@@ -58,7 +58,7 @@ def show_texts(
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(layers)]
     try:
-        with tqdm(total=len(rows), desc="scores", unit="text") as progress:
+        with torch.no_grad(), tqdm(total=len(rows), desc="scores", unit="text") as progress:
             for batch in length_batches([len(row) for row in rows], batch_size, max_tokens):
                 longest = max(len(rows[i]) for i in batch)
                 ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)

@@ -18,11 +18,15 @@ from sdd.prompts import LEAK_PHRASES, REWRITE_TEMPLATE
 
 @dataclass
 class Model:
-    """The unpruned model: a folder, or a hub id pinned by `revision`. `dtype` is the dtype it is loaded in."""
+    """The unpruned model: a folder, or a hub id at `revision`. `dtype` is the dtype it is loaded in.
+
+    `shape` holds those values of a hub model's `config.json` that a dry run needs before it is fetched.
+    """
 
     path: str = MISSING
     revision: str | None = None
     dtype: str = "bfloat16"
+    shape: dict[str, Any] | None = None
 
 
 @dataclass

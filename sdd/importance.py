@@ -4,14 +4,17 @@ Angular distance (Gromov et al. 2024, arXiv 2403.17887, as in arXiv 2410.09982):
 arccos(cos(h_l, h_{l+n})) / pi at the last real token, h_l entering block l, h_L leaving the last block before the final
 norm. Block Influence (ShortGPT, arXiv 2403.03853): BI_l = 1 - mean over real tokens of cos(h_l, h_{l+1}).
 The controls look at no text. Loading, batching and hooks live in `calibrate`; knows nothing of Hydra or the store.
+A criterion's name and parameters are known without torch, which only computing imports: a dry run has no need of it.
 """
+
+from __future__ import annotations
 
 import math
 import random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -20,12 +23,16 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     Computed in float64 as 2 atan2(|u - v|, |u + v|) of the unit vectors, which equals arccos(cos) and stays exact near
     zero, where arccos loses half of the digits (Kahan 2006). A zero row is at a right angle to everything.
     """
+    import torch
+
     u, v = (torch.nn.functional.normalize(t.double(), dim=-1, eps=1e-300) for t in (x, y))
     return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
 
 
 def block_influence(x: Tensor, y: Tensor) -> Tensor:
     """1 - cosine over the feature axis, in [0, 2]: (..., D), (..., D) -> (...), in float64."""
+    import torch
+
     u, v = (torch.nn.functional.normalize(t.double(), dim=-1, eps=1e-300) for t in (x, y))
     return 1 - (u * v).sum(-1)
 
@@ -53,6 +60,8 @@ class Criterion(Protocol):
 
 def last_real(hidden: Tensor, mask: Tensor) -> Tensor:
     """The state of each row's last real token, padding on either side: (B, T, D), (B, T) -> (B, D)."""
+    import torch
+
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask.bool(), positions, -1).max(dim=1).values
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -65,6 +74,8 @@ class Angular:
     needs_texts = True
 
     def start(self, num_blocks: int) -> None:
+        import torch
+
         self.num_blocks, self.texts = num_blocks, 0
         self.states: list[Tensor] = []
         self.sums = {n: torch.zeros(num_blocks - n + 1, dtype=torch.float64) for n in range(1, num_blocks)}
@@ -76,6 +87,8 @@ class Angular:
             self.states.append(last_real(leaving, mask).double().cpu())
 
     def finish_batch(self) -> None:
+        import torch
+
         states = torch.stack(self.states)
         for n, total in self.sums.items():
             total += angular_distance(states[:-n], states[n:]).sum(dim=1)

@@ -7,27 +7,41 @@ configs, digests and row counts.
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from sdd import models
 from sdd.allowed import build
 from sdd.config import check_pruning
-from sdd.errors import UserError
-from sdd.pruning import check_names, matrices
-from sdd.store import Recipe, digest_of
+from sdd.data import Example
+from sdd.errors import NotFetched, UserError
+from sdd.hub import checkpoint_folder
+from sdd.pruning import check_names, count_parameters, matrices
+from sdd.store import Recipe, canonical, digest_of
+
+T = TypeVar("T")
 
 VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "evaluated": 1}
 """Raised when the way a stage computes changes its content."""
+
+STAND_IN = "not fetched: "
+"""How a dry run's digest of what is not on this machine begins."""
+
+
+def is_provisional(recipe: Recipe) -> bool:
+    """Whether the recipe's address is another one once all it names has been fetched."""
+    return any(STAND_IN in canonical(upstream.spec) for upstream in recipe.walk())
 
 
 class Recipes:
     """The recipes that one config stands for.
 
-    `sources` maps the digests that they name to paths on this machine, `texts` to calibration texts.
+    `sources` maps the digests that they name to paths on this machine, `texts` to calibration texts. In a dry run
+    nothing is fetched: what is not here has a stand-in for its digest.
     """
 
     def __init__(self, config: DictConfig, digest_memory: Path) -> None:
@@ -39,32 +53,58 @@ class Recipes:
 
     # ---- models ------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def model_folder(self) -> Path:
-        return Path(self.config.model.path).expanduser()
+        model = self.config.model
+        return checkpoint_folder(model.path, model.revision, fetch=not self.config.dry_run)
+
+    @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """The model's `config.json`, or in a dry run before it is fetched, `model.shape`."""
+
+        def look() -> dict[str, Any]:
+            return models.read_config(self.model_folder)
+
+        shape = self.config.model.shape
+        return look() if shape is None else self._known(look, {str(key): value for key, value in shape.items()})
 
     @cached_property
     def num_blocks(self) -> int:
-        return models.num_blocks(self.model_folder)
+        return int(self.sizes["num_hidden_layers"])
 
-    def _digest(self, folder: Path) -> str:
-        digest = models.model_digest(folder, self.digest_memory)
-        self.sources[digest] = folder
-        return digest
+    def _known(self, look: Callable[[], T], otherwise: T) -> T:
+        """What `look` finds; in a dry run `otherwise`, where it would have to be fetched first."""
+        try:
+            return look()
+        except NotFetched:
+            if not self.config.dry_run:
+                raise
+            return otherwise
+
+    def _digest(self, path: str, revision: str | None) -> str:
+        def look() -> str:
+            folder = checkpoint_folder(path, revision, fetch=not self.config.dry_run)
+            count_parameters(folder)  # reads the header of every file, so that a file cut short is told now
+            digest = models.model_digest(folder, self.digest_memory)
+            self.sources[digest] = folder
+            return digest
+
+        return self._known(look, f"{STAND_IN}{path}@{revision}")
 
     @cached_property
     def model_digest(self) -> str:
-        return self._digest(self.model_folder)
+        return self._digest(self.config.model.path, self.config.model.revision)
 
     @cached_property
     def teacher_digest(self) -> str:
-        path = self.config.teacher.path
-        if path is None:
+        teacher = self.config.teacher
+        if teacher.path is None:
             return self.model_digest
         try:
-            return self._digest(Path(path).expanduser())
+            return self._digest(teacher.path, teacher.revision)
         except UserError as error:
-            raise UserError(str(error).replace("model.path=", "teacher.path=", 1)) from None
+            message = str(error).replace("model.path=", "teacher.path=", 1)
+            raise UserError(message.replace("model.revision", "teacher.revision")) from None
 
     # ---- the cut -----------------------------------------------------------------------------------------------
 
@@ -76,9 +116,14 @@ class Recipes:
             return self._recipe("scores", {"metric": metric, "num_blocks": self.num_blocks}, {}, labels)
         calibration = self.config.calibration
         source = build({"_target_": calibration._target_}, path=calibration.path, num_texts=calibration.num_texts)
-        texts = source.texts()
-        digest = digest_of(texts)
-        self.texts[digest] = texts
+
+        def look() -> str:
+            texts = source.texts()
+            digest = digest_of(texts)
+            self.texts[digest] = texts
+            return digest
+
+        digest = self._known(look, f"{STAND_IN}{calibration._target_} {calibration.path} {calibration.num_texts}")
         spec = {
             "metric": metric,
             "model": self.model_digest,
@@ -92,7 +137,7 @@ class Recipes:
         """None where nothing is pruned: the student then starts from the unpruned model."""
         pruning = self.config.pruning
         if pruning.size or pruning.blocks is not None:
-            check_names(self.model_folder)
+            self._known(lambda: check_names(self.model_folder), None)
         blocks = None if pruning.blocks is None else sorted(pruning.blocks)
         if pruning.start is not None:
             blocks = list(range(pruning.start, pruning.start + pruning.size))
@@ -119,10 +164,26 @@ class Recipes:
 
     @cached_property
     def _dataset_spec(self) -> dict[str, Any]:
-        spec = {"_target_": self.config.dataset._target_, **self._dataset.spec()}
-        if self.config.dataset.path is not None:
-            self.sources[spec["digest"]] = Path(self.config.dataset.path).expanduser()
+        dataset = self.config.dataset
+        stand_in = {
+            "digest": f"{STAND_IN}{dataset.name} {dataset.path}",
+            "num_rows": dataset.num_rows,
+            "seed": dataset.seed,
+        }
+        spec = {"_target_": dataset._target_, **self._known(self._dataset.spec, stand_in)}
+        if dataset.path is not None:
+            self.sources[spec["digest"]] = Path(dataset.path).expanduser()
         return spec
+
+    @cached_property
+    def rows(self) -> list[Example] | None:
+        """The dataset's rows; None in a dry run before they are fetched."""
+
+        def look() -> list[Example] | None:
+            found: list[Example] = self._dataset.examples()
+            return found
+
+        return self._known(look, None)
 
     @property
     def _labels(self) -> dict[str, str]:
@@ -151,7 +212,7 @@ class Recipes:
         finetune = self.config.finetune
         if finetune.mode == "none":
             raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
-        if finetune.mode == "gold" and any(example.gold is None for example in self._dataset.examples()):
+        if finetune.mode == "gold" and any(example.gold is None for example in self.rows or []):
             raise UserError("finetune=gold needs answers in the teacher's own register; this dataset has none")
         if finetune.mode in ("sft", "gold"):
             spec = {"mode": finetune.mode, "dataset": self._dataset_spec}
@@ -168,17 +229,8 @@ class Recipes:
 
     def tuned(self) -> Recipe:
         finetune = self.config.finetune
-        rows = len(self._dataset.examples()) - finetune.validation_rows
-        if rows < 1:
-            raise UserError(
-                f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
-                f"the dataset has {rows + finetune.validation_rows} rows"
-            )
-        if finetune.num_rows is not None and finetune.num_rows > rows:
-            raise UserError(
-                f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
-                f"{finetune.validation_rows} for validation; raise dataset.num_rows"
-            )
+        if self.rows is not None:
+            self._check_rows(len(self.rows) - finetune.validation_rows)
         self._check_adapter()
         settings = OmegaConf.to_container(finetune, resolve=True)
         assert isinstance(settings, dict)
@@ -210,6 +262,20 @@ class Recipes:
         spec = {key: adapter[key] for key in ("rank", "alpha", "dropout")} | {"targets": list(adapter.targets)}
         return spec if adapter.scope == "all" else spec | {"scope": adapter.scope, "blocks": adapter.blocks}
 
+    def _check_rows(self, rows: int) -> None:
+        """Refuse to ask for more than the `rows` that are left beside those for validation."""
+        finetune = self.config.finetune
+        if rows < 1:
+            raise UserError(
+                f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
+                f"the dataset has {rows + finetune.validation_rows} rows"
+            )
+        if finetune.num_rows is not None and finetune.num_rows > rows:
+            raise UserError(
+                f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
+                f"{finetune.validation_rows} for validation; raise dataset.num_rows"
+            )
+
     def _check_adapter(self) -> None:
         adapter, pruning = self.config.adapter, self.config.pruning
         if adapter.method != "lora":
@@ -226,9 +292,9 @@ class Recipes:
         targets = list(adapter.targets)
         if targets == ["all-linear"]:
             return
-        names = matrices(self.model_folder)
+        names: set[str] = self._known(lambda: matrices(self.model_folder), set())
         for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if names and not any(name == target or name.endswith(f".{target}") for name in names):
                 known = sorted({name.rsplit(".", 1)[1] for name in names if ".layers." in name})
                 raise UserError(
                     f"adapter.targets: no linear layer {target}; choose [all-linear] or from {', '.join(known)}"

@@ -34,6 +34,11 @@ class SweepEnd(Callback):
             print(f"{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
             for name, job in failed:
                 print(f"  #{name} {' '.join(job['overrides'])}: {job['error']}", file=sys.stderr)
+        plans = [record for _, job in jobs for record in job.get("plan", [])]
+        if plans:
+            from sdd.plan import summary
+
+            log.info("the whole sweep: %s", summary(plans))
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]
         if not evaluated:
             return

@@ -111,6 +111,7 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
 
 NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("trainer.accelerator", "gpu", [], {}),
+    ("model.shape", {"num_hidden_layers": 3}, [], {}),
     ("trainer.devices", 2, [], {}),
     ("trainer.threads", 2, [], {}),
     ("trainer.micro_batch_tokens", 99, [], {}),

@@ -8,10 +8,11 @@ from launching import REPOSITORY
 
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors"},
-    {"architectures", "models", "data", "tiny"},
-    {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
+    {"architectures", "models", "hub", "data", "tiny"},
+    {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"}
+    | {"estimates"},
     {"recipes"},
-    {"stages", "report", "export"},
+    {"stages", "report", "export", "plan"},
     {"app", "sweep"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,300 @@
+"""What a stage will take, from the sizes of a model and the counts of its work: seconds, bytes of memory and of disk.
+
+Meant for deciding what to start on which machine: rough, within about a factor of 3 of what is then measured. Matrix
+products are counted (2 FLOPs a weight and token, attention on top), divided by a rate that a device sustains, and a
+fixed cost is added for every pass through a block, which is what small models and single tokens really pay. Memory
+is that of the device that computes, at its peak. Knows nothing of Hydra or the store; loads no library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sdd.errors import UserError
+
+CHARACTERS_PER_TOKEN = 4.0
+"""Of English under a large vocabulary; small tokenizers have fewer."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a machine sustains: FLOP/s in 32 and 16 bits, bytes/s of memory and of disk, seconds a block and pass."""
+
+    name: str
+    flops: dict[int, float]
+    bandwidth: float
+    disk: float
+    block_seconds: float
+    start_seconds: float
+
+
+DEVICES = {
+    "cpu": Device("two CPU cores", {4: 4e10, 2: 4e10}, 1e10, 3e8, 4e-4, 2.0),
+    "gpu": Device("one H100-class GPU", {4: 3e13, 2: 2.5e14}, 2e12, 1e9, 8e-4, 15.0),
+}
+"""By `trainer.accelerator`. The rates are those of plain transformers code, far below what the hardware could do."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder; `experts` MLPs in a block, of which a token uses `active`."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    mlp_matrices: int = 3
+    experts: int = 1
+    active: int = 1
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of a dense block's linear layers, under their usual names."""
+        inner, shared = self.heads * self.head_dim, self.groups * self.head_dim
+        attention = {
+            "q_proj": (self.hidden, inner),
+            "k_proj": (self.hidden, shared),
+            "v_proj": (self.hidden, shared),
+            "o_proj": (inner, self.hidden),
+        }
+        mlp = {"up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden)}
+        if self.mlp_matrices == 3:
+            mlp["gate_proj"] = (self.hidden, self.intermediate)
+        return attention | mlp
+
+    def block_parameters(self, experts: int) -> int:
+        """Weights of one block with that many MLPs, its two norms included; biases and further norms are left out."""
+        attention = sum(a * b for name, (a, b) in self.linear.items() if name[0] in "qkvo")
+        mlp = self.mlp_matrices * self.hidden * self.intermediate * experts
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + mlp + router + 2 * self.hidden
+
+    def parameters(self, blocks: int | None = None) -> int:
+        """Weights of the model, or of what is left of it with `blocks` blocks; tied weights once."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        kept = self.blocks if blocks is None else blocks
+        return embeddings + kept * self.block_parameters(self.experts) + self.hidden
+
+    def forward_flops(self, blocks: int, context: float) -> float:
+        """FLOPs of one token that sees `context` tokens on average, the head not included."""
+        return blocks * (2 * self.block_parameters(self.active) + 4 * context * self.heads * self.head_dim)
+
+    @property
+    def head_flops(self) -> float:
+        return 2.0 * self.hidden * self.vocabulary
+
+    def cache_bytes(self, blocks: int, width: int) -> int:
+        """Bytes of keys and values a token, at `width` bytes a number."""
+        return 2 * blocks * self.groups * self.head_dim * width
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The sizes in a `config.json`, or in a model option's `shape`, under the names that stock configs use."""
+    try:
+        hidden, blocks, heads = (
+            int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        experts = config.get("num_local_experts") or config.get("num_experts") or 1
+        width = config.get("moe_intermediate_size") if experts > 1 else None
+        return Shape(
+            hidden=hidden,
+            intermediate=int(width or config["intermediate_size"]),
+            blocks=blocks,
+            heads=heads,
+            groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            mlp_matrices=2 if config.get("model_type") == "gpt_neox" else 3,
+            experts=int(experts),
+            active=int(config.get("num_experts_per_tok") or 1),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the model's sizes (config.json or model.shape) lack what an estimate needs: {error}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, peak bytes on the computing device, bytes left on disk."""
+
+    seconds: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model with `blocks` blocks at `width` bytes a number on a device: what every stage's estimate starts from."""
+
+    shape: Shape
+    blocks: int
+    width: int
+    device: Device
+
+    @property
+    def weights(self) -> float:
+        return float(self.shape.parameters(self.blocks) * self.width)
+
+    @property
+    def opening(self) -> float:
+        """Seconds until the model is in memory."""
+        return self.device.start_seconds + self.weights / self.device.disk
+
+    def passes(self, tokens: float, context: float, passes: float, cost: float = 1.0, head: bool = True) -> float:
+        """Seconds of `tokens` tokens in `passes` batches; a training step costs `cost` forward passes."""
+        flops = tokens * (self.shape.forward_flops(self.blocks, context / 2) + (self.shape.head_flops if head else 0))
+        return cost * (flops / self.device.flops[self.width] + passes * self.blocks * self.device.block_seconds)
+
+    def activations(self, tokens: float) -> float:
+        """Bytes that a forward pass without gradients holds for `tokens` tokens, one block at a time."""
+        return tokens * self.width * (6 * self.shape.hidden + 3 * self.shape.intermediate)
+
+    def logits(self, tokens: float) -> float:
+        """Bytes of the logits and of their softmax."""
+        return tokens * self.shape.vocabulary * 2 * self.width
+
+    def generation(self, rows: float, prompt: float, new: float, batch: float) -> tuple[float, float]:
+        """(seconds, bytes beside the weights) of answering `rows` prompts in batches, a token at a time."""
+        batch = min(batch, rows)
+        batches = -(-rows // batch)
+        cache = batch * (prompt + new) * self.shape.cache_bytes(self.blocks, self.width)
+        flops = batch * (self.shape.forward_flops(self.blocks, prompt + new / 2) + self.shape.head_flops)
+        step = max(
+            flops / self.device.flops[self.width],
+            (self.weights + cache) / self.device.bandwidth,
+            self.blocks * self.device.block_seconds,
+        )
+        seconds = self.passes(rows * prompt, prompt, batches, head=False) + batches * new * step
+        return seconds, cache + self.activations(batch * prompt) + self.logits(batch)
+
+
+def scores(work: Work, texts: int, length: float, batch: int) -> Estimate:
+    """One pass over calibration texts of `length` tokens, without the head; a batch holds at most 16,384 tokens."""
+    tokens = texts * length
+    together = min(batch * length, 16_384)
+    seconds = work.opening + work.passes(tokens, length, -(-tokens // together), head=False)
+    return Estimate(seconds, work.weights + work.activations(together), 1e5)
+
+
+def pruned(work: Work) -> Estimate:
+    """The checkpoint is read and what is kept of it written, some megabytes at a time, whatever the device."""
+    return Estimate(1 + 2 * work.weights / work.device.disk, 3e8, work.weights)
+
+
+def rewrites(work: Work, rows: int, prompt: float, new: float, batch: int) -> Estimate:
+    """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, the longest of its batch."""
+    seconds, memory = work.generation(rows, prompt, new, batch)
+    return Estimate(work.opening + seconds, work.weights + memory, rows * (prompt + new) * CHARACTERS_PER_TOKEN)
+
+
+def targets(rows: int, length: float) -> Estimate:
+    """Rows are read, compared and written; no model."""
+    return Estimate(1 + rows / 2_000, 3e8 + 4 * rows * length * CHARACTERS_PER_TOKEN, rows * length * 4)
+
+
+def adapter_parameters(shape: Shape, blocks: int, rank: int, names: list[str]) -> int:
+    """Weights of LoRA matrices on the named linear layers of every block; a name not known here counts as all."""
+    known = [name for name in names if name in shape.linear]
+    chosen = known if known and len(known) == len(names) else list(shape.linear)
+    return blocks * rank * sum(sum(shape.linear[name]) for name in chosen)
+
+
+def tuned(work: Work, trained: int, rows: int, length: float, batch: int, micro_batch_tokens: int) -> Estimate:
+    """LoRA: forward, and backward through the frozen weights without their gradients; Adam on `trained` weights.
+
+    `rows` counts every epoch's. The memory of a block's activations is what backward keeps of it.
+    """
+    tokens, together = rows * length, min(micro_batch_tokens, batch * length)
+    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=2.5)
+    kept = work.blocks * work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
+    memory = work.weights + 16 * trained + together * kept + 2 * work.logits(together)
+    return Estimate(seconds, memory, 4 * trained)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`."""
+
+    items: int
+    requests: float
+    tokens: float
+    new: int = 0
+
+
+TASKS = {
+    "arc_challenge": Task(1172, 4, 45),
+    "hellaswag": Task(10042, 4, 90),
+    "truthfulqa_mc2": Task(817, 7, 220),
+    "mmlu": Task(14042, 1, 115),
+    "winogrande": Task(1267, 2, 27),
+    "gsm8k": Task(1319, 1, 130, 256),
+    "arc_easy": Task(2376, 4, 40),
+    "boolq": Task(3270, 2, 160),
+    "openbookqa": Task(500, 4, 25),
+    "piqa": Task(1838, 2, 35),
+    "race": Task(1045, 4, 450),
+    "social_iqa": Task(1954, 3, 35),
+    "crows_pairs_english": Task(1508, 2, 20),
+}
+"""The tasks' own sizes; lengths as measured on their rows at 4 characters a token, RACE's and the six questions that
+precede each of TruthfulQA's from memory. Four one-letter answers to the same question are one request (mmlu)."""
+
+OTHER_TASK = Task(1000, 4, 100)
+"""A task not known here."""
+
+EMBEDDED_TASK = Task(1000, 1, 100, 96)
+"""One of the embedded ones, whose items are a setting."""
+
+SHOTS = {
+    "openllm_v1": {
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "truthfulqa_mc2": 0,
+        "mmlu": 5,
+        "winogrande": 5,
+        "gsm8k": 5,
+    },
+    "sdmprune_zero_shot": dict.fromkeys(
+        (
+            *("arc_easy", "arc_challenge", "boolq", "openbookqa", "piqa", "race", "social_iqa", "truthfulqa_mc2"),
+            *("winogrande", "crows_pairs_english"),
+        ),
+        0,
+    ),
+}
+"""By suite: examples shown before each item of a task."""
+
+
+def tasks_of(suite: str, names: list[str] | None) -> list[Task]:
+    """A suite's tasks, or those named of it, with the tokens of their examples in every request."""
+    other, shots = EMBEDDED_TASK if suite == "tiny" else OTHER_TASK, SHOTS.get(suite, {})
+    found = [(TASKS.get(name, other), shots.get(name, 0)) for name in names or shots]
+    return [replace(task, tokens=task.tokens * (1 + shown)) for task, shown in found]
+
+
+def evaluated(
+    work: Work, tasks: list[Task], limit: int | None, batch: int, new: int | None = None, merged: bool = False
+) -> Estimate:
+    """Every request of every task; `merged` says that an adapter is merged in float32 first; `new` bounds answers."""
+    seconds, memory = work.opening, 0.0
+    for task in tasks:
+        items = min(task.items, limit or task.items)
+        requests = items * task.requests
+        if task.new:
+            length = min(task.new, new or task.new)
+            spent, held = work.generation(items, task.tokens, length, batch)
+        else:
+            spent = work.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
+            held = work.activations(batch * task.tokens) + work.logits(batch * task.tokens)
+        seconds, memory = seconds + spent, max(memory, held)
+    opened = work.shape.parameters(work.blocks) * BYTES["float32"] if merged else work.weights
+    items = sum(min(task.items, limit or task.items) for task in tasks)
+    return Estimate(seconds, max(opened, work.weights + memory), 2e3 * items)

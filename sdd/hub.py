@@ -1,0 +1,174 @@
+"""Checkpoints of the Hugging Face hub: from an id and a revision to a folder in its usual cache.
+
+Only what stock loading of safetensors reads is fetched: config, tokenizer, the weights that the index names, and the
+model's page, which states the licence; never pickled weights, code, or a second copy of the weights in another layout.
+Config and index come first, so that a model which cannot be used is refused before its weights are fetched. A revision
+that is complete in the cache is taken as it is, without asking the network: the same command stays the same work, and
+its content is in every address. Knows nothing of Hydra or the store's artifacts.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from sdd import models
+from sdd.errors import NotFetched, UserError
+
+log = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""`owner/name`; anything else is a folder, and so is a folder of that name."""
+
+PAGE = "README.md"
+SMALL_FILES = ("config.json", "model.safetensors.index.json", PAGE, *models.SIDE_FILES)
+
+
+def is_hub_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def checkpoint_folder(path: str, revision: str | None, fetch: bool = True) -> Path:
+    """The folder of a checkpoint named by a folder or by a hub id; a folder is returned as it is, `revision` unread.
+
+    What is not in the cache is fetched, or with `fetch=False` raises NotFetched.
+    """
+    if not is_hub_id(path):
+        return Path(path).expanduser()
+    cached = _cached(path, revision)
+    if cached is not None:
+        return cached
+    if not fetch:
+        raise NotFetched(f"model.path={path}: not in the Hugging Face cache; fetch it with: hf download {path}")
+    folder = _fetched(path, revision)
+    log.info("%s at commit %s", path, folder.name)
+    return folder
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(SMALL_FILES))
+        return _checked(Path(folder), repo)
+    except (LocalEntryNotFoundError, UserError):  # a fetch that was cut short is continued, what is refused told then
+        return None
+
+
+def _fetched(repo: str, revision: str | None) -> Path:
+    folder = _download(repo, revision, list(SMALL_FILES))
+    _refusals(folder, repo)
+    weights = _weight_names(folder)
+    if _download(repo, folder.name, weights) != folder:
+        raise UserError(f"model.path={repo}: the hub changed while it was read; run the same command again")
+    try:
+        return _checked(folder, repo)
+    except UserError as error:
+        if not any((folder / name).exists() for name in weights) and (pickled := _pickled(repo, folder.name)):
+            raise UserError(
+                f"model.path={repo}: the weights are pickled ({pickled}), which can run code, and there are no "
+                "safetensors; look for a converted copy"
+            ) from None
+        raise error
+
+
+def _checked(folder: Path, repo: str) -> Path:
+    """The folder, if config, tokenizer and all weights are there."""
+    _refusals(folder, repo)
+    try:
+        models.weight_files(folder)
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), repo)) from None
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"model.path={repo}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    return folder
+
+
+def _refusals(folder: Path, repo: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={repo}: no config.json; is this repository a checkpoint?")
+    try:
+        models.read_config(folder)
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), repo)) from None
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """What the index names, without judging it; the judgement is that of `models.weight_files`."""
+    try:
+        names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+        return sorted({name for name in names if name.endswith(".safetensors") and Path(name).name == name})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return ["model.safetensors"]
+
+
+def _download(repo: str, revision: str | None, names: list[str]) -> Path:
+    """The snapshot's folder with these files, as far as the repository has them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=names))
+    except Exception as error:
+        raise _explained(error, repo, revision) from error
+
+
+def _pickled(repo: str, commit: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(repo, revision=commit)
+    except Exception as error:
+        raise _explained(error, repo, commit) from error
+    return next((name for name in sorted(names) if name.endswith((".bin", ".pt", ".pth"))), None)
+
+
+def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
+    """The user's mistake behind a failed request; what is none is returned as it is."""
+    message = explained(error, f"model.path={repo}", f"https://huggingface.co/{repo}")
+    if message is not None:
+        return UserError(message)
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"model.path={repo}: the hub has no revision {revision} of it; see model.revision")
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(
+            f"model.path={repo}: no such folder here, and no such repository on the hub (a private one shows itself "
+            "after: hf auth login)"
+        )
+    return error
+
+
+def explained(error: Exception, what: str, page: str) -> str | None:
+    """One line for what goes wrong between this machine and the hub, whatever is asked for; None for anything else.
+
+    `what` opens the line; `page` is where access is asked for.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{what} is gated: accept its licence at {page}, then log in here with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+        return None
+    unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+    if unreachable or type(error).__module__.startswith("httpx"):  # httpx2 in some versions of the library
+        return (
+            f"{what}: the hub cannot be reached ({_reason(error)}) and the cache of this machine lacks it; connect, "
+            "or fetch it elsewhere and name the folder"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        status: Any = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            return f"{what}: the hub refuses the token of this machine ({status}); log in again with: hf auth login"
+        return f"{what}: the hub answered with an error ({status}); try again later"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    return type(error.__cause__ or error).__name__

@@ -1,0 +1,195 @@
+"""A dry run: for every artifact that a command asks for, whether it exists, and an estimate of what building it takes.
+
+Reads the composed config for the counts that the estimates are made of; builds and fetches nothing.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdd import estimates
+from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Work, shape_of
+from sdd.prompts import rewrite_prompt
+from sdd.recipes import Recipes, is_provisional
+from sdd.store import Recipe, Store
+
+TYPICAL_ROWS = {
+    "gsm8k": (7473, 235, 287),
+    "dolly": (15011, 425, 358),
+    "alpaca": (52002, 82, 273),
+    "openmathinstruct": (1_800_000, 164, 417),
+    "openmathinstruct2": (14_000_000, 258, 1112),
+}
+"""By dataset: rows, characters of a prompt, characters of a reference answer; used before the rows are here."""
+
+OTHER_ROWS = (10_000, 300, 300)
+TEMPLATE_TOKENS = 30
+"""Of the chat template around a prompt."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One artifact; a provisional address is another one once everything has been fetched."""
+
+    recipe: Recipe
+    exists: bool
+    provisional: bool
+    estimate: Estimate
+
+    @property
+    def name(self) -> str:
+        return named(self.recipe, self.provisional)
+
+    def record(self) -> dict[str, Any]:
+        return {"artifact": self.name, "exists": self.exists, **asdict(self.estimate)}
+
+
+def named(recipe: Recipe, provisional: bool) -> str:
+    return f"{recipe.stage}/{'?' if provisional else ''}{recipe.address}"
+
+
+def planned(wanted: Recipe, recipes: Recipes, store: Store) -> list[Planned]:
+    """All that `wanted` stands on and itself, inputs first."""
+    counts = Counts(recipes)
+    found = []
+    for recipe in wanted.walk():
+        provisional = is_provisional(recipe)
+        exists = not provisional and store.has(recipe)
+        found.append(Planned(recipe, exists, provisional, counts.estimate(recipe)))
+    return found
+
+
+class Counts:
+    """The counts behind the estimates: sizes of the model and of its cut, rows and their lengths in tokens."""
+
+    def __init__(self, recipes: Recipes) -> None:
+        self.config: DictConfig = recipes.config
+        self.texts = recipes.texts
+        self.shape = shape_of(recipes.sizes)
+        pruning = self.config.pruning
+        self.kept = self.shape.blocks - (pruning.size if pruning.blocks is None else len(pruning.blocks))
+        self.rows, self.prompt, self.answer = self._row_counts(recipes)
+
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.config.trainer.accelerator]
+
+    def _row_counts(self, recipes: Recipes) -> tuple[int, float, float]:
+        """(rows, tokens of a bare prompt, tokens of a reference answer)."""
+        dataset = self.config.dataset
+        if recipes.rows:
+            rows = len(recipes.rows)
+            prompt = sum(len(row.prompt) for row in recipes.rows) / rows
+            answer = sum(len(row.reference) for row in recipes.rows) / rows
+        else:
+            available, prompt, answer = TYPICAL_ROWS.get(dataset.name, OTHER_ROWS)
+            rows = min(available, dataset.num_rows or available)
+        return rows, prompt / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, answer / CHARACTERS_PER_TOKEN
+
+    def _work(self, blocks: int, dtype: str) -> Work:
+        return Work(self.shape, blocks, BYTES[dtype], self.device)
+
+    def estimate(self, recipe: Recipe) -> Estimate:
+        """What building this one artifact takes, its inputs being there."""
+        return getattr(self, f"_{recipe.stage}")(recipe)  # type: ignore[no-any-return]
+
+    def _scores(self, recipe: Recipe) -> Estimate:
+        if "texts" not in recipe.spec:
+            return Estimate(1.0, 1e8, 1e5)
+        calibration, batch = self.config.calibration, self.config.trainer.inference_batch_size
+        work = self._work(self.shape.blocks, self.config.model.dtype)
+        length = self._text_tokens(recipe.spec["texts"])
+        return estimates.scores(work, calibration.num_texts, length, batch)
+
+    def _text_tokens(self, digest: str) -> float:
+        """Tokens of a calibration text; of the longest allowed, before the texts are here."""
+        longest = self.config.calibration.max_length
+        texts = self.texts.get(digest)
+        if not texts:
+            return float(longest)
+        return sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts) / len(texts)
+
+    def _pruned(self, recipe: Recipe) -> Estimate:
+        return estimates.pruned(self._work(self.kept, self.config.model.dtype))
+
+    def _rewrites(self, recipe: Recipe) -> Estimate:
+        engine, template = self.config.engine, self.config.dataset.template
+        prompt = self.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + self.answer
+        batch = engine.get("batch_size") or self.config.trainer.inference_batch_size
+        new = min(2 * self.answer, engine.get("max_new_tokens") or 2 * self.answer)  # as long as the longest of a batch
+        work = self._work(self.shape.blocks, self.config.model.dtype)
+        found = estimates.rewrites(work, self.rows, prompt, new, batch)
+        tries = engine.get("tries") or 1
+        return Estimate(found.seconds * tries, found.memory, found.disk)
+
+    def _targets(self, recipe: Recipe) -> Estimate:
+        return estimates.targets(self.rows, self.prompt + 2 * self.answer)
+
+    def _tuned(self, recipe: Recipe) -> Estimate:
+        finetune, adapter = self.config.finetune, self.config.adapter
+        left = max(1, self.rows - finetune.validation_rows)
+        rows = finetune.epochs * min(finetune.num_rows or left, left)
+        length = min(self.prompt + self.answer, finetune.max_length)
+        work = self._work(self.kept, {"32": "float32", "bf16": "bfloat16"}[finetune.precision])
+        trained = estimates.adapter_parameters(self.shape, self.kept, adapter.rank, list(adapter.targets))
+        micro = self.config.trainer.micro_batch_tokens
+        return estimates.tuned(work, trained, rows, length, finetune.batch_size, micro)
+
+    def _evaluated(self, recipe: Recipe) -> Estimate:
+        settings = self.config.evaluation
+        student = recipe.inputs.get("model")
+        work = self._work(self.kept if student else self.shape.blocks, settings.dtype)
+        names = recipe.spec["tasks"] if settings.tasks is None else settings.tasks
+        tasks = estimates.tasks_of(settings.suite, [str(name) for name in names])
+        merged = student is not None and student.stage == "tuned"
+        return estimates.evaluated(
+            work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens, merged=merged
+        )
+
+
+def duration(seconds: float) -> str:
+    """Rounded for reading: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes rounded for reading, in powers of 1,000."""
+    if count < 1e8:
+        return f"{max(count, 1e4) / 1e6:.2g} MB"
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
+
+
+def lines(plan: list[Planned]) -> list[str]:
+    """One line an artifact: state, name, estimate, inputs."""
+    provisional = {planned.recipe.address: planned.provisional for planned in plan}
+    found = []
+    for one in plan:
+        state, cost = "exists", size(one.estimate.disk) + " disk"
+        if not one.exists:
+            state = "would be built"
+            cost = f"~{duration(one.estimate.seconds)}, {size(one.estimate.memory)} memory, {cost}"
+        inputs = [named(recipe, provisional[recipe.address]) for recipe in one.recipe.inputs.values()]
+        found.append(f"{state:<15} {one.name:<27} {cost}" + (f"  <- {', '.join(inputs)}" if inputs else ""))
+    return found
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """One line about what is still to be built; artifacts that several jobs share are counted once."""
+    unique = {record["artifact"]: record for record in records if not record["exists"]}
+    seconds = sum(record["seconds"] for record in unique.values())
+    disk = sum(record["disk"] for record in unique.values())
+    memory = max((record["memory"] for record in unique.values()), default=0.0)
+    return (
+        f"{len(unique)} artifacts to build: about {duration(seconds)}, at most {size(memory)} memory, {size(disk)} disk"
+    )
+
+
+def assumption(accelerator: str) -> str:
+    device = DEVICES[accelerator]
+    return (
+        f"estimates are for {device.name} (trainer.accelerator={accelerator}; {device.flops[2]:.0e} FLOP/s sustained "
+        "in 16 bits) and rough: within a factor of 3"
+    )
