@@ -26,7 +26,7 @@ class Model:
     path: str = MISSING
     revision: str | None = None
     dtype: str = "bfloat16"
-    shape: dict[str, Any] | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -29,6 +29,9 @@ SIDE_FILES = (
 )
 """What a checkpoint carries besides weights and config, as far as it decides what the model says."""
 
+NAMES_CODE = ("phi3",)
+"""Model types whose repositories name code of their own beside a stock class, which is what is opened."""
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that stock loading reads; a user's mistake if there are none or one is missing."""
@@ -72,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.path={folder}: config.json is not valid JSON") from None
     if not isinstance(config, dict):
         raise UserError(f"model.path={folder}: config.json is not a JSON object")
-    if "auto_map" in config:
+    if "auto_map" in config and config.get("model_type") not in NAMES_CODE:
         raise UserError(f"model.path={folder}: needs remote code (auto_map in config.json), which is never run")
     if "/" in str(config.get("attn_implementation", config.get("_attn_implementation"))):
         raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")

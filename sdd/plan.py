@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sdd import estimates
-from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Work, shape_of
+from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Work, shape_of
 from sdd.prompts import rewrite_prompt
 from sdd.recipes import Recipes, is_provisional
 from sdd.store import Recipe, Store
@@ -66,7 +66,8 @@ class Counts:
     def __init__(self, recipes: Recipes) -> None:
         self.config: DictConfig = recipes.config
         self.texts = recipes.texts
-        self.shape = shape_of(recipes.sizes)
+        self.sizes = recipes.sizes
+        self.shape = shape_of(self.sizes)
         pruning = self.config.pruning
         self.kept = self.shape.blocks - (pruning.size if pruning.blocks is None else len(pruning.blocks))
         self.rows, self.prompt, self.answer = self._row_counts(recipes)
@@ -86,6 +87,12 @@ class Counts:
             available, prompt, answer = TYPICAL_ROWS.get(dataset.name, OTHER_ROWS)
             rows = min(available, dataset.num_rows or available)
         return rows, prompt / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, answer / CHARACTERS_PER_TOKEN
+
+    @property
+    def stored(self) -> str:
+        """The dtype that the weights are stored in."""
+        dtype = self.sizes.get("dtype") or self.sizes.get("torch_dtype")
+        return dtype if dtype in BYTES else str(self.config.model.dtype)
 
     def _work(self, blocks: int, dtype: str) -> Work:
         return Work(self.shape, blocks, BYTES[dtype], self.device)
@@ -111,7 +118,7 @@ class Counts:
         return sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts) / len(texts)
 
     def _pruned(self, recipe: Recipe) -> Estimate:
-        return estimates.pruned(self._work(self.kept, self.config.model.dtype))
+        return estimates.pruned(self._work(self.kept, self.stored))
 
     def _rewrites(self, recipe: Recipe) -> Estimate:
         engine, template = self.config.engine, self.config.dataset.template
@@ -139,13 +146,32 @@ class Counts:
     def _evaluated(self, recipe: Recipe) -> Estimate:
         settings = self.config.evaluation
         student = recipe.inputs.get("model")
-        work = self._work(self.kept if student else self.shape.blocks, settings.dtype)
+        work = self._work(self.kept if student else self.shape.blocks, recipe.spec["dtype"])
         names = recipe.spec["tasks"] if settings.tasks is None else settings.tasks
         tasks = estimates.tasks_of(settings.suite, [str(name) for name in names])
         merged = student is not None and student.stage == "tuned"
         return estimates.evaluated(
             work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens, merged=merged
         )
+
+
+def requirements(shape: Shape) -> list[str]:
+    """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""
+    device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
+    whole, cut = Work(shape, shape.blocks, 2, device), Work(shape, blocks, 2, device)
+    trained = estimates.adapter_parameters(shape, blocks, 16, ["all-linear"])
+    tasks = estimates.tasks_of("openllm_v1", None)
+    stages = {
+        "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
+        f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
+        "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
+        "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, trained, 2 * 7373, 160, 32, 4096),
+        "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8, merged=True),
+    }
+    lines = [f"Each stage on {device.name}, by the formulas of sdd/estimates.py, not measured: time, memory, disk."]
+    for what, one in stages.items():
+        lines.append(f"  {what:<34} {duration(one.seconds):>7} {size(one.memory):>8} {size(one.disk):>8}")
+    return lines
 
 
 def duration(seconds: float) -> str:

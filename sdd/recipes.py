@@ -65,8 +65,8 @@ class Recipes:
         def look() -> dict[str, Any]:
             return models.read_config(self.model_folder)
 
-        shape = self.config.model.shape
-        return look() if shape is None else self._known(look, {str(key): value for key, value in shape.items()})
+        shape = {str(key): value for key, value in self.config.model.shape.items()}
+        return self._known(look, shape) if shape else look()
 
     @cached_property
     def num_blocks(self) -> int:

@@ -176,7 +176,7 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
                 yield f"{prefix}{key}"
 
     plain = {name: node for name, node in OmegaConf.to_container(composed()).items() if name != "hydra"}
-    settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed"}
+    settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape"}
     accounted = {row[0] for row in IN_KEY} | {row[0] for row in NOT_IN_KEY} | ELSEWHERE
     assert settings == accounted
 
