@@ -139,10 +139,14 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     check_values(config)
     if config.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
+    from sdd.provenance import provenance
     from sdd.recipes import Recipes
     from sdd.store import Store
 
-    store = Store(Path(config.paths.artifacts).expanduser().absolute())
+    composed = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(composed, dict)
+    asked_by = provenance(script, HydraConfig.get().overrides.task, {str(key): node for key, node in composed.items()})
+    store = Store(Path(config.paths.artifacts).expanduser().absolute(), asked_by)
     recipes = Recipes(config, store.root / ".digests")
     wanted = recipes.wanted(script)
     if config.dry_run:

@@ -1,6 +1,8 @@
 """Make a full checkpoint of a pruned or fine-tuned student, which stock transformers opens.
 
-python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--source DIGEST=PATH]
+python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--source DIGEST=PATH] [--push OWNER/NAME]
+
+A page of what it is goes with it. `--push` puts the folder on the Hugging Face hub, private unless `--public`.
 """
 
 import argparse
@@ -9,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 from sdd import models
+from sdd.card import model_card
 from sdd.errors import UserError
+from sdd.hub import HUB_ID, PAGE, explained
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.stages.student import base_folder, open_student
@@ -33,8 +37,48 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
         folder = Path(temporary) / "checkpoint"
         model, _ = open_student(source, runtime, kept)
         models.save_model(model, folder, base)
+        (folder / PAGE).write_text(model_card(store, source, runtime), encoding="utf-8")
         folder.rename(target)
     return target
+
+
+def check_login(repo: str) -> None:
+    """Refuse to begin what could not be pushed: a name that is none, nobody logged in, no network."""
+    from huggingface_hub import get_token, whoami
+
+    if not HUB_ID.fullmatch(repo):
+        raise UserError(f"--push {repo}: write OWNER/NAME")
+    if get_token() is None:
+        raise UserError(f"--push {repo}: nobody is logged in here; run: hf auth login, or set HF_TOKEN")
+    try:
+        whoami()
+    except Exception as error:
+        raise _not_pushed(error, repo, "; connect and try again") from error
+
+
+def push(folder: Path, repo: str, public: bool = False) -> str:
+    """Upload a complete folder into the repository, made if it is not there; returns the address of its page."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    later = f"{folder} is complete; upload it with: hf upload {repo} {folder}"
+    try:
+        url = str(api.create_repo(repo, private=not public, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Export of {folder.name}")
+    except Exception as error:
+        raise _not_pushed(error, repo, f"; {later}") from error
+    return url
+
+
+def _not_pushed(error: Exception, repo: str, otherwise: str) -> Exception:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    message = explained(error, f"--push {repo}", f"https://huggingface.co/{repo}", otherwise)
+    if message is not None:
+        return UserError(message)
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(f"--push {repo}: no such repository, or this account may not write to it{otherwise}")
+    return error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,11 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("address", help="address of a pruned or tuned artifact")
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.push:
+            check_login(arguments.push)
         store = Store(arguments.artifacts.absolute())
         print(export(store, arguments.address, arguments.folder, runtime_of(arguments), arguments.dtype))
+        if arguments.push:
+            print(push(arguments.folder, arguments.push, arguments.public))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

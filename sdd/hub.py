@@ -126,7 +126,8 @@ def _pickled(repo: str, commit: str) -> str | None:
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
     """The user's mistake behind a failed request; what is none is returned as it is."""
-    message = explained(error, f"model.path={repo}", f"https://huggingface.co/{repo}")
+    otherwise = " and the cache of this machine lacks it; connect, or fetch it elsewhere and name the folder"
+    message = explained(error, f"model.path={repo}", f"https://huggingface.co/{repo}", otherwise)
     if message is not None:
         return UserError(message)
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -141,10 +142,10 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
     return error
 
 
-def explained(error: Exception, what: str, page: str) -> str | None:
+def explained(error: Exception, what: str, page: str, otherwise: str) -> str | None:
     """One line for what goes wrong between this machine and the hub, whatever is asked for; None for anything else.
 
-    `what` opens the line; `page` is where access is asked for.
+    `what` opens the line; `page` is where access is asked for; `otherwise` says what to do without a network.
     """
     from huggingface_hub import errors
 
@@ -154,10 +155,7 @@ def explained(error: Exception, what: str, page: str) -> str | None:
         return None
     unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
     if unreachable or type(error).__module__.startswith("httpx"):  # httpx2 in some versions of the library
-        return (
-            f"{what}: the hub cannot be reached ({_reason(error)}) and the cache of this machine lacks it; connect, "
-            "or fetch it elsewhere and name the folder"
-        )
+        return f"{what}: the hub cannot be reached ({_reason(error)}){otherwise}"
     if isinstance(error, errors.HfHubHTTPError):
         status: Any = getattr(error.response, "status_code", None)
         if status in (401, 403):

@@ -115,7 +115,8 @@ class Counts:
         texts = self.texts.get(digest)
         if not texts:
             return float(longest)
-        return sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts) / len(texts)
+        tokens = sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts)
+        return float(tokens / len(texts))
 
     def _pruned(self, recipe: Recipe) -> Estimate:
         return estimates.pruned(self._work(self.kept, self.stored))

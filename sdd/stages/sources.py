@@ -7,6 +7,7 @@ from typing import Any
 import sdd
 from sdd import models
 from sdd.errors import UserError
+from sdd.hub import checkpoint_folder, is_hub_id
 from sdd.stages.runtime import Runtime
 
 TEACHER = Path(sdd.__file__).resolve().parent / "tiny" / "teacher"
@@ -15,7 +16,7 @@ TEACHER = Path(sdd.__file__).resolve().parent / "tiny" / "teacher"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the folder of artifacts")
     parser.add_argument(
-        "--source", action="append", default=[], metavar="DIGEST=PATH", help="where a model or data file lies"
+        "--source", action="append", default=[], metavar="DIGEST=PATH", help="a model (folder or hub id) or data file"
     )
 
 
@@ -27,7 +28,8 @@ def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
         digest, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"--source {given}: write DIGEST=PATH")
-        if not Path(path).exists():
+        folder = checkpoint_folder(path, None) if is_hub_id(path) else Path(path)
+        if not folder.exists():
             raise UserError(f"--source {given}: no such path")
-        sources[digest] = Path(path)
+        sources[digest] = folder
     return Runtime(sources=sources, **settings)

@@ -45,10 +45,11 @@ class Build:
 
 
 class Store:
-    """The artifacts under one root folder."""
+    """The artifacts under one root folder; `provenance` is what the manifests of new ones say of who asked for them."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         self.root = Path(root)
+        self.provenance = provenance or {}
 
     def folder(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.address
@@ -124,6 +125,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": current_commit(),
             "versions": installed_versions(),
+            **self.provenance,
         }
         write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         target = self.folder(recipe)

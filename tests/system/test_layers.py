@@ -7,12 +7,12 @@ from pathlib import Path
 from launching import REPOSITORY
 
 LAYERS = (
-    {"config", "allowed", "store", "prompts", "answers", "losses", "errors"},
+    {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"}
     | {"estimates"},
     {"recipes"},
-    {"stages", "report", "export", "plan"},
+    {"stages", "report", "export", "card", "plan"},
     {"app", "sweep"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,238 @@
+"""The page of an exported model, in the form of the Hugging Face hub: front matter, then what a reader has to know.
+
+What was removed, on what data the rest was tuned, how much quality is left where that was measured beside the unpruned
+model, whose licence applies, and the command and config that made it. Every number is read from the artifacts.
+"""
+
+import contextlib
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdd.errors import UserError
+from sdd.hub import PAGE, checkpoint_folder, is_hub_id
+from sdd.stages.runtime import Runtime
+from sdd.store import Store, read_manifest
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """An artifact and all that it was made from, a manifest and a folder for each stage; `digest` is the base model's.
+
+    `config` and `command` are those of the job that built it; empty for artifacts of before they were recorded.
+    """
+
+    address: str
+    digest: str
+    folders: dict[str, Path]
+    manifests: dict[str, dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    def read(self, stage: str, name: str) -> dict[str, Any]:
+        """A JSON file of the artifact of a stage; empty where there is none."""
+        if stage not in self.folders:
+            return {}
+        found: dict[str, Any] = json.loads((self.folders[stage] / name).read_text())
+        return found
+
+
+def lineage(store: Store, folder: Path) -> Lineage:
+    manifests, folders, queue = {}, {}, [folder]
+    while queue:
+        place = queue.pop()
+        manifest = read_manifest(place)
+        manifests[manifest["stage"]], folders[manifest["stage"]] = manifest, place
+        queue += [store.find(address) for address in manifest["inputs"].values()]
+    own = read_manifest(folder)
+    digest = next(
+        str(manifests[stage]["spec"]["model"])
+        for stage in ("pruned", "tuned")
+        if stage in manifests and "model" in manifests[stage]["spec"]
+    )
+    return Lineage(folder.name, digest, folders, manifests, own.get("config", {}), own.get("command", ""))
+
+
+def base_name(line: Lineage) -> str | None:
+    """The hub id of the unpruned model, if it came from there."""
+    path = str(line.config.get("model", {}).get("path", ""))
+    return path if is_hub_id(path) else None
+
+
+def base_page(line: Lineage, runtime: Runtime) -> dict[str, Any]:
+    """The front matter of the unpruned model's own page, where it lies on this machine."""
+    from huggingface_hub import metadata_load
+
+    folder = runtime.sources.get(line.digest)
+    name = base_name(line)
+    if folder is None and name is not None:
+        with contextlib.suppress(UserError):
+            folder = checkpoint_folder(name, line.config["model"].get("revision"), fetch=False)
+    if folder is None or not (folder / PAGE).is_file():
+        return {}
+    try:
+        return dict(metadata_load(folder / PAGE) or {})
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def front_matter(line: Lineage, page: dict[str, Any]) -> Any:
+    """`ModelCardData`: base, licence, datasets, and what kind of model it is."""
+    from huggingface_hub import ModelCardData
+
+    tuned = "tuned" in line.manifests
+    licence = {key: page[key] for key in ("license", "license_name", "license_link") if page.get(key)}
+    base = base_name(line)
+    if "license" not in licence:
+        licence = {"license": "other", "license_name": "see-the-base-model"}
+    datasets = repositories(line.config.get("dataset", {})) if tuned else []
+    return ModelCardData(
+        base_model=base,
+        datasets=datasets or None,
+        language=page.get("language"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", *(["self-data-distillation"] if _mode(line) == "self_distill" else [])],
+        **licence,
+    )
+
+
+def repositories(dataset: dict[str, Any]) -> list[str]:
+    """The hub repositories that a dataset's settings name, those of a mixture's parts included."""
+    named = (dataset.get("hub") or {}).get("repository")
+    own = [named] if named and not dataset.get("path") else []
+    return own + [name for part in (dataset.get("parts") or {}).values() for name in repositories(part)]
+
+
+def _mode(line: Lineage) -> str | None:
+    return line.manifests["targets"]["spec"]["mode"] if "targets" in line.manifests else None
+
+
+def model_card(store: Store, folder: Path, runtime: Runtime) -> str:
+    """The whole page of the artifact in `folder`."""
+    from huggingface_hub import ModelCard
+
+    line = lineage(store, folder)
+    page = base_page(line, runtime)
+    parts = [_removed(line), _tuning(line), _retention(store, line), _licence(line, page), _making(line)]
+    text = "\n\n".join(part for part in parts if part)
+    return str(ModelCard(f"---\n{front_matter(line, page).to_yaml()}\n---\n\n{text}\n"))
+
+
+def _removed(line: Lineage) -> str:
+    base, facts = base_name(line), line.read("pruned", "pruning.json")
+    name = base.split("/")[1] if base else Path(str(line.config.get("model", {}).get("path", "a model"))).name
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"the checkpoint `{name}`"
+    if not facts:
+        return f"# {name}, fine-tuned\n\nMade from {of}, of which nothing was removed."
+    removed, blocks = facts["removed_blocks"], len(facts["removed_blocks"]) + len(facts["kept_blocks"])
+    by = f", chosen by {facts['metric']}" if facts.get("metric") else ""
+    before, after = facts["parameters_before"], facts["parameters_after"]
+    return (
+        f"# {name} without {len(removed)} of {blocks} blocks\n\n"
+        f"Made from {of} by removing whole transformer blocks.\n\n## What was removed\n\n"
+        f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{by}. Parameters: {before:,} before, {after:,} "
+        f"after ({100 * (before - after) / before:.2f}% removed)."
+    )
+
+
+TARGETS = {
+    "self_distill": "answers that the unpruned model itself rewrote (self-data distillation, arXiv 2410.09982)",
+    "sft": "the dataset's own reference answers",
+    "gold": "reference answers in the unpruned model's own register",
+}
+
+
+def _tuning(line: Lineage) -> str:
+    if "tuned" not in line.manifests:
+        return "## Data\n\nNone: the blocks were removed and nothing was trained afterwards."
+    spec, rows = line.manifests["tuned"]["spec"], line.read("tuned", "rows.json")
+    dataset, mode = line.manifests["tuned"]["labels"].get("dataset", "a dataset"), _mode(line)
+    reasons = line.read("targets", "summary.json").get("reasons", {})
+    counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    settings = spec["finetune"]
+    lines = [
+        f"Tuned on `{dataset}`: {TARGETS.get(str(mode), mode)}.",
+        f"{rows['trained']:,} rows, {rows['target_tokens']:,} target tokens, {settings['epochs']} epochs, learning "
+        f"rate {settings['learning_rate']:g}, {settings['batch_size']} rows a step, seed {spec['seed']}.",
+        f"Targets of all rows by what became of them: {counted}.",
+    ]
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def evaluated_pairs(store: Store, line: Lineage) -> list[tuple[Path, Path]]:
+    """Evaluations of the artifact, each with the unpruned model's on exactly the same tasks and settings."""
+    found = [(folder, read_manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
+    pairs = []
+    for folder, manifest in found:
+        if manifest["inputs"].get("model") != line.address:
+            continue
+        same = {**manifest["spec"], "model": line.digest}
+        pairs += [(folder, other) for other, teacher in found if teacher["spec"] == same and not teacher["inputs"]]
+    return pairs
+
+
+def _retention(store: Store, line: Lineage) -> str:
+    tables = [_table(*pair) for pair in evaluated_pairs(store, line)]
+    if not tables:
+        return "## How much is left\n\nNot measured beside the unpruned model on the machine that wrote this page."
+    return "## How much is left\n\n" + "\n\n".join(tables)
+
+
+def _table(student: Path, teacher: Path) -> str:
+    mine, whole = (json.loads((folder / "results.json").read_text())["tasks"] for folder in (student, teacher))
+    spec = read_manifest(student)["spec"]
+    limit = "" if spec.get("limit") is None else f", at most {spec['limit']} items a task"
+    lines = [
+        f"`{spec['suite']}`{limit}; value ± standard error.",
+        "",
+        "| task | metric | n | unpruned | this model | retention |",
+        "|---|---|---|---|---|---|",
+    ]
+    kept = []
+    for name, result in mine.items():
+        before, after = whole[name]["value"], result["value"]
+        share = f"{100 * after / before:.1f}%" if before else "-"
+        if before:
+            kept.append(after / before)
+        cells = (name, result["metric"], str(result["n"]), _shown(whole[name]), _shown(result), share)
+        lines.append(f"| {' | '.join(cells)} |")
+    before, after = (statistics.fmean(one["value"] for one in results.values()) for results in (whole, mine))
+    if before:
+        lines.append(f"| mean | | | {before:.4f} | {after:.4f} | {100 * after / before:.1f}% |")
+    if kept:
+        lines += ["", f"Mean of the tasks' own retentions: {100 * statistics.fmean(kept):.1f}%."]
+    return "\n".join(lines)
+
+
+def _shown(result: dict[str, Any]) -> str:
+    error = result.get("stderr")
+    return f"{result['value']:.4f}" + (f" ± {error:.4f}" if isinstance(error, int | float) else "")
+
+
+def _licence(line: Lineage, page: dict[str, Any]) -> str:
+    base = base_name(line)
+    of = f"[the base model's](https://huggingface.co/{base})" if base else "the base model's"
+    stated = page.get("license_name") or page.get("license")
+    return f"## Licence\n\nThat of {of}: " + (f"{stated}." if stated else "see the base model; it was not found here.")
+
+
+def _making(line: Lineage) -> str:
+    own = line.manifests["tuned" if "tuned" in line.manifests else "pruned"]
+    versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+    lines = [
+        "## How it was made",
+        "",
+        f"Artifact `{own['stage']}/{line.address}`, base model digest `{line.digest}`, commit `{own['commit']}` of the "
+        f"code; {versions}.",
+    ]
+    if line.command:
+        lines += ["", "```", line.command, "```", "", "The composed config:", "", "```yaml"]
+        lines += [yaml.safe_dump(line.config, sort_keys=False, allow_unicode=True).rstrip(), "```"]
+    else:
+        lines += ["", "Its recipe:", "", "```json", json.dumps(own["spec"], indent=1, ensure_ascii=False), "```"]
+    return "\n".join(lines)
