@@ -92,7 +92,7 @@ def named_by(file: Path) -> list[str]:
     pairs = list((OmegaConf.select(node, "hydra.sweeper.params") or {}).items())
     for entry in node.get("defaults", []):
         if isinstance(entry, str):
-            found += [] if entry == "_self_" else named_by(file.with_name(f"{entry}.yaml"))
+            found += [] if entry == "_self_" else named_by(CONF / "experiment" / f"{entry}.yaml")
         else:
             pairs += entry.items()
     for group, options in pairs:
