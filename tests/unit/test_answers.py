@@ -1,5 +1,9 @@
 """Where final answers stand, and which of them are the same."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from sdd.answers import RULES, equal, extract
@@ -110,3 +114,203 @@ def test_the_same_answer_in_other_clothes(a: str, b: str) -> None:
 def test_other_answers(a: str, b: str) -> None:
     assert not equal(a, b)
     assert not equal(b, a)
+
+
+# ---- answers of real data and real models -----------------------------------------------------------------------
+
+WRITTEN = [
+    # GSM8K
+    ("She makes 9 * 2 = $<<9*2=18>>18.\n#### 18", "gsm8k", "18"),
+    ("#### 1,080", "gsm8k", "1,080"),
+    ("#### $5.50 in all", "gsm8k", "$5.50"),
+    ("#### -3", "gsm8k", "-3"),
+    ("#### 7\n\nI checked it with 3 and 4.", "gsm8k", "7"),
+    ("#### 5\nNo, that is wrong.\n#### 6", "gsm8k", "6"),
+    ("The answer is 42.", "gsm8k", "42"),
+    ("So the answer is 5 + 3 = 8 apples for 2 days.", "gsm8k", "8"),
+    ("The final answer is: $\\boxed{12}$. I hope it is correct.", "gsm8k", "12"),
+    ("**Answer:** 1,234.50 dollars", "gsm8k", "1,234.50"),
+    ("The answer is 3. The answer is 4.", "gsm8k", "4"),
+    ("The answer is clear.\nThey have 3 + 4 = 7 eggs.", "gsm8k", "7"),
+    ("They have 12 left, which is 3 each.", "gsm8k", "3"),
+    ("Nobody knows.", "gsm8k", None),
+    # boxes
+    (r"so $x = \boxed{5}$.", "boxed", "5"),
+    (r"\boxed{\frac{1}{2}}", "boxed", r"\frac{1}{2}"),
+    (r"\boxed{\frac{\sqrt{\frac{2}{3}}}{5}}", "boxed", r"\frac{\sqrt{\frac{2}{3}}}{5}"),
+    (r"first \boxed{3}, no: \boxed{4}", "boxed", "4"),
+    (r"\boxed{\{1, 2\}}", "boxed", r"\{1, 2\}"),
+    (r"\boxed {7}", "boxed", "7"),
+    (r"\fbox{8}", "boxed", "8"),
+    (r"$\boxed 9$", "boxed", "9"),
+    (r"\boxed{10", "boxed", None),
+    (r"\boxed{}", "boxed", None),
+    (r"\boxed{" + "\n1/2\n}", "boxed", "1/2"),
+    (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", "boxed", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("No box. The answer is 11.", "boxed", "11"),
+    # letters
+    ("The answer is (B).", "choice", "B"),
+    ("The correct answer is C because iron rusts.", "choice", "C"),
+    ("I weigh A and B.\nD", "choice", "D"),
+    ("(E)", "choice", "E"),
+    ("**B**", "choice", "B"),
+    ("B) a blue whale", "choice", "B"),
+    ("C. 42", "choice", "C"),
+    ("Answer: A", "choice", "A"),
+    ("option (d) it is", "choice", "D"),
+    (r"\boxed{\text{(C)}}", "choice", "C"),
+    (r"so \boxed{B}$.", "choice", "B"),
+    ("#### D", "choice", "D"),
+    ("The answer is a house.", "choice", None),
+    ("The answer is Berlin.", "choice", None),
+    ("A cat sat there.", "choice", None),
+]
+
+
+@pytest.mark.parametrize(("text", "rule", "expected"), WRITTEN)
+def test_written_answers(text: str, rule: str, expected: str | None) -> None:
+    assert extract(text, rule) == expected
+
+
+SAME = [
+    # thousands, decimals, signs
+    ("1,080", "1080"),
+    ("109,200,000", "109200000"),
+    (r"1{,}234", "1234"),
+    (r"12\,345", "12345"),
+    ("3", "3.0"),
+    ("3.", "3"),
+    ("+5", "5"),
+    ("−5", "-5"),
+    ("–5", "-5"),
+    ("$-3", "-3"),
+    ("-$3.00", "−3"),
+    # currency, percent, scale
+    (r"\$18", "18"),
+    ("£1,000", "1000"),
+    ("18 dollars", "$18"),
+    ("40%", "40"),
+    (r"40\%", "40"),
+    ("1.5 million", "1500000"),
+    ("3 hundred", "300"),
+    ("2e3", "2000"),
+    (r"3 \times 10^{4}", "30000"),
+    # fractions
+    ("1/2", "0.5"),
+    ("½", "1/2"),
+    ("2½", "2.5"),
+    ("7 1/2", "7.5"),
+    ("2/4", "1/2"),
+    ("-3/2", "-1.5"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac{1}{8}", "1/8"),
+    (r"\tfrac12", "1/2"),
+    (r"-\frac{10}{3}", "-10/3"),
+    (r"2\frac{1}{2}", "2.5"),
+    (r"\frac{25}{9}", "2.7777777777777777"),
+    (r"\frac{2}{3}", "0.666667"),
+    # units
+    ("10 cm", "10"),
+    (r"10\text{ cm}", "10"),
+    (r"12 \text{ cm}^2", "12"),
+    ("5m", "5"),
+    ("60 miles per hour", "60"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    ("7.5 degrees", "7.5"),
+    # LaTeX and markdown
+    ("$5$", "5"),
+    (r"\(5\)", "5"),
+    (r"\[ 5 \]", "5"),
+    ("**5**", "5"),
+    ("x = 5", "5"),
+    (r"x \in (1, 2)", "(1,2)"),
+    (r"\left(3, 4\right)", "(3,4)"),
+    (r"(0,\infty)", r"(0, \infty)"),
+    (r"(\frac{1}{2}, 3)", "(0.5, 3.0)"),
+    ("(1, 2), (3, 4)", "(1,2),(3,4.0)"),
+    (r"\frac{\sqrt3}{2}", r"\dfrac{\sqrt{3}}{2}"),
+    (r"4 + 2\sqrt{3}", r"4+2\sqrt{3}"),
+    ("18+10i", "18 + 10i"),
+    (r"\text{odd}", "odd"),
+    # letters, words, punctuation
+    ("(B)", "B"),
+    ("B.", "b"),
+    (r"\text{(C)}", "C"),
+    ("D)", "D"),
+    ("7;", "7"),
+    ("June,", "june"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), SAME)
+def test_same(a: str, b: str) -> None:
+    assert equal(a, b)
+    assert equal(b, a)
+
+
+OTHER = [
+    ("50%", "0.5"),
+    ("1.5 million", "1.5"),
+    ("1/2", "1/3"),
+    ("1/3", "0.33"),
+    ("1/3", "0.333334"),
+    ("1/0", "1"),
+    ("2x", "2"),
+    ("8pi", "8"),
+    (r"8\pi", "8"),
+    ("2sqrt(x)", "2"),
+    (r"2\sqrt{3}", "2"),
+    ("5 + x", "5"),
+    ("5!", "5"),
+    ("10^2", "10"),
+    ("(1, 2)", "(2, 1)"),
+    ("(1, 2)", "[1, 2]"),
+    ("(1, 2)", "(1, 2, 3)"),
+    ("0,1", "1"),
+    (r"\frac{1}{2}", r"\frac{2}{1}"),
+    (r"\sqrt{2}", r"\sqrt{3}"),
+    ("x = 5", "x = 6"),
+    ("A", "B"),
+    ("(A)", "1"),
+    ("1e9999", "1"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), OTHER)
+def test_not_same(a: str, b: str) -> None:
+    assert not equal(a, b)
+    assert not equal(b, a)
+
+
+INSTRUCT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "instruct"
+files_at_hand = pytest.mark.skipif(not INSTRUCT.is_dir(), reason="the public data files are not beside the checkout")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (INSTRUCT / name).open(encoding="utf-8")]
+
+
+@files_at_hand
+@pytest.mark.data
+@pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
+def test_every_reference_of_gsm8k_extracts(split: str, count: int) -> None:
+    rows = rows_of(f"gsm8k/{split}.jsonl")
+    assert len(rows) == count
+    for row in rows:
+        found = extract(row["answer"], "gsm8k")
+        assert found is not None, row["answer"]
+        marked = row["answer"].rsplit("#### ", 1)[1]
+        assert found == marked, row["answer"]
+        assert equal(found, str(int(marked.replace(",", ""))))
+
+
+@files_at_hand
+@pytest.mark.data
+@pytest.mark.parametrize(("number", "disagreeing"), [(1, [("90000", "900"), ("0,1", "1")]), (2, [])])
+def test_openmathinstruct_solutions_agree_with_their_answers(number: int, disagreeing: list[tuple[str, str]]) -> None:
+    """The two of the first sample are wrong in the data: the solution states another answer than the column."""
+    rows = rows_of(f"openmathinstruct{number}/train.jsonl")
+    assert len(rows) == 100
+    found = [(row["expected_answer"], extract(row["generated_solution"], "boxed")) for row in rows]
+    assert [pair for pair in found if pair[1] is None or not equal(*pair)] == disagreeing
