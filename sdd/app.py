@@ -157,6 +157,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     if not store.has(wanted):
         from sdd.stages import builds
 
+        recipes.read_data(recipe for recipe in wanted.walk() if not store.has(recipe))
         if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
             _check_tracker(config.logger)
             _check_quantisation(config.adapter.quantisation)

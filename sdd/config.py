@@ -38,11 +38,23 @@ class Teacher:
 
 
 @dataclass
+class Hub:
+    """Files of a dataset repository on the hub, used where no `path` is given. `revision` is a commit."""
+
+    repository: str | None = None
+    revision: str | None = None
+    files: list[str] | None = None
+    stream: bool = False
+
+
+@dataclass
 class Calibration:
-    """Running text that a metric is measured on."""
+    """Running text that a metric is measured on. With `seed`, a sample of the corpus instead of its first texts."""
 
     _target_: str = MISSING
     path: str | None = None
+    hub: Hub = field(default_factory=Hub)
+    seed: int | None = None
     num_texts: int = 128
     max_length: int = 256
 
@@ -57,19 +69,38 @@ class Pruning:
 
 
 @dataclass
-class Dataset:
-    """Where fine-tuning rows come from, how the teacher is asked to rewrite them, and how answers are compared."""
+class Rows:
+    """Where rows come from, how the teacher is asked to rewrite them, and how answers are compared.
+
+    `fields` names the columns of `dataset=local`: prompt, reference, id, answer.
+    """
 
     _target_: str = MISSING
     name: str = MISSING
     path: str | None = None
+    hub: Hub = field(default_factory=Hub)
     families: list[str] | None = None
-    num_rows: int | None = None
-    seed: int = 0
+    fields: dict[str, str] | None = None
     answer_rule: str = "none"
     template: str = REWRITE_TEMPLATE
-    system_prompt: str | None = None
     leak_phrases: list[str] = field(default_factory=lambda: list(LEAK_PHRASES))
+
+
+@dataclass
+class Part(Rows):
+    """One dataset of a mixture; `weight` is relative to the other parts'."""
+
+    weight: float = 1.0
+
+
+@dataclass
+class Dataset(Rows):
+    """Fine-tuning rows, of one source or of the `parts` of a mixture."""
+
+    num_rows: int | None = None
+    seed: int = 0
+    system_prompt: str | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 @dataclass
@@ -190,7 +221,6 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "finetune.mode": ("self_distill", "sft", "gold", "none"),
     "finetune.precision": ("32", "bf16"),
-    "dataset.answer_rule": RULES,
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "merge.method": ("none",),
@@ -203,6 +233,7 @@ AT_LEAST = {
     "calibration.num_texts": 1,
     "calibration.max_length": 2,
     "pruning.size": 0,
+    "calibration.seed": 0,
     "dataset.num_rows": 1,
     "finetune.epochs": 1,
     "finetune.batch_size": 1,
@@ -285,8 +316,20 @@ def check_values(config: DictConfig) -> None:
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
-    if "{prompt}" not in config.dataset.template:
-        raise UserError("dataset.template lacks {prompt}; it shows the task, and {reference} the reference answer")
+    _check_rows(config.dataset, "dataset")
+    for name, part in config.dataset.parts.items():
+        _check_rows(part, f"dataset.parts.{name}")
+        if "/" in name:
+            raise UserError(f"dataset.parts: a part's name has no slash; rename {name}")
+        if not 0 < part.weight < math.inf:
+            raise UserError(f"dataset.parts.{name}.weight={part.weight} must be positive and finite")
+
+
+def _check_rows(rows: Any, where: str) -> None:
+    if rows.answer_rule not in RULES:
+        raise UserError(f"{where}.answer_rule={rows.answer_rule} is unknown; choose one of {', '.join(RULES)}")
+    if "{prompt}" not in rows.template:
+        raise UserError(f"{where}.template lacks {{prompt}}; it shows the task, and {{reference}} the reference answer")
 
 
 def _check_keys(node: Any, where: str = "") -> None:

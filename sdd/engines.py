@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdd.calibrate import length_batches
-from sdd.errors import UserError
 from sdd.models import load_model, load_tokenizer
-from sdd.prompts import chat_prompt_ids
+from sdd.prompts import chat_prompt_ids, stop_ids
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,6 @@ class HFEngine:
 
     def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
         self.tokenizer = load_tokenizer(folder)
-        if not self.tokenizer.chat_template:
-            raise UserError(f"{folder}: the tokenizer has no chat template; an instruct model is needed")
         self.system_prompt = system_prompt
         self.batch_size = self.batch_size or batch_size
         self.model = load_model(folder, dtype, device)
@@ -101,6 +98,7 @@ class HFEngine:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        stops = stop_ids(self.tokenizer, self.model.generation_config)
         processors = LogitsProcessorList()
         if self.temperature > 0:
             processors.append(TemperatureLogitsWarper(self.temperature))
@@ -117,14 +115,13 @@ class HFEngine:
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=stops,
                 logits_processor=processors,
             )
         for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
-            ended = self.tokenizer.eos_token_id in generated
-            kept = generated[: generated.index(self.tokenizer.eos_token_id)] if ended else generated
-            text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-            yield Completion(request.id, text, "stop" if ended else "length")
+            end = next((at for at, token in enumerate(generated) if token in stops), None)
+            text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
+            yield Completion(request.id, text, "length" if end is None else "stop")
 
 
 class GumbelNoise:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sdd.architectures import attention_for, block_list, check_kind, scaled, stock_config
 from sdd.errors import UserError
+from sdd.prompts import prepare_tokenizer
 from sdd.store import digest_of, remembered_digest
 
 SIDE_FILES = (
@@ -97,14 +98,30 @@ def model_digest(folder: Path, memory: Path) -> str:
     return digest_of(parts)
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the checkpoint brings a chat template; the plain one of `sdd.prompts` stands in where it does not."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = folder / "tokenizer_config.json"
+    try:
+        return bool(path.is_file() and json.loads(path.read_text()).get("chat_template"))
+    except (ValueError, AttributeError):
+        raise UserError(f"model.path={folder}: tokenizer_config.json is not a JSON object") from None
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer."""
+    """The checkpoint's own tokenizer, with a chat template and a pad token if it lacks them."""
     from transformers import AutoTokenizer
 
+    vocabulary = read_config(folder).get("vocab_size")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={folder}: the tokenizer does not open ({str(error).splitlines()[0]})") from None
+    try:
+        return prepare_tokenizer(tokenizer, vocabulary)
+    except UserError as error:
+        raise UserError(f"model.path={folder}: {error}") from None
 
 
 def load_model(

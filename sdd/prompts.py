@@ -2,10 +2,13 @@
 
 Self-data distillation (arXiv 2410.09982, after SDFT, arXiv 2402.13669) shows the teacher a task together with a
 reference answer and asks for an answer of its own. Training and evaluation use the bare task. Knows nothing of
-datasets, models or Hydra; a tokenizer is anything with `apply_chat_template`.
+datasets, models or Hydra; a tokenizer is one of transformers'.
 """
 
+from datetime import datetime
 from typing import Any
+
+from sdd.errors import UserError
 
 REWRITE_TEMPLATE = (
     "Task: {prompt}\nReference answer: {reference}\nAnswer the task in your own words, guided by the reference."
@@ -24,16 +27,148 @@ def rewrite_prompt(template: str, prompt: str, reference: str) -> str:
     return prompt.join(part.replace("{reference}", reference) for part in parts)
 
 
-def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[int]:
-    """Token ids of a chat up to where the assistant's answer starts, special tokens included exactly once."""
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ 'Answer:\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'user' %}{{ 'Question:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
+)
+"""The chat template of models that bring none."""
+
+_TODAY = datetime(2024, 7, 26)
+TEMPLATE_VALUES: dict[str, Any] = {
+    "enable_thinking": False,
+    "date_string": _TODAY.strftime("%d %b %Y"),
+    "strftime_now": _TODAY.strftime,
+}
+"""What chat templates are given besides the messages, here and in evaluation: answers without a train of thought, and
+one fixed day, since templates that tell the model the date would make every day's prompts different."""
+
+PADS = (
+    *("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
+    *("<|reserved_special_token_0|>", "<|endoftext|>", "<unk>"),
+)
+"""Tokens that vocabularies hold for padding, or that no chat uses; best first."""
+
+_PROBE = "0123456789"
+
+
+def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
+    """Give a tokenizer what it lacks: a plain chat template, and a pad token that ends no turn.
+
+    The pad is a token that is in the vocabulary already (ids below `vocabulary`, the rows of the embedding), so that no
+    embedding is resized. Padding is told from targets by position and never by its id.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-sequence token, so that no answer could end; name one in its config"
+        )
+    if not tokenizer.chat_template:
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer(_PROBE)["input_ids"][:1] == [bos]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+    try:
+        ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    except TemplateError as error:
+        raise UserError(f"the chat template does not render a question and its answer ({error})") from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        known = tokenizer.get_vocab()
+        names = [*PADS, tokenizer.unk_token, tokenizer.bos_token]
+        safe = (n for n in names if n in known and known[n] not in ends and known[n] < (vocabulary or len(known)))
+        if (pad := next(safe, None)) is not None:
+            tokenizer.pad_token = pad
+    return tokenizer
+
+
+def _messages(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **values: Any) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_VALUES, **values)
+    return text
+
+
+def chat_messages(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+    """The turns before the answer. A system prompt that the template refuses or drops goes before the task's words."""
+    from jinja2 import TemplateError
+
+    messages = _messages(prompt, system_prompt)
+    if system_prompt:
+        try:
+            if system_prompt.strip() in _rendered(tokenizer, messages, add_generation_prompt=True):
+                return messages
+        except TemplateError:
+            pass
+        return _messages(f"{system_prompt}\n\n{prompt}", None)
+    return messages
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
+def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[int]:
+    """Token ids of a chat up to where the assistant's answer starts, special tokens included exactly once."""
+    messages = chat_messages(tokenizer, prompt, system_prompt)
+    return _ids(tokenizer, _rendered(tokenizer, messages, add_generation_prompt=True))
+
+
+def _ending(tokenizer: Any) -> tuple[str, str]:
+    """(text after an answer up to and including the token that ends the turn, that token) in the model's template.
+
+    The tokenizer's end-of-sequence token where the template ends a turn with no special token at all.
+    """
+    turns = [*_messages(_PROBE, None), {"role": "assistant", "content": _PROBE}]
+    tail = _rendered(tokenizer, turns).rsplit(_PROBE, 1)[1]
+    special = set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values()}
+    found = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
+    if not found:
+        return str(tokenizer.eos_token), str(tokenizer.eos_token)
+    at, _, token = min(found)
+    return tail[: at + len(token)], token
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token with which the model's template ends the assistant's turn."""
+    token: int = tokenizer.convert_tokens_to_ids(_ending(tokenizer)[1])
+    return token
+
+
+def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
+    """Ids that end an answer: the template's end of turn, the tokenizer's end of sequence, and those that the model's
+    generation config lists."""
+    listed = getattr(generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    return sorted({i for i in [end_of_turn(tokenizer), tokenizer.eos_token_id, *listed] if i is not None})
+
+
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
-    """Token ids of an answer and the end-of-turn token that closes it."""
-    ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    """Token ids of an answer on its own and the end-of-turn token that closes it."""
+    return [*_ids(tokenizer, answer), end_of_turn(tokenizer)]
+
+
+def training_ids(tokenizer: Any, prompt: str, target: str, system_prompt: str | None = None) -> tuple[list[int], int]:
+    """(token ids of the chat with the target as its answer, length of the prompt); the rest is the target.
+
+    The prompt's ids are exactly those that generation starts from, and the target ends in the token that ends the turn.
+    Between them stands what the template makes of the answer, tokenized in its place where that leaves the prompt's
+    tokens as they are.
+    """
+    messages = chat_messages(tokenizer, prompt, system_prompt)
+    asked = _rendered(tokenizer, messages, add_generation_prompt=True)
+    prompt_ids = _ids(tokenizer, asked)
+    closing, token = _ending(tokenizer)
+    whole = _rendered(tokenizer, [*messages, {"role": "assistant", "content": target}])
+    written = target
+    if whole.startswith(asked) and token in whole[len(asked) :]:
+        written = whole[len(asked) :].rsplit(closing, 1)[0]
+    ids = _ids(tokenizer, asked + written + closing)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = prompt_ids + _ids(tokenizer, written + closing)
+    return ids, len(prompt_ids)

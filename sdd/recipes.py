@@ -7,8 +7,8 @@ configs, digests and row counts.
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from sdd.config import check_pruning
 from sdd.data import Example
 from sdd.errors import NotFetched, UserError
 from sdd.hub import checkpoint_folder
+from sdd.prompts import PLAIN_TEMPLATE
 from sdd.pruning import check_names, count_parameters, matrices
 from sdd.store import Recipe, canonical, digest_of
 
@@ -31,10 +32,26 @@ VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "
 STAND_IN = "not fetched: "
 """How a dry run's digest of what is not on this machine begins."""
 
+FROM_DATASET = "sdd.data.texts.DatasetTexts"
+"""The calibration texts that are made of the fine-tuning rows."""
+LOCAL_TEXTS = "sdd.data.texts.LocalTexts"
+
 
 def is_provisional(recipe: Recipe) -> bool:
     """Whether the recipe's address is another one once all it names has been fetched."""
     return any(STAND_IN in canonical(upstream.spec) for upstream in recipe.walk())
+
+
+def _hub(node: DictConfig) -> dict[str, Any] | None:
+    """A config's `hub` node as plain values; None where it names no repository."""
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()} if values["repository"] else None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that are set: a part whose constructor does not know a setting refuses it only if it was given."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class Recipes:
@@ -106,6 +123,11 @@ class Recipes:
             message = str(error).replace("model.path=", "teacher.path=", 1)
             raise UserError(message.replace("model.revision", "teacher.revision")) from None
 
+    def _plain_template(self, digest: str) -> dict[str, str]:
+        """The plain chat template, for the key of what a model without one of its own has to do with."""
+        folder = self.sources.get(digest)
+        return {} if folder is None or models.has_chat_template(folder) else {"chat_template": PLAIN_TEMPLATE}
+
     # ---- the cut -----------------------------------------------------------------------------------------------
 
     def scores(self) -> Recipe:
@@ -114,24 +136,32 @@ class Recipes:
         labels = {"metric": criterion.name}
         if not criterion.needs_texts:
             return self._recipe("scores", {"metric": metric, "num_blocks": self.num_blocks}, {}, labels)
-        calibration = self.config.calibration
-        source = build({"_target_": calibration._target_}, path=calibration.path, num_texts=calibration.num_texts)
-
-        def look() -> str:
-            texts = source.texts()
-            digest = digest_of(texts)
-            self.texts[digest] = texts
-            return digest
-
-        digest = self._known(look, f"{STAND_IN}{calibration._target_} {calibration.path} {calibration.num_texts}")
         spec = {
             "metric": metric,
             "model": self.model_digest,
             "dtype": self.config.model.dtype,
-            "texts": digest,
-            "max_length": calibration.max_length,
+            **self._calibration_spec,
+            "max_length": self.config.calibration.max_length,
         }
+        calibration = self.config.calibration
+        if calibration.path is not None and calibration._target_ != LOCAL_TEXTS:
+            how = {"_target_": calibration._target_, **_given(seed=calibration.seed)}
+            labels["calibration"] = canonical(how)  # with the file, all that rerunning needs
         return self._recipe("scores", spec, {}, labels)
+
+    @cached_property
+    def _calibration(self) -> Any:
+        calibration = self.config.calibration
+        node = {"_target_": calibration._target_}
+        if calibration._target_ == FROM_DATASET:
+            return build(node, num_texts=calibration.num_texts, dataset=self._dataset, dataset_spec=self._dataset_spec)
+        drawn = _given(hub=_hub(calibration.hub), seed=calibration.seed)
+        return build(node, path=calibration.path, num_texts=calibration.num_texts, **drawn)
+
+    @cached_property
+    def _calibration_spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = self._calibration.spec()
+        return spec
 
     def pruned(self) -> Recipe | None:
         """None where nothing is pruned: the student then starts from the unpruned model."""
@@ -154,36 +184,52 @@ class Recipes:
     @cached_property
     def _dataset(self) -> Any:
         dataset = self.config.dataset
+        if not dataset.parts:
+            return self._rows(dataset, dataset.num_rows)
         return build(
             {"_target_": dataset._target_},
-            path=dataset.path,
+            parts={name: partial(self._rows, part) for name, part in dataset.parts.items()},
+            weights={name: part.weight for name, part in dataset.parts.items()},
             num_rows=dataset.num_rows,
-            seed=dataset.seed,
-            families=None if dataset.families is None else list(dataset.families),
+        )
+
+    def _rows(self, rows: DictConfig, num_rows: int | None) -> Any:
+        """A source of rows as the config describes it."""
+        return build(
+            {"_target_": rows._target_},
+            path=rows.path,
+            num_rows=num_rows,
+            seed=self.config.dataset.seed,
+            families=None if rows.families is None else list(rows.families),
+            **_given(hub=_hub(rows.hub), fields=None if rows.fields is None else dict(rows.fields)),
         )
 
     @cached_property
     def _dataset_spec(self) -> dict[str, Any]:
-        dataset = self.config.dataset
-        stand_in = {
-            "digest": f"{STAND_IN}{dataset.name} {dataset.path}",
-            "num_rows": dataset.num_rows,
-            "seed": dataset.seed,
-        }
-        spec = {"_target_": dataset._target_, **self._known(self._dataset.spec, stand_in)}
-        if dataset.path is not None:
-            self.sources[spec["digest"]] = Path(dataset.path).expanduser()
+        spec = {"_target_": self.config.dataset._target_, **self._dataset.spec()}
+        self.sources |= self._dataset.sources()
         return spec
 
-    @cached_property
+    @property
     def rows(self) -> list[Example] | None:
-        """The dataset's rows; None in a dry run before they are fetched."""
+        """The dataset's rows; None where they would have to be asked of the hub."""
+        if self._dataset.known_rows() is None:
+            return None
+        found: list[Example] = self._dataset.examples()
+        return found
 
-        def look() -> list[Example] | None:
-            found: list[Example] = self._dataset.examples()
-            return found
+    def read_data(self, missing: Iterable[Recipe]) -> None:
+        """Read what building the recipes needs, so that what is wrong with it is said before any work.
 
-        return self._known(look, None)
+        Recipes name what lies on the hub without asking it; this is where it is asked.
+        """
+        stages = {recipe.stage for recipe in missing}
+        if stages & {"rewrites", "targets"}:
+            num_examples = len(self._dataset.examples())
+            if "tuned" in stages:
+                self._check_rows(num_examples)
+        if "scores" in stages and "_calibration_spec" in self.__dict__:
+            self.texts[self._calibration_spec["texts"]] = self._calibration.texts()
 
     @property
     def _labels(self) -> dict[str, str]:
@@ -196,23 +242,29 @@ class Recipes:
             "teacher": self.teacher_digest,
             "dtype": self.config.model.dtype,
             "dataset": self._dataset_spec,
-            "template": dataset.template,
+            "template": self._of_rows("template"),
             "system_prompt": dataset.system_prompt,
             "engine": engine.spec(),
+            **self._plain_template(self.teacher_digest),
         }
         if engine.tries > 1:
             spec["selection"] = self._selection()
         return self._recipe("rewrites", spec, {}, self._labels)
 
+    def _of_rows(self, key: str) -> Any:
+        """A setting of the dataset; in a mixture, of each part by name."""
+        dataset = OmegaConf.to_container(self.config.dataset, resolve=True)
+        assert isinstance(dataset, dict)
+        return {name: part[key] for name, part in dataset["parts"].items()} if dataset["parts"] else dataset[key]
+
     def _selection(self) -> dict[str, Any]:
-        dataset = self.config.dataset
-        return {"rule": dataset.answer_rule, "leak_phrases": list(dataset.leak_phrases)}
+        return {"rule": self._of_rows("answer_rule"), "leak_phrases": self._of_rows("leak_phrases")}
 
     def targets(self) -> Recipe:
         finetune = self.config.finetune
         if finetune.mode == "none":
             raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
-        if finetune.mode == "gold" and any(example.gold is None for example in self.rows or []):
+        if finetune.mode == "gold" and not self._dataset.has_gold:
             raise UserError("finetune=gold needs answers in the teacher's own register; this dataset has none")
         if finetune.mode in ("sft", "gold"):
             spec = {"mode": finetune.mode, "dataset": self._dataset_spec}
@@ -229,8 +281,8 @@ class Recipes:
 
     def tuned(self) -> Recipe:
         finetune = self.config.finetune
-        if self.rows is not None:
-            self._check_rows(len(self.rows) - finetune.validation_rows)
+        if (rows := self._dataset.known_rows()) is not None:
+            self._check_rows(rows)
         self._check_adapter()
         settings = OmegaConf.to_container(finetune, resolve=True)
         assert isinstance(settings, dict)
@@ -243,6 +295,7 @@ class Recipes:
             "finetune": settings,
             "system_prompt": self.config.dataset.system_prompt,
             "seed": self.config.seed,
+            **self._plain_template(self.model_digest),
         }
         if spec["adapter"].get("dropout", 0) > 0:
             spec["micro_batch_tokens"] = self.config.trainer.micro_batch_tokens  # dropout's draws follow the passes
@@ -262,13 +315,14 @@ class Recipes:
         spec = {key: adapter[key] for key in ("rank", "alpha", "dropout")} | {"targets": list(adapter.targets)}
         return spec if adapter.scope == "all" else spec | {"scope": adapter.scope, "blocks": adapter.blocks}
 
-    def _check_rows(self, rows: int) -> None:
-        """Refuse to ask for more than the `rows` that are left beside those for validation."""
+    def _check_rows(self, num_examples: int) -> None:
+        """Refuse a split that the dataset is too small for."""
         finetune = self.config.finetune
+        rows = num_examples - finetune.validation_rows
         if rows < 1:
             raise UserError(
                 f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
-                f"the dataset has {rows + finetune.validation_rows} rows"
+                f"the dataset has {num_examples} rows"
             )
         if finetune.num_rows is not None and finetune.num_rows > rows:
             raise UserError(

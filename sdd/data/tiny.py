@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from sdd.data import Example
@@ -24,6 +25,8 @@ def _drawn(seed: int, n: int, families: tuple[str, ...] | None) -> tuple[Instanc
 class TinyTasks:
     """`num_rows` tasks of the families (all by default), in turn; a prefix of a longer draw with the same seed."""
 
+    has_gold = True
+
     def __init__(
         self,
         families: list[str] | None = None,
@@ -36,6 +39,12 @@ class TinyTasks:
         self.num_rows = num_rows or DEFAULT_ROWS
         self.families = tuple(families) if families else None
         self.seed = seed
+
+    def known_rows(self) -> int:
+        return self.num_rows
+
+    def sources(self) -> dict[str, Path]:
+        return {}
 
     def examples(self) -> list[Example]:
         return [
@@ -73,3 +82,7 @@ class TinyTexts:
             answer = " ".join(words[: rng.randint(1, len(words))])
             texts.append(f"<|user|>{task.prompt}<|end|><|assistant|>{answer}")
         return texts
+
+    def spec(self) -> dict[str, Any]:
+        """What recipes say of these texts."""
+        return {"texts": digest_of(self.texts())}

@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sdd.data.local import LocalTexts
+from sdd.allowed import build
+from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError
 from sdd.stages import builds
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
-from sdd.store import Recipe, Store, digest_of, file_digest, read_manifest
+from sdd.store import Recipe, Store, file_digest, read_manifest
 
 
 def recipe_of(store: Store, manifest: dict[str, Any]) -> Recipe:
@@ -27,13 +28,25 @@ def recipe_of(store: Store, manifest: dict[str, Any]) -> Recipe:
     return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
 
 
-def find_texts(runtime: Runtime, digest: str, num_texts: int) -> None:
-    """Put the calibration texts with this digest into the runtime: the embedded ones, or those of a source."""
+def find_texts(runtime: Runtime, recipe: Recipe, num_texts: int) -> None:
+    """Put the calibration texts of a recipe into the runtime: embedded, from the hub, of a dataset, or of a source."""
+    spec, digest = recipe.spec, recipe.spec["texts"]
+    if "dataset" in spec:
+        from sdd.stages.rows import read_examples
+
+        runtime.texts[digest] = [conversation(e) for e in read_examples(runtime, spec["dataset"])[:num_texts]]
+        return
     path = runtime.sources.get(digest)
-    texts = LocalTexts(num_texts, str(path)).texts() if path else TinyTexts(num_texts).texts()
-    if digest_of(texts) != digest:
+    if "source" in spec:
+        source = build(spec["source"])
+    elif path is None:
+        source = TinyTexts(num_texts)
+    else:
+        node = json.loads(recipe.labels.get("calibration", '{"_target_": "sdd.data.texts.LocalTexts"}'))
+        source = build(node, num_texts=num_texts, path=str(path))
+    if source.spec()["texts"] != digest:
         raise UserError(f"the calibration texts {digest} are not at hand; name the file with --source {digest}=PATH")
-    runtime.texts[digest] = texts
+    runtime.texts[digest] = source.texts()
 
 
 def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
@@ -44,7 +57,7 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     if recipe.address != manifest["address"]:
         raise UserError(f"{folder}: the manifest's recipe has address {recipe.address}; was the manifest edited?")
     if "texts" in recipe.spec:
-        find_texts(runtime, recipe.spec["texts"], json.loads((folder / "scores.json").read_text())["num_texts"])
+        find_texts(runtime, recipe, json.loads((folder / "scores.json").read_text())["num_texts"])
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)

@@ -15,7 +15,7 @@ from sdd import models
 from sdd.adapters import adapted, beside_cut, save_student
 from sdd.allowed import build
 from sdd.errors import UserError
-from sdd.prompts import answer_ids, chat_prompt_ids
+from sdd.prompts import training_ids
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime, read_jsonl, write_json
 from sdd.store import SCRATCH, Recipe
@@ -38,10 +38,9 @@ def tokenized(tokenizer: Any, rows: list[dict[str, Any]], spec: dict[str, Any]) 
 
     kept = []
     for row in rows:
-        prompt = chat_prompt_ids(tokenizer, row["prompt"], spec["system_prompt"])
-        ids = prompt + answer_ids(tokenizer, row["target"])
+        ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], spec["system_prompt"])
         if len(ids) <= spec["finetune"]["max_length"]:
-            kept.append(TrainingRow(ids, len(prompt)))
+            kept.append(TrainingRow(ids, prompt_length))
     return kept, len(rows) - len(kept)
 
 

@@ -140,9 +140,20 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("calibration.num_texts", 5, [], {"pruning.start": 1}),
 ]
 
+HUB = ("repository", "revision", "files", "stream")
 ELSEWHERE = {
     *("model.path", "model.revision", "teacher.path", "teacher.revision", "metric._target_", "calibration._target_"),
-    *("calibration.path", "dataset._target_", "dataset.path", "engine._target_", "evaluation.suite", "merge.method"),
+    *(f"{group}.hub.{key}" for group in ("calibration", "dataset") for key in HUB),
+    *(
+        "calibration.seed",
+        "dataset.fields",
+        "calibration.path",
+        "dataset._target_",
+        "dataset.path",
+        "engine._target_",
+        "evaluation.suite",
+        "merge.method",
+    ),
 }
 """Settings with tests of their own below, or with one value so far."""
 

@@ -33,10 +33,12 @@ GROUPS = {
     *("trainer", "logger", "experiment"),
 }
 PASSED = {
-    "dataset": {"path", "num_rows", "seed", "families"},
-    "calibration": {"path", "num_texts"},
+    "dataset": {"path", "num_rows", "seed", "families", "hub"},
+    "calibration": {"path", "num_texts", "seed", "hub"},
 }
-"""What the constructors of these two are given; the rest of their settings belongs to the recipe."""
+"""What the constructors of these two are given, where it is set; the rest of their settings belongs to the recipe."""
+MADE_OF_OTHERS = {"sdd.data.mixture.Mixture", "sdd.data.texts.DatasetTexts"}
+"""What is given sources instead of settings."""
 ADDED = {"logger": {"id": "a", "name": "n", "save_dir": "d", "config": {}}}
 
 
@@ -66,8 +68,12 @@ def assert_bound(path: tuple, node: dict) -> None:
     name = node["_target_"]
     assert name in (ALLOWED_PLUGINS if path[0] == "hydra" and path[1] != "callbacks" else ALLOWED_TARGETS), name
     given = {key: value for key, value in node.items() if not key.startswith("_")}
+    if name in MADE_OF_OTHERS:
+        return
     if path[0] in PASSED:
-        given = {key: given[key] for key in PASSED[path[0]]}
+        given = {key: given[key] for key in PASSED[path[0]] if given.get(key) is not None}
+        if not given["hub"]["repository"]:
+            del given["hub"]
     inspect.signature(get_object(name)).bind(**given, **ADDED.get(path[0], {}))
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from sdd.data.local import LocalRows, LocalTexts, read_jsonl
+from sdd.data.files import read_rows
+from sdd.data.local import LocalRows
+from sdd.data.texts import LocalTexts
 from sdd.data.tiny import TinyTasks, TinyTexts
 from sdd.errors import UserError
 
@@ -121,7 +123,7 @@ def test_damaged_gz_files_are_a_users_mistake(tmp_path: Path) -> None:
     for content in (whole[: len(whole) // 2], b"not gzip at all", bytes(spoiled)):
         path.write_bytes(content)
         with pytest.raises(UserError) as caught:
-            list(read_jsonl(path, "dataset.path"))
+            list(read_rows([path], "dataset.path"))
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sdd.engines import Completion, GumbelNoise, HFEngine, Request
-from sdd.errors import UserError
 from sdd.prompts import chat_prompt_ids
 from sdd.tiny.tasks import instances
 
@@ -114,12 +113,35 @@ def test_prompts_over_the_limit_are_not_asked(tiny_llama: Path, requests: list[R
     assert {completion.finish for completion in engine.complete(requests)} == {"too_long"}
 
 
-def test_no_requests_and_no_template(tiny_llama: Path, tmp_path: Path) -> None:
-    assert list(opened(tiny_llama).complete([])) == []
+def test_no_requests() -> None:
+    engine = HFEngine(batch_size=2)
+    assert list(engine.complete([])) == []
+
+
+def test_a_model_without_a_template_is_asked_plainly(tiny_llama: Path, requests: list[Request], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="no chat template; an instruct model is needed"):
-        opened(folder)
+    engine = opened(folder, batch_size=8)
+    asked = engine.tokenizer.decode(chat_prompt_ids(engine.tokenizer, "2 + 2?"))
+    assert asked == "<|begin|>Question:\n2 + 2?\n\nAnswer:\n"
+    found = answered(engine, requests)
+    for request in requests[:3]:
+        expected = engine.tokenizer.decode(greedy(engine, request.prompt), skip_special_tokens=True).strip()
+        assert found[request.id].text == expected
+
+
+def test_generation_ends_at_every_stop_of_the_generation_config(tiny_llama: Path, requests: list[Request]) -> None:
+    engine = opened(tiny_llama, batch_size=8)
+    runs = {request.id: greedy(engine, request.prompt) for request in requests}
+    special = set(engine.tokenizer.all_special_ids)
+    listed = [next(token for token in runs[f"r{n}"][2:] if token not in special) for n in (0, 1)]
+    engine.model.generation_config.eos_token_id = [engine.tokenizer.eos_token_id, *listed]
+    found = answered(engine, requests)
+    for id, run in runs.items():
+        end = next((at for at, token in enumerate(run) if token in listed), None)
+        assert found[id].finish == ("length" if end is None else "stop")
+        assert found[id].text == engine.tokenizer.decode(run[:end], skip_special_tokens=True).strip()
+    assert found["r0"].finish == found["r1"].finish == "stop"
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------

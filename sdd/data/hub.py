@@ -1,0 +1,152 @@
+"""Rows of a dataset repository on the Hugging Face Hub, pinned to a commit: fetched whole, or streamed where large.
+
+A pinned commit is content, so recipes name it without asking the hub. Files that are fetched lie in the hub's own cache
+and are read as local files are, so that work goes on without a network; what is streamed is drawn through a shuffle
+buffer and never stored. Nothing of a repository is run.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdd.data.files import read_rows
+from sdd.errors import UserError
+from sdd.store import digest_of
+
+BUFFER_ROWS = 10_000
+"""Rows in the buffer that a stream is shuffled through."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """`files` are patterns of file names in the repository at the commit `revision` (40 hexadecimal digits)."""
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    stream: bool = False
+
+    @classmethod
+    def of(cls, node: dict[str, Any], what: str) -> "Repository":
+        """From a config's `hub` node; `what` names the setting in errors, as in "dataset"."""
+        where = f"{what}.hub.revision={node.get('revision')}"
+        if not re.fullmatch(r"[0-9a-f]{40}", str(node.get("revision"))):
+            raise UserError(
+                f"{where} is no commit; pin {what}.hub.revision to the 40 hexadecimal digits of one "
+                f"(https://huggingface.co/datasets/{node['repository']}/commits), or name local files by {what}.path"
+            )
+        if not node.get("files"):
+            raise UserError(f"{what}.hub.files names no file of {node['repository']}")
+        return cls(node["repository"], node["revision"], tuple(node["files"]), bool(node.get("stream")))
+
+    def spec(self) -> dict[str, Any]:
+        """What recipes say of it."""
+        return {**asdict(self), "files": list(self.files)}
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.spec())
+
+
+@lru_cache(maxsize=8)
+def fetched_rows(source: Repository, what: str, columns: tuple[str, ...]) -> Sequence[tuple[str, dict[str, Any]]]:
+    """(place, row) of every row of the repository's files, which are downloaded unless they are in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                source.repository,
+                repo_type="dataset",
+                revision=source.revision,
+                allow_patterns=list(source.files),
+            )
+        )
+    except Exception as error:
+        raise _refusal(source, what, error) from None
+    files = [path for pattern in source.files for path in sorted(folder.glob(pattern))]
+    if not files:
+        raise _no_file(source, what)
+    return list(read_rows(files, f"{what}.hub.repository", columns))
+
+
+@lru_cache(maxsize=8)
+def streamed_rows(source: Repository, what: str, count: int, seed: int | None) -> Sequence[tuple[str, dict[str, Any]]]:
+    """The first `count` rows of the stream, shuffled by `seed` through a buffer; in the repository's order if None."""
+    return list(islice(stream(source, what, seed), count))
+
+
+def stream(source: Repository, what: str, seed: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a stream that has no end for practical purposes."""
+    from datasets import load_dataset
+
+    kind = "parquet" if source.files[0].endswith(".parquet") else "json"
+    try:
+        names = _names(source)
+        if not names:
+            raise _no_file(source, what)
+        paths = [f"hf://datasets/{source.repository}@{source.revision}/{name}" for name in names]
+        rows = load_dataset(kind, data_files=paths, split="train", streaming=True)
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=BUFFER_ROWS)
+        for number, row in enumerate(rows, 1):
+            yield f"{what}.hub.repository={source.repository}: row {number} of the stream", row
+    except Exception as error:
+        raise _refusal(source, what, error) from None
+
+
+def _names(source: Repository) -> list[str]:
+    """The files that the patterns match, asked of the hub itself: `datasets` takes a refusal for an empty folder."""
+    from huggingface_hub import HfApi
+
+    names = []
+    for pattern in source.files:
+        folder = PurePosixPath(pattern).parent
+        entries = HfApi().list_repo_tree(
+            source.repository,
+            None if folder == PurePosixPath(".") else str(folder),
+            revision=source.revision,
+            repo_type="dataset",
+        )
+        names += sorted(entry.path for entry in entries if PurePosixPath(entry.path).match(pattern))
+    return names
+
+
+def _no_file(source: Repository, what: str) -> UserError:
+    name = f"{what}.hub.repository={source.repository}"
+    return UserError(f"{name} has no file {', '.join(source.files)} at {source.revision}")
+
+
+def _refusal(source: Repository, what: str, error: Exception) -> Exception:
+    """One line for what the hub, or the way to it, says no with; other failures as they are."""
+    from huggingface_hub import errors
+
+    if isinstance(error, UserError):
+        return error
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
+        chain.append(cause)
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    name, local = f"{what}.hub.repository={source.repository}", f"name local files with the same rows by {what}.path"
+    page = f"https://huggingface.co/datasets/{source.repository}"
+    if among(errors.GatedRepoError):
+        return UserError(f"{name} is gated; ask for access on {page} and run: hf auth login, or {local}")
+    if among(errors.RepositoryNotFoundError):
+        return UserError(f"{name}: there is no such dataset, or it is private; check the name, or {local}")
+    if among(errors.RevisionNotFoundError, errors.RevisionResolutionError):
+        return UserError(f"{name} has no commit {source.revision}; pin one of {page}/commits")
+    if among(errors.EntryNotFoundError) and not among(errors.LocalEntryNotFoundError):
+        return _no_file(source, what)
+    unreachable = any(kind.__name__ == "TransportError" for link in chain for kind in type(link).__mro__)  # httpx's
+    if unreachable or among(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return UserError(f"{name}: the hub cannot be reached and the files are not in its cache; connect, or {local}")
+    if among(errors.HfHubHTTPError):
+        return UserError(f"{name}: {' '.join(str(error).split())[:200]}; or {local}")
+    return error
