@@ -151,17 +151,24 @@ class Merge:
 
 @dataclass
 class Evaluation:
-    """Tasks, how many items of each, and how answers are generated. `seed` draws the items of procedural tasks."""
+    """Tasks, how many items of each, and how answers are generated.
+
+    `split` and `seed` choose the items of the embedded tasks; `data_dir` and `num_fewshot` belong to lm-eval's.
+    `max_new_tokens` null leaves the limit to lm-eval's tasks; `dtype` auto is the unpruned checkpoint's own.
+    """
 
     suite: str = MISSING
     tasks: list[str] | None = None
-    split: str = "dev"
+    split: str | None = "dev"
     limit: int | None = 100
     seed: int = 0
+    data_dir: str | None = None
+    num_fewshot: int | None = None
     batch_size: int = 64
-    max_new_tokens: int = 96
+    max_new_tokens: int | None = 96
     dtype: str = "float32"
     system_prompt: str | None = None
+    chat_template: bool = True
 
 
 @dataclass
@@ -224,7 +231,7 @@ CHOICES = {
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "merge.method": ("none",),
-    "evaluation.dtype": ("float32", "bfloat16", "float16"),
+    "evaluation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.attention": ("eager", "sdpa", "flash_attention_2"),
     "store.missing": ("build", "raise"),
@@ -244,6 +251,7 @@ AT_LEAST = {
     "adapter.alpha": 1,
     "adapter.blocks": 1,
     "evaluation.limit": 1,
+    "evaluation.num_fewshot": 0,
     "evaluation.batch_size": 1,
     "evaluation.max_new_tokens": 1,
     "trainer.devices": 1,

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd import models
 from sdd.allowed import build
-from sdd.config import check_pruning
+from sdd.config import CHOICES, check_pruning
 from sdd.data import Example
 from sdd.errors import NotFetched, UserError
 from sdd.hub import checkpoint_folder
@@ -359,32 +359,61 @@ class Recipes:
         return self.pruned() if self.config.finetune.mode == "none" else self.tuned()
 
     def evaluated(self) -> Recipe:
-        from sdd.evaluation.tiny import suite_tasks
-
         settings = self.config.evaluation
-        tasks = suite_tasks(
-            settings.suite,
-            None if settings.tasks is None else list(settings.tasks),
-            settings.split,
-            settings.seed,
-            settings.limit,
-        )
         spec = {
             "suite": settings.suite,
-            "tasks": {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()},
-            "split": settings.split,
-            "seed": settings.seed,
+            **(self._embedded_tasks() if settings.suite == "tiny" else self._stock_tasks()),
             "limit": settings.limit,
-            "chat_template": True,
+            "chat_template": settings.chat_template,
             "system_prompt": settings.system_prompt,
-            "dtype": settings.dtype,
+            "dtype": self._evaluation_dtype(),
             "max_new_tokens": settings.max_new_tokens,
             "lm_eval": importlib.metadata.version("lm-eval"),
+            **(self._plain_template(self.model_digest) if settings.chat_template else {}),
         }
         student = self.student()
         if student is None:
             return self._recipe("evaluated", spec | {"model": self.model_digest}, {}, {})
         return self._recipe("evaluated", spec, {"model": student}, student.labels)
+
+    def _evaluation_dtype(self) -> str:
+        if self.config.evaluation.dtype != "auto":
+            return str(self.config.evaluation.dtype)
+        dtype = str(self.sizes.get("dtype") or self.sizes.get("torch_dtype") or "float32")
+        if dtype not in CHOICES["model.dtype"]:
+            raise UserError(f"evaluation.dtype=auto, but the checkpoint is in {dtype}; set evaluation.dtype")
+        return dtype
+
+    def _embedded_tasks(self) -> dict[str, Any]:
+        from sdd.evaluation.tiny import suite_tasks
+
+        settings = self.config.evaluation
+        for key in ("data_dir", "num_fewshot"):
+            if settings[key] is not None:
+                raise UserError(f"evaluation.{key} belongs to lm-eval's tasks; leave it out with evaluation=tiny")
+        if settings.max_new_tokens is None:
+            raise UserError("evaluation.max_new_tokens=null, but the embedded tasks set no limit; give a number")
+        names = None if settings.tasks is None else list(settings.tasks)
+        tasks = suite_tasks(settings.suite, names, settings.split, settings.seed, settings.limit)
+        digests = {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()}
+        return {"tasks": digests, "split": settings.split, "seed": settings.seed}
+
+    def _stock_tasks(self) -> dict[str, Any]:
+        from sdd.evaluation.benchmark import Benchmark
+        from sdd.evaluation.suites import SUITES
+
+        settings = self.config.evaluation
+        if settings.suite not in SUITES:
+            raise UserError(f"evaluation.suite={settings.suite} is unknown; choose one of tiny, {', '.join(SUITES)}")
+        if settings.split is not None:
+            what = f"evaluation.split={settings.split}"
+            raise UserError(f"{what}, but lm-eval's tasks name their own split; set evaluation.split=null")
+        names = None if settings.tasks is None else list(settings.tasks)
+        benchmark = Benchmark(settings.suite, names, settings.num_fewshot)
+        data, files = benchmark.data(settings.data_dir, self.digest_memory)
+        self.sources |= files
+        shown = {"asked": benchmark.names, "num_fewshot": settings.num_fewshot}
+        return {"tasks": benchmark.digests(), "data": data, **shown}
 
     # ---- what a script asks for --------------------------------------------------------------------------------
 

@@ -1,16 +1,25 @@
 """Run tasks on a model through lm-eval's evaluator, one task at a time, with per-sample records.
 
-Tasks are handed over as lm-eval configs whose rows and scoring function come from this process; generation, batching
-and likelihoods are lm-eval's own. Knows nothing of the store, Hydra, or how the model came about.
+The embedded model's tasks are handed over as lm-eval configs whose rows and scoring function come from this process;
+lm-eval's own tasks come as they are. Generation, batching, likelihoods and metrics are lm-eval's own. Knows nothing of
+the store, Hydra, or how the model came about.
 """
 
 import logging
 import math
+import random
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sdd.answers import equal, extract
+from sdd.errors import UserError
+from sdd.evaluation.benchmark import Outcome
 from sdd.evaluation.tiny import Item, Task
+from sdd.prompts import TEMPLATE_VALUES, end_of_turn
+
+log = logging.getLogger(__name__)
 
 
 def free_scores(response: str, answer: str) -> dict[str, float]:
@@ -77,32 +86,143 @@ def _lm_eval_task(task: Task, max_new_tokens: int, end_of_turn: str) -> Any:
 
 
 class Harness:
-    """lm-eval's own model wrapper and evaluator around one model; tasks are run one at a time."""
+    """lm-eval's own model wrapper and evaluator around one model; tasks are run one at a time.
+
+    `max_new_tokens` None leaves the limit of generated tokens to each task.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int, max_new_tokens: int, system_prompt: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        max_new_tokens: int | None,
+        system_prompt: str | None = None,
+        chat_template: bool = True,
     ) -> None:
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.tokenizer, self.max_new_tokens, self.system_prompt = tokenizer, max_new_tokens, system_prompt
-        self.language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.system_prompt, self.chat_template = system_prompt, chat_template
+        self.language_model = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=TEMPLATE_VALUES
+        )
 
-    def run(self, task: Task) -> list[dict[str, Any]]:
-        """Per-sample records, in the order of the items."""
+    def _evaluate(self, name: str, task: Any, **settings: Any) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
-        results = evaluate(
+        results: dict[str, Any] | None = evaluate(
             self.language_model,
-            {task.name: _lm_eval_task(task, self.max_new_tokens, self.tokenizer.eos_token)},
-            apply_chat_template=True,
+            {"tasks": {name: task}},
+            apply_chat_template=self.chat_template,
+            fewshot_as_multiturn=self.chat_template,
             system_instruction=self.system_prompt,
             log_samples=True,
-            bootstrap_iters=0,
+            **settings,
         )
         assert results is not None, "lm-eval answers None away from rank 0; there is one rank here"
+        return results
+
+    def run(self, task: Task) -> list[dict[str, Any]]:
+        """Per-sample records of an embedded task, in the order of the items."""
+        assert self.max_new_tokens is not None, "the embedded tasks set no limit of their own"
+        ending = self.tokenizer.convert_ids_to_tokens(end_of_turn(self.tokenizer))
+        built = _lm_eval_task(task, self.max_new_tokens, ending)
+        results = self._evaluate(task.name, built, bootstrap_iters=0)
         samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
         return [_record(task.kind, *pair, self.tokenizer) for pair in zip(task.items, samples, strict=True)]
+
+    def prepare(self, name: str, task: Any) -> None:
+        """Set the limit of generated tokens, and refuse one that leaves no room for a prompt."""
+        if task.get_config("output_type") != "generate_until":
+            return
+        if self.max_new_tokens is not None:
+            task.set_config("generation_kwargs", {"max_gen_toks": self.max_new_tokens}, update=True)
+        limit = task.get_config("generation_kwargs").get("max_gen_toks", self.language_model.max_gen_toks)
+        if limit >= (length := self.language_model.max_length):
+            raise UserError(
+                f"{name} generates up to {limit} tokens, but the model's context is {length}; "
+                "set evaluation.max_new_tokens to less"
+            )
+
+    def run_stock(self, name: str, task: Any, limit: int | None) -> Outcome:
+        """One of lm-eval's own tasks, prepared, on its first `limit` items, seeded as by lm-eval's command line."""
+        import numpy
+        import torch
+        from lm_eval.api.metrics import mean
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        numpy.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        with _cut_prompts() as cut:
+            results = self._evaluate(name, task, limit=limit)
+        if cut:
+            what = "batches of prompts" if task.get_config("output_type") == "generate_until" else "requests"
+            length = self.language_model.max_length
+            log.warning("%s: lm-eval cut %d %s to the model's %d tokens, from the left", name, len(cut), what, length)
+        found, higher = results["results"][name], task.higher_is_better()
+        keys = [key for key in found if "," in key and not key.split(",")[0].endswith("_stderr")]
+        values = {key: [_number(found[key]), _number(found[key.replace(",", "_stderr,", 1)])] for key in keys}
+        records = _stock_records(results["samples"][name])
+        counts = [
+            key
+            for key in keys
+            if higher.get(metric := key.split(",")[0])
+            and task.aggregation().get(metric) is mean
+            and all(isinstance(record["metrics"].get(key), float) for record in records)
+        ]
+        return Outcome(values, counts, records)
+
+
+@contextmanager
+def _cut_prompts() -> Iterator[list[str]]:
+    """What lm-eval says of prompts longer than the model's context while this lasts; nothing of it is shown."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "runcat" in (text := record.getMessage()):
+                said.append(text)
+
+    logger, listener = logging.getLogger("lm_eval.models.huggingface"), Listener()
+    before = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.level, logger.propagate = before
+
+
+def _number(value: Any) -> float | None:
+    """lm-eval's value; it writes "N/A" where there is none."""
+    return None if isinstance(value, str) or value is None else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """A metric's value of one item as JSON: numbers as float, pairs as lists."""
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else float(value)
+
+
+def _stock_records(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A record per item, in the order of the items, from lm-eval's sample per item and filter."""
+    records: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        record = records.setdefault(sample["doc_id"], {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]})
+        record["prompt_hash"], record["target"] = sample["prompt_hash"], sample["target"]
+        if isinstance(sample["resps"][0][0], str):
+            record["response"] = sample["resps"][0] if len(sample["resps"][0]) > 1 else sample["resps"][0][0]
+            record.setdefault("filtered", {})[sample["filter"]] = sample["filtered_resps"][0]
+        else:
+            pairs = [each[0] for each in sample["resps"]]
+            record["log_likelihoods"] = [float(pair[0] if isinstance(pair, tuple) else pair) for pair in pairs]
+        measured = record.setdefault("metrics", {})
+        measured |= {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
+    return [records[number] for number in sorted(records)]
 
 
 def _record(kind: str, item: Item, sample: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

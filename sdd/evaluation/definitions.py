@@ -1,0 +1,158 @@
+"""lm-eval's packaged task definitions: found by name, groups taken apart into their tasks, digested.
+
+Reads YAML only: no function of a definition is imported, no rows are fetched, no model is needed.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.evaluation.suites import HOMES
+from sdd.store import digest_of, file_digest
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One task that runs. `config` is lm-eval's own, functions as names; `overrides` come from the groups above it.
+
+    `home` is the folder of lm-eval's package that defines it.
+    """
+
+    name: str
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    home: Path
+
+    def setting(self, key: str) -> Any:
+        return self.overrides.get(key, self.config.get(key))
+
+    def shots(self, asked: int | None) -> int:
+        """Examples shown: as asked, but a task that is defined with none keeps to none (lm-eval's own rule)."""
+        own = self.setting("num_fewshot")
+        return 0 if own == 0 else int(own or 0) if asked is None else asked
+
+    @property
+    def evaluated_split(self) -> str:
+        return str(self.setting("test_split") or self.setting("validation_split"))
+
+    @property
+    def shots_split(self) -> str | None:
+        """Where examples are drawn from; None if the definition brings its own."""
+        config = self.setting("fewshot_config") or {}
+        if split := self.setting("fewshot_split") or config.get("split"):
+            return str(split)
+        if config.get("samples") is not None:
+            return None
+        return str(self.setting("training_split") or self.setting("validation_split") or self.setting("test_split"))
+
+    def digest(self) -> str:
+        """Of every setting, and of the source files of the functions that settings name."""
+        return digest_of(_without_paths({"config": self.config, "overrides": self.overrides}))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was asked for by one name: a task, or a group whose tasks make one value, weighted by size or not."""
+
+    name: str
+    tasks: tuple[Definition, ...]
+    is_group: bool = False
+    weight_by_size: bool = True
+
+
+def packaged() -> Path:
+    """The folder of lm-eval's definitions."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+@cache
+def _index(whole: bool) -> Mapping[str, Any]:
+    """lm-eval's index of names: of the ready suites' folders, or of all."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    homes = None if whole else [packaged() / home for home in HOMES]
+    index: Mapping[str, Any] = TaskManager(include_path=homes, include_defaults=whole).task_index
+    return index
+
+
+def find(names: list[str]) -> list[Entry]:
+    """The entries of these names. A tag, or a group without a value of its own, gives an entry per task."""
+    index = _index(whole=False)
+    if not set(names) <= set(index):
+        index = _index(whole=True)
+    entries: dict[str, Entry] = {}
+    for name in names:
+        if name not in index:
+            near = difflib.get_close_matches(name, index, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see: python -m lm_eval ls tasks"
+            raise UserError(f"evaluation.tasks: lm-eval has no task {name}; {hint}")
+        entries |= {entry.name: entry for entry in _entries(index, name)}
+    _check_disjoint(entries)
+    return list(entries.values())
+
+
+def _entries(index: Mapping[str, Any], name: str) -> Iterator[Entry]:
+    found = tuple(_tasks(index, name, {}, ()))
+    if not found:
+        raise UserError(f"evaluation.tasks: {name} has no tasks in this version of lm-eval")
+    aggregate = (index[name].cfg or {}).get("aggregate_metric_list") if index[name].kind.name == "GROUP" else None
+    if aggregate:
+        first = aggregate[0] if isinstance(aggregate, list) else aggregate
+        yield Entry(name, found, is_group=True, weight_by_size=first.get("weight_by_size", True))
+    else:
+        yield from (Entry(task.name, (task,)) for task in found)
+
+
+def _tasks(
+    index: Mapping[str, Any], name: str, overrides: dict[str, Any], above: tuple[str, ...]
+) -> Iterator[Definition]:
+    """Depth first. As in lm-eval, a member's own settings win over what is asked above, and that over its group's."""
+    from lm_eval.config.group import GroupConfig
+
+    entry = index[name]
+    if name in above:
+        raise UserError(f"evaluation.tasks: the group {name} contains itself; name its tasks")
+    if entry.kind.name == "TAG":
+        for child in sorted(entry.tags):
+            yield from _tasks(index, child, overrides, (*above, name))
+    elif entry.kind.name == "GROUP":
+        structure = {field.name for field in fields(GroupConfig)}
+        shared = {key: value for key, value in entry.cfg.items() if key not in structure} | overrides
+        for member in entry.cfg["task"]:
+            own = {} if isinstance(member, str) else dict(member)
+            child = member if isinstance(member, str) else own.pop("task", None) or own.pop("group", None)
+            if child not in index:
+                raise UserError(f"evaluation.tasks: the group {name} defines tasks inside itself; name others")
+            yield from _tasks(index, child, shared | own, (*above, name))
+    else:
+        yield Definition(name, entry.cfg, overrides, entry.yaml_path.parent)
+
+
+def _check_disjoint(entries: Mapping[str, Entry]) -> None:
+    seen: dict[str, str] = {}
+    for entry in entries.values():
+        for task in entry.tasks:
+            if task.name in seen:
+                raise UserError(f"evaluation.tasks: {task.name} is in both {seen[task.name]} and {entry.name}")
+            seen[task.name] = entry.name
+
+
+def _without_paths(value: Any) -> Any:
+    """A function's name, which begins with the package's folder, without it and with its source's digest."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(each) for each in value]
+    root = f"{packaged()}/"
+    if isinstance(value, str) and value.startswith(root):
+        source = Path(value.rpartition(".")[0] + ".py")
+        return {"function": value.removeprefix(root), "source": file_digest(source) if source.is_file() else None}
+    return value
