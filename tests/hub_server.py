@@ -4,6 +4,7 @@ Repositories are folders named `owner/name`. `gated/...` lists its files to ever
 answers with an error of the server. What is asked for, and what is pushed, is kept for the tests to look at.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -27,7 +28,6 @@ class Hub(ThreadingHTTPServer):
         self.root = root
         self.asked: list[str] = []
         self.made: list[dict[str, Any]] = []
-        self.objects: dict[str, bytes] = {}
         self.pushed: dict[str, dict[str, bytes]] = {}
 
     @property
@@ -139,3 +139,30 @@ class Handler(BaseHTTPRequestHandler):
             body = (folder / name).read_bytes()
             tag = hashlib.sha1(body).hexdigest()
             self.answer(200, body, ETag=f'"{tag}"', X_Repo_Commit=commit_of(repo), Accept_Ranges="bytes")
+
+    def do_POST(self) -> None:
+        parts = self.parts()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self.logged_in:
+            self.refuse(401)
+        elif parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            self.server.made.append(asked)
+            owner = asked.get("organization") or "somebody"
+            self.answer_json({"url": f"{self.server.url}/{owner}/{asked['name']}"})
+        elif parts == ["api", "validate-yaml"]:
+            self.answer_json({"errors": [], "warnings": []})
+        elif parts[4] == "preupload":
+            files = json.loads(body)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            self.answer_json({"files": modes})
+        else:
+            assert parts[4] == "commit", parts
+            repo = "/".join(parts[2:4])
+            files = self.server.pushed.setdefault(repo, {})
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            commit = f"{self.server.url}/{repo}/commit/{commit_of(repo)}"
+            self.answer_json({"commitUrl": commit, "commitOid": commit_of(repo), "success": True})
