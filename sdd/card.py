@@ -216,9 +216,11 @@ def _shown(result: dict[str, Any]) -> str:
 
 def _licence(line: Lineage, page: dict[str, Any]) -> str:
     base = base_name(line)
-    of = f"[the base model's](https://huggingface.co/{base})" if base else "the base model's"
+    of = f"[the base model](https://huggingface.co/{base})" if base else "the base model"
     stated = page.get("license_name") or page.get("license")
-    return f"## Licence\n\nThat of {of}: " + (f"{stated}." if stated else "see the base model; it was not found here.")
+    return f"## Licence\n\nThat of {of}: " + (
+        f"{stated}." if stated else "see there; it was not found on the machine that wrote this page."
+    )
 
 
 def _making(line: Lineage) -> str:

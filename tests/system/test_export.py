@@ -55,7 +55,7 @@ def test_page_says_what_was_done_and_what_is_left(exported: Any, study: Path, ma
         assert f"| {result['n']} |" in row
         assert f"{result['value']:.4f}" in row
     assert "| mean |" in text or all(result["value"] == 0 for result in results["tasks"].values())
-    assert "That of the base model's: see the base model; it was not found here." in text
+    assert "That of the base model: see there;" in text
 
 
 def test_page_repeats_the_command_and_the_config_without_places(exported: Any, checkpoint: Path, study: Path) -> None:
