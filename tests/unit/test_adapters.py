@@ -144,10 +144,18 @@ def test_a_tie_that_peft_cannot_keep_is_refused(
         adapted(opened(source), HEAD_AND_NORMS, None)
 
 
-def test_what_is_trained_is_held_in_float32(tiny_llama: Path) -> None:
-    for adapter in (LORA, HEAD_AND_NORMS, FULL):
-        student = adapted(load_model(tiny_llama, "bfloat16"), adapter, None)
-        assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+@pytest.mark.parametrize("name", ["tiny_llama", "gemma", "neox"])
+@pytest.mark.parametrize("adapter", [LORA, HEAD_AND_NORMS, FULL], ids=["lora", "head_and_norms", "full"])
+def test_what_is_trained_is_held_in_float32(adapter: dict[str, Any], name: str, request: pytest.FixtureRequest) -> None:
+    """Beside a base in bfloat16, as with finetune.precision=bf16."""
+    source: Path = request.getfixturevalue(name)
+    student = adapted(load_model(source, "bfloat16", attention="eager"), adapter, None)
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    losses = []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(step(student, learning_rate=0.1))
+    assert losses[-1] < losses[0]
 
 
 # ---- recomputed activations -------------------------------------------------------------------------------------
