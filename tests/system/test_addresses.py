@@ -107,6 +107,7 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("evaluation.max_new_tokens", 5, {"evaluated"}, [], {}),
     ("evaluation.dtype", "bfloat16", {"evaluated"}, [], {}),
     ("evaluation.system_prompt", "Be brief.", {"evaluated"}, [], {}),
+    ("evaluation.chat_template", False, {"evaluated"}, [], {}),
 ]
 
 NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
@@ -144,16 +145,9 @@ HUB = ("repository", "revision", "files", "stream")
 ELSEWHERE = {
     *("model.path", "model.revision", "teacher.path", "teacher.revision", "metric._target_", "calibration._target_"),
     *(f"{group}.hub.{key}" for group in ("calibration", "dataset") for key in HUB),
-    *(
-        "calibration.seed",
-        "dataset.fields",
-        "calibration.path",
-        "dataset._target_",
-        "dataset.path",
-        "engine._target_",
-        "evaluation.suite",
-        "merge.method",
-    ),
+    *("calibration.seed", "dataset.fields", "calibration.path", "dataset._target_", "dataset.path", "engine._target_"),
+    *("evaluation.suite", "merge.method"),
+    *("evaluation.data_dir", "evaluation.num_fewshot"),  # tests/system/test_benchmark.py
 }
 """Settings with tests of their own below, or with one value so far."""
 
