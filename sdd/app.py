@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(sdd.__file__).resolve().parent
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
-OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True)
+OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 USER, FAILURE = 2, 1
 

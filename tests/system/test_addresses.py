@@ -37,13 +37,18 @@ def addresses(composed: Callable[..., DictConfig], tmp_path_factory: pytest.Temp
         if key not in known or "path" in key:  # what lies at a path may have changed
             config = composed(*groups)
             for name, value in (values or {}).items():
-                OmegaConf.update(config, name, value)
+                OmegaConf.update(config, name, value, force_add=True)
             wanted = Recipes(config, memory).wanted("evaluate")
             assert wanted is not None
             known[key] = {recipe.stage: recipe.address for recipe in wanted.walk()}
         return known[key]
 
     return function
+
+
+def name_of(value: Any) -> str:
+    """A test's name for a value, the same in every process: sets are written in an order of their own in each."""
+    return str(sorted(value) if isinstance(value, set) else value)[:40]
 
 
 def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
@@ -152,7 +157,7 @@ ELSEWHERE = {
 """Settings with tests of their own below, or with one value so far."""
 
 
-@pytest.mark.parametrize(("key", "value", "first", "groups", "shared"), IN_KEY, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("key", "value", "first", "groups", "shared"), IN_KEY, ids=name_of)
 def test_setting_is_in_the_key(
     key: str, value: Any, first: set[str], groups: list, shared: dict, addresses: Addresses
 ) -> None:
@@ -167,7 +172,7 @@ def test_setting_is_in_the_key(
     )
 
 
-@pytest.mark.parametrize(("key", "value", "groups", "shared"), NOT_IN_KEY, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("key", "value", "groups", "shared"), NOT_IN_KEY, ids=name_of)
 def test_setting_is_not_in_the_key(key: str, value: Any, groups: list, shared: dict, addresses: Addresses) -> None:
     assert addresses(*groups, values=shared) == addresses(*groups, values={**shared, key: value})
 

@@ -134,7 +134,7 @@ def test_killed_evaluation_keeps_its_finished_tasks(
 def plan(words: list[str], *more: str, cwd: Path) -> str:
     outcome = run("evaluate", *words, *more, "dry_run=true", cwd=cwd)
     assert outcome.code == 0, outcome.stderr
-    return outcome.lines[-1].split("evaluated/")[1]
+    return outcome.lines[-1].split("evaluated/")[1].split()[0]
 
 
 def test_address_is_of_what_is_asked_and_of_the_rows(

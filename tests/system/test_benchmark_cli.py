@@ -1,5 +1,7 @@
 """Every task of the ready suites on real rows with a real model, against lm-eval's own command line.
 
+    pytest -m peer tests/system/test_benchmark_cli.py
+
 The command line reads task files written here, which include lm-eval's packaged definitions and name the same rows.
 """
 
@@ -19,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_files import ROWS, STORIES, needs_data
 
-pytestmark = [needs_data, pytest.mark.slow, pytest.mark.data]
+pytestmark = [needs_data, pytest.mark.peer, pytest.mark.data]
 
 PACKAGED = Path(lm_eval.tasks.__file__).parent
 LIMIT = 2

@@ -127,3 +127,14 @@ def test_side_by_side_each_distinct_artifact_once(small: list[str], tmp_path: Pa
     assert (again.code, again.built) == (0, [])
     assert sorted(again.lines) == sorted(outcome.lines)
     assert state_of(tmp_path / "artifacts") == before
+
+
+@pytest.mark.slow
+def test_worker_processes_record_in_the_sweeps_own_folder(small: list[str], tmp_path: Path) -> None:
+    """The folder's name holds the process id: of the process that began the sweep, in its workers too."""
+    words = [str(REPOSITORY / "prune.py"), "-m", *small, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    outcome = subprocess_run([*words, "metric=last", "pruning.size=4,1"], tmp_path)
+    assert outcome.code == 2, outcome.stderr
+    assert "1 of 2 jobs failed" in outcome.stderr
+    (folder,) = (tmp_path / "outputs").glob("*sweep/*/*")
+    assert sorted(records_of(folder)) == [0, 1]

@@ -248,7 +248,7 @@ def test_missing_files_are_named(rows: Path, tmp_path: Path) -> None:
 def test_damaged_parquet_is_named(rows: Path) -> None:
     (rows / "arc_easy" / "test.jsonl").unlink()
     (rows / "arc_easy" / "test.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(UserError, match=r"test\.parquet: not a readable Parquet file"):
+    with pytest.raises(UserError, match=r"test\.parquet: not a complete Parquet file"):
         Benchmark("lm_eval", ["arc_easy"], None).local_files(rows)
 
 

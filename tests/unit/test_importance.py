@@ -143,13 +143,15 @@ def test_angular_table_is_the_mean_angle_of_every_span(model: Any, rows: list[li
     states = [direct_states(model, row) for row in rows]
     table = measured(model, Angular(), rows)["distance"]
     assert [len(table[str(n)]) for n in range(1, BLOCKS)] == [4, 3, 2]
+    apart = []
     for n in range(1, BLOCKS):
         for start in range(BLOCKS - n + 1):
             angles = [arccos_distance(text[start][-1], text[start + n][-1]) for text in states]
             assert table[str(n)][start] == pytest.approx(sum(angles) / len(rows), abs=1e-6), (n, start)
             cosines = [math.cos(math.pi * angle) for angle in angles]
             of_mean_cosine = math.acos(sum(cosines) / len(rows)) / math.pi
-            assert abs(of_mean_cosine - table[str(n)][start]) > 1e-5, "the case cannot tell the two means apart"
+            apart.append(abs(of_mean_cosine - table[str(n)][start]))
+    assert max(apart) > 1e-4, "the case cannot tell the two means apart"
 
 
 def test_block_influence_weighs_every_real_token_alike(model: Any, rows: list[list[int]]) -> None:
