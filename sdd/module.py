@@ -141,7 +141,6 @@ class StudentModule(pl.LightningModule):
         self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
-        torch.clear_autocast_cache()  # else validation, in the same context, meets the weights of before the step
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr, call-arg]
         self._record(step + 1, total / max(tokens, 1), rate)
