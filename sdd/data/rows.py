@@ -113,8 +113,11 @@ class Rows:
         return len(self._selected) if self.path is not None else self.num_rows
 
     def sources(self) -> dict[str, Path]:
-        """Digests of `spec` -> the local path that they stand for."""
-        return {} if self.path is None else {self.spec()["digest"]: self.path}
+        """Digests of `spec` -> the local path that they stand for: the file itself where there is one."""
+        if self.path is None:
+            return {}
+        files = data_files(self.path, "dataset.path")
+        return {self.spec()["digest"]: files[0] if len(files) == 1 else self.path}
 
     def spec(self) -> dict[str, Any]:
         """What recipes say of these rows; the seed counts only if there is a sample.

@@ -283,3 +283,12 @@ def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(
         right = "ok" if row["reference"] == "#### 0" else "answer"
         assert row["reason"] == (right if part_of(row["id"]) == "math" else "leak")
     assert json.loads((targets / "summary.json").read_text())["groups"] == {"math": 6, "dolly/closed_qa": 6}
+
+
+def test_a_folder_of_one_file_and_the_file_are_one_source(tmp_path: Path) -> None:
+    """Evaluation may read the same file under the same digest: it must not be handed the folder."""
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "It is 2.\\n#### 2"}\n')
+    of_folder, of_file = GSM8K(folder).sources(), GSM8K(folder / "train.jsonl").sources()
+    assert of_folder == of_file == {GSM8K(folder).spec()["digest"]: folder / "train.jsonl"}
