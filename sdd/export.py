@@ -17,7 +17,7 @@ from sdd.hub import HUB_ID, PAGE, explained
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.stages.student import base_folder, open_student
-from sdd.store import Store
+from sdd.store import Store, share
 
 EXPORTED = ("pruned", "tuned", "merged")
 
@@ -38,6 +38,7 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
         model, _ = open_student(source, runtime, kept)
         models.save_model(model, folder, base)
         (folder / PAGE).write_text(model_card(store, source, runtime), encoding="utf-8")
+        share(folder)
         folder.rename(target)
     return target
 

@@ -2,7 +2,7 @@
 
 from sdd.store.digests import file_digest, remembered_digest, write_atomically
 from sdd.store.recipe import Recipe, canonical, digest_of
-from sdd.store.store import SCRATCH, Build, Store, read_manifest
+from sdd.store.store import SCRATCH, Build, Store, read_manifest, share
 
 __all__ = [
     "SCRATCH",
@@ -14,5 +14,6 @@ __all__ = [
     "file_digest",
     "read_manifest",
     "remembered_digest",
+    "share",
     "write_atomically",
 ]

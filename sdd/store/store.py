@@ -128,6 +128,7 @@ class Store:
             **self.provenance,
         }
         write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        share(partial)
         target = self.folder(recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # without a manifest: a deletion that was cut short
@@ -173,6 +174,13 @@ class Store:
 
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def share(folder: Path) -> None:
+    """Let those read the files who may read the folder; temporary files, and weights, begin as their owner's alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in files_of(folder):
+        path.chmod(readable)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

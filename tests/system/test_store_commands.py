@@ -212,6 +212,19 @@ def test_failing_build_publishes_nothing(resumable: bool, kept: bool, tmp_path: 
     assert (tmp_path / ".partial" / "scores" / RECIPE.address / SCRATCH / "chunk").exists() is kept
 
 
+def test_a_group_may_read_what_it_may_enter(tmp_path: Path) -> None:
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        (folder / "below").mkdir()
+        (folder / "below" / "weights").write_text("w")
+        (folder / "below" / "weights").chmod(0o600)
+
+    store = Store(tmp_path)
+    folder = store.ensure(RECIPE, {"scores": Build(build, False)})
+    expected = folder.stat().st_mode & 0o666
+    for name in ("manifest.json", "below/weights"):
+        assert (folder / name).stat().st_mode & 0o777 == expected, name
+
+
 def test_stale_work_of_a_stage_that_cannot_resume_is_dropped(tmp_path: Path) -> None:
     store, seen = Store(tmp_path), []
     stale = tmp_path / ".partial" / "scores" / RECIPE.address / "old.json"
