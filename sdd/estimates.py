@@ -207,33 +207,84 @@ def adapter_parameters(shape: Shape, blocks: int, rank: int, names: list[str]) -
     return blocks * rank * sum(sum(shape.linear[name]) for name in chosen)
 
 
-def tuned(work: Work, trained: int, rows: int, length: float, batch: int, micro_batch_tokens: int) -> Estimate:
-    """LoRA: forward, and backward through the frozen weights without their gradients; Adam on `trained` weights.
+def head_and_norms_parameters(shape: Shape, blocks: int) -> int:
+    """Weights of the head, or of the embeddings it is tied to, and of two norms a block and the last one."""
+    return shape.vocabulary * shape.hidden + (2 * blocks + 1) * shape.hidden
 
-    `rows` counts every epoch's. The memory of a block's activations is what backward keeps of it.
+
+@dataclass(frozen=True)
+class Training:
+    """What of a student is trained, and how: `trained` weights, gradients through the last `reach` blocks (None: all).
+
+    `whole`: every weight is trained, in float32. `four_bit`: the frozen base is held in nf4. `recomputed`: one state a
+    block is kept, and the rest computed again.
+    """
+
+    trained: int
+    reach: int | None = None
+    whole: bool = False
+    four_bit: bool = False
+    recomputed: bool = False
+
+
+NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+"""A weight in nf4: 4 bits, a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales (arXiv 2305.14314)."""
+
+
+def base_bytes(work: Work, training: Training) -> float:
+    """Bytes of the weights that are held beside the trained ones; in 4 bits, embeddings, head and norms stay whole."""
+    if training.whole:
+        return 0.0
+    if not training.four_bit:
+        return work.weights
+    shape = work.shape
+    linear = work.blocks * (shape.block_parameters(shape.experts) - 2 * shape.hidden)
+    return work.weights - linear * (work.width - NF4_BYTES)
+
+
+def tuned(work: Work, training: Training, rows: int, length: float, batch: int, micro_batch_tokens: int) -> Estimate:
+    """Forward, and backward as far down as something is trained; Adam on what is trained, all of it in float32.
+
+    `rows` counts every epoch's. A frozen block's backward makes gradients of its states only, and costs 1.5 forward
+    passes with LoRA's own; one that is trained whole costs 2, one that is recomputed 1 more. A trained weight takes 16
+    bytes (value, gradient, two moments), and in 16 bits the copy that autocast keeps. What backward keeps of a block's
+    activations is most of the rest. Unpacking 4 bits is not counted.
     """
     tokens, together = rows * length, min(micro_batch_tokens, batch * length)
-    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=2.5)
-    kept = work.blocks * work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
-    memory = work.weights + 16 * trained + together * kept + 2 * work.logits(together)
-    return Estimate(seconds, memory, 4 * trained)
+    reach = work.blocks if training.reach is None else training.reach
+    backward = (2.0 if training.whole else 1.5) + (1.0 if training.recomputed else 0.0)
+    cost = 1 + backward * reach / work.blocks
+    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=cost)
+    block = work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
+    kept = reach * work.width * work.shape.hidden + block if training.recomputed else reach * block
+    held = training.trained * (16 if work.width == BYTES["float32"] else 16 + work.width)
+    memory = base_bytes(work, training) + held + together * kept + 2 * work.logits(together)
+    return Estimate(seconds, memory, 4 * training.trained)
 
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`."""
+    """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`.
+
+    `parts` counts the tasks of a group that is known by one name: a limit holds for each of them.
+    """
 
     items: int
     requests: float
     tokens: float
     new: int = 0
+    parts: int = 1
+
+    def limited(self, limit: int | None) -> int:
+        """Items left by a limit; for parts of different sizes, at most so many."""
+        return self.items if limit is None else min(self.items, limit * self.parts)
 
 
 TASKS = {
     "arc_challenge": Task(1172, 4, 45),
     "hellaswag": Task(10042, 4, 90),
     "truthfulqa_mc2": Task(817, 7, 220),
-    "mmlu": Task(14042, 1, 115),
+    "mmlu": Task(14042, 1, 115, parts=57),
     "winogrande": Task(1267, 2, 27),
     "gsm8k": Task(1319, 1, 130, 256),
     "arc_easy": Task(2376, 4, 40),
@@ -247,37 +298,21 @@ TASKS = {
 """The tasks' own sizes; lengths as measured on their rows at 4 characters a token, RACE's and the six questions that
 precede each of TruthfulQA's from memory. Four one-letter answers to the same question are one request (mmlu)."""
 
-OTHER_TASK = Task(1000, 4, 100)
-"""A task not known here."""
+OTHER_TASK, ONE_OF_A_GROUP = Task(1000, 4, 100), 250
+"""A task not known here, and items of one that belongs to a group (MMLU's subjects have 246 on average)."""
 
 EMBEDDED_TASK = Task(1000, 1, 100, 96)
 """One of the embedded ones, whose items are a setting."""
 
-SHOTS = {
-    "openllm_v1": {
-        "arc_challenge": 25,
-        "hellaswag": 10,
-        "truthfulqa_mc2": 0,
-        "mmlu": 5,
-        "winogrande": 5,
-        "gsm8k": 5,
-    },
-    "sdmprune_zero_shot": dict.fromkeys(
-        (
-            *("arc_easy", "arc_challenge", "boolq", "openbookqa", "piqa", "race", "social_iqa", "truthfulqa_mc2"),
-            *("winogrande", "crows_pairs_english"),
-        ),
-        0,
-    ),
-}
-"""By suite: examples shown before each item of a task."""
 
-
-def tasks_of(suite: str, names: list[str] | None) -> list[Task]:
-    """A suite's tasks, or those named of it, with the tokens of their examples in every request."""
-    other, shots = EMBEDDED_TASK if suite == "tiny" else OTHER_TASK, SHOTS.get(suite, {})
-    found = [(TASKS.get(name, other), shots.get(name, 0)) for name in names or shots]
-    return [replace(task, tokens=task.tokens * (1 + shown)) for task, shown in found]
+def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
+    """Tasks and groups by name, from (tasks in it, examples shown before each item), which every request carries."""
+    found = []
+    for name, (parts, shots) in entries.items():
+        other = OTHER_TASK if parts == 1 else replace(OTHER_TASK, items=ONE_OF_A_GROUP * parts, parts=parts)
+        task = TASKS.get(name, other)
+        found.append(replace(task, tokens=task.tokens * (1 + shots)))
+    return found
 
 
 def evaluated(
@@ -286,7 +321,7 @@ def evaluated(
     """Every request of every task; `merged` says that an adapter is merged in float32 first; `new` bounds answers."""
     seconds, memory = work.opening, 0.0
     for task in tasks:
-        items = min(task.items, limit or task.items)
+        items = task.limited(limit)
         requests = items * task.requests
         if task.new:
             length = min(task.new, new or task.new)
@@ -296,5 +331,5 @@ def evaluated(
             held = work.activations(batch * task.tokens) + work.logits(batch * task.tokens)
         seconds, memory = seconds + spent, max(memory, held)
     opened = work.shape.parameters(work.blocks) * BYTES["float32"] if merged else work.weights
-    items = sum(min(task.items, limit or task.items) for task in tasks)
+    items = sum(task.limited(limit) for task in tasks)
     return Estimate(seconds, max(opened, work.weights + memory), 2e3 * items)

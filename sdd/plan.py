@@ -4,12 +4,16 @@ Reads the composed config for the counts that the estimates are made of; builds 
 """
 
 from dataclasses import asdict, dataclass
+from operator import mul
 from typing import Any
 
 from omegaconf import DictConfig
 
 from sdd import estimates
-from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Work, shape_of
+from sdd.adapters import beside_cut
+from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Training, Work, shape_of
+from sdd.evaluation.benchmark import Benchmark
+from sdd.evaluation.suites import SUITES
 from sdd.prompts import rewrite_prompt
 from sdd.recipes import Recipes, is_provisional
 from sdd.store import Recipe, Store
@@ -83,8 +87,15 @@ class Counts:
             rows = len(recipes.rows)
             prompt = sum(len(row.prompt) for row in recipes.rows) / rows
             answer = sum(len(row.reference) for row in recipes.rows) / rows
+        elif dataset.parts:
+            rows, parts = dataset.num_rows, list(dataset.parts.values())
+            shares = [part.weight / sum(part.weight for part in parts) for part in parts]
+            lengths = [TYPICAL_ROWS.get(part.name, OTHER_ROWS)[1:] for part in parts]
+            prompt, answer = (sum(map(mul, shares, column)) for column in zip(*lengths, strict=True))
         else:
-            available, prompt, answer = TYPICAL_ROWS.get(dataset.name, OTHER_ROWS)
+            available, prompt, answer = TYPICAL_ROWS.get(
+                dataset.name, (dataset.num_rows or OTHER_ROWS[0], *OTHER_ROWS[1:])
+            )
             rows = min(available, dataset.num_rows or available)
         return rows, prompt / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, answer / CHARACTERS_PER_TOKEN
 
@@ -135,22 +146,56 @@ class Counts:
         return estimates.targets(self.rows, self.prompt + 2 * self.answer)
 
     def _tuned(self, recipe: Recipe) -> Estimate:
-        finetune, adapter = self.config.finetune, self.config.adapter
+        finetune = self.config.finetune
         left = max(1, self.rows - finetune.validation_rows)
         rows = finetune.epochs * min(finetune.num_rows or left, left)
         length = min(self.prompt + self.answer, finetune.max_length)
         work = self._work(self.kept, {"32": "float32", "bf16": "bfloat16"}[finetune.precision])
-        trained = estimates.adapter_parameters(self.shape, self.kept, adapter.rank, list(adapter.targets))
         micro = self.config.trainer.micro_batch_tokens
-        return estimates.tuned(work, trained, rows, length, finetune.batch_size, micro)
+        return estimates.tuned(work, self.training, rows, length, finetune.batch_size, micro)
+
+    @property
+    def training(self) -> Training:
+        """What the adapter trains of the student."""
+        adapter, recomputed = self.config.adapter, self.config.trainer.gradient_checkpointing
+        if adapter.method == "full":
+            return Training(self.shape.parameters(self.kept), whole=True, recomputed=recomputed)
+        if adapter.method == "head_and_norms":
+            return Training(estimates.head_and_norms_parameters(self.shape, self.kept), recomputed=recomputed)
+        blocks, reach = self._adapted_blocks()
+        trained = estimates.adapter_parameters(self.shape, blocks, adapter.rank, list(adapter.targets))
+        return Training(trained, reach, four_bit=adapter.quantisation is not None, recomputed=recomputed)
+
+    def _adapted_blocks(self) -> tuple[int, int]:
+        """(blocks with LoRA, blocks from the last down to the first of them).
+
+        Where the cut is not known before it is made, it counts as one gap above the first blocks: the most that it
+        can take.
+        """
+        adapter, pruning = self.config.adapter, self.config.pruning
+        if adapter.scope == "all":
+            return self.kept, self.kept
+        if adapter.scope == "last":
+            return adapter.blocks, adapter.blocks
+        removed = pruning.blocks
+        if removed is None and pruning.start is not None:
+            removed = range(pruning.start, pruning.start + pruning.size)
+        if removed is None:
+            return min(2 * adapter.blocks, self.kept), self.kept
+        kept = [block for block in range(self.shape.blocks) if block not in removed]
+        places = beside_cut(kept, list(removed), adapter.blocks)
+        return len(places), self.kept - places[0]
 
     def _evaluated(self, recipe: Recipe) -> Estimate:
         settings = self.config.evaluation
         student = recipe.inputs.get("model")
         work = self._work(self.kept if student else self.shape.blocks, recipe.spec["dtype"])
-        names = recipe.spec["tasks"] if settings.tasks is None else settings.tasks
-        tasks = estimates.tasks_of(settings.suite, [str(name) for name in names])
-        merged = student is not None and student.stage == "tuned"
+        if settings.suite == "tiny":
+            tasks = [estimates.EMBEDDED_TASK] * len(recipe.spec["tasks"])
+        else:
+            names = None if settings.tasks is None else list(settings.tasks)
+            tasks = estimates.tasks_of(Benchmark(settings.suite, names, settings.num_fewshot).sizes())
+        merged = student is not None and student.stage == "tuned" and self.config.adapter.method != "full"
         return estimates.evaluated(
             work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens, merged=merged
         )
@@ -160,13 +205,13 @@ def requirements(shape: Shape) -> list[str]:
     """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""
     device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
     whole, cut = Work(shape, shape.blocks, 2, device), Work(shape, blocks, 2, device)
-    trained = estimates.adapter_parameters(shape, blocks, 16, ["all-linear"])
-    tasks = estimates.tasks_of("openllm_v1", None)
+    training = Training(estimates.adapter_parameters(shape, blocks, 16, ["all-linear"]))
+    tasks = estimates.tasks_of({each.task: (1, each.shots or 0) for each in SUITES["openllm_v1"]})
     stages = {
         "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
         f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
         "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
-        "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, trained, 2 * 7373, 160, 32, 4096),
+        "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, training, 2 * 7373, 160, 32, 4096),
         "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8, merged=True),
     }
     lines = [f"Each stage on {device.name}, by the formulas of sdd/estimates.py, not measured: time, memory, disk."]

@@ -213,7 +213,8 @@ class Recipes:
     @property
     def rows(self) -> list[Example] | None:
         """The dataset's rows; None where they would have to be asked of the hub."""
-        if self._dataset.known_rows() is None:
+        parts = list(self.config.dataset.parts.values()) or [self.config.dataset]
+        if any(part.path is None and part.hub.repository is not None for part in parts):
             return None
         found: list[Example] = self._dataset.examples()
         return found

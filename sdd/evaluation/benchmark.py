@@ -70,19 +70,30 @@ class Benchmark:
         return list(dict.fromkeys([task.evaluated_split, *([source] if source else [])]))
 
     def digests(self) -> dict[str, str]:
-        """Entry -> digest of its definitions, splits, examples shown and the metric that counts."""
+        """Entry -> digest of its definitions, splits, examples shown, the metric that counts, and how a group's tasks
+        are weighted where that is not lm-eval's way."""
         return {
             entry.name: digest_of(
                 {
                     "tasks": {task.name: [task.digest(), self._shots[task.name]] for task in entry.tasks},
                     "metric": self._metric(entry),
+                    **({} if weighted == entry.weight_by_size else {"weight_by_size": weighted}),
                 }
             )
             for entry in self.entries
+            for weighted in [self._weight_by_size(entry)]
         }
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Entry -> (tasks in it, examples shown before each item)."""
+        return {entry.name: (len(entry.tasks), self._shots[entry.tasks[0].name]) for entry in self.entries}
 
     def _metric(self, entry: Entry) -> str | None:
         return self._asked[entry.name].metric if entry.name in self._asked else None
+
+    def _weight_by_size(self, entry: Entry) -> bool:
+        asked = self._asked[entry.name].weight_by_size if entry.name in self._asked else None
+        return entry.weight_by_size if asked is None else asked
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
@@ -166,13 +177,17 @@ class Benchmark:
     # ---- results -----------------------------------------------------------------------------------------------
 
     def results(self, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """(tasks of the average, tasks beside it, records), each by entry."""
+        """(tasks of the average, tasks beside it, records), each by entry.
+
+        A group has its mean weighted by size and the plain one: `value` is its suite's, the other stands beside.
+        """
         counted: dict[str, Any] = {}
         beside: dict[str, Any] = {}
         records: dict[str, Any] = {}
         for entry in self.entries:
             parts = {task.name: outcomes[task.name] for task in entry.tasks}
-            values, sizes = _values(entry, parts), {name: len(part.records) for name, part in parts.items()}
+            weighted, sizes = self._weight_by_size(entry), {name: len(part.records) for name, part in parts.items()}
+            values = _values(parts, weighted) if entry.is_group else next(iter(parts.values())).values
             counts = [key for key in values if all(key in part.counts for part in parts.values())]
             metric = self._metric(entry) or chosen_metric(values, counts)
             result = {**_named(metric), **_pair(values[metric]), "n": sum(sizes.values())}
@@ -184,7 +199,8 @@ class Benchmark:
             result["others"] = {key.removesuffix(",none"): _pair(value) for key, value in others.items()}
             if entry.is_group:
                 own = {name: part.values[metric] for name, part in parts.items()}
-                result["unweighted"] = statistics.fmean(float(value[0] or 0) for value in own.values())
+                result["weight_by_size"] = weighted
+                result["unweighted" if weighted else "size_weighted"] = _pair(_values(parts, not weighted)[metric])
                 result["subtasks"] = {name: {**_pair(value), "n": sizes[name]} for name, value in own.items()}
             (counted if metric in counts else beside)[entry.name] = result
             records[entry.name] = rows
@@ -205,10 +221,8 @@ def _pair(value: list[float | None]) -> dict[str, Any]:
     return {"value": value[0], "stderr": value[1]}
 
 
-def _values(entry: Entry, parts: Mapping[str, Outcome]) -> dict[str, list[float | None]]:
-    """lm-eval's own values; for a group, its mean over tasks (by size unless defined otherwise) and pooled error."""
-    if not entry.is_group:
-        return next(iter(parts.values())).values
+def _values(parts: Mapping[str, Outcome], weight_by_size: bool) -> dict[str, list[float | None]]:
+    """A group's values by lm-eval's own rules: means over its tasks and their errors."""
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
     sizes = [len(part.records) for part in parts.values()]
@@ -218,13 +232,13 @@ def _values(entry: Entry, parts: Mapping[str, Outcome]) -> dict[str, list[float 
         means, errors = zip(*(part.values[key] for part in parts.values()), strict=True)
         error = None
         if None not in errors:
-            error = pooled_sample_stderr(errors, sizes) if entry.weight_by_size else unweighted_mean_stderr(errors)
-        found[key] = [aggregate_subtask_metrics(list(means), sizes, entry.weight_by_size), error]
+            error = float(pooled_sample_stderr(errors, sizes) if weight_by_size else unweighted_mean_stderr(errors))
+        found[key] = [float(aggregate_subtask_metrics(list(means), sizes, weight_by_size)), error]
     return found
 
 
 def _record(entry: Entry, task: str, record: dict[str, Any], metric: str) -> dict[str, Any]:
-    """A record with its `id` within the entry and the `score` that its value is made of."""
+    """A record with its `id` within the entry, its task in a group, and the `score` that its value is made of."""
     measured = record["metrics"]
     named: dict[str, Any] = {"id": f"{task}/{record['doc_id']}" if entry.is_group else str(record["doc_id"])}
     if entry.is_group:

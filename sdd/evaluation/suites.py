@@ -1,6 +1,9 @@
 """What the ready suites ask of lm-eval: its tasks by name, how many examples are shown, and which metric counts.
 
-`openllm_v1` is the OpenLLM Leaderboard v1 (Hugging Face, 2023-2024): its shots and its metric per task.
+`openllm_v1` is the OpenLLM Leaderboard v1 (Hugging Face, 2023-2024): its shots and its metric per task. Its MMLU is the
+plain mean over the 57 subjects, where lm-eval weights them by their size: the leaderboard's about page says "average of
+all the results acc", its maintainers say the same (discussion 185 of open-llm-leaderboard/open_llm_leaderboard, August
+2023), and its front end took the mean of every accuracy named `hendrycksTest`.
 `sdmprune_zero_shot` is the zero-shot set of SDMPrune (arXiv 2506.11120), length-normalised accuracy where a task has
 it; CrowS-Pairs measures bias, lower is better, and so stands beside the average. `lm_eval` is any task by name.
 Pure data; knows nothing of where rows come from or how tasks run.
@@ -13,11 +16,14 @@ from sdd.errors import UserError
 
 @dataclass(frozen=True)
 class Asked:
-    """One task or group of lm-eval. `shots` None: as defined there; `metric` None: see `benchmark.chosen_metric`."""
+    """One task or group of lm-eval. `shots` and `weight_by_size` None: as defined there; `metric` None: see
+    `benchmark.chosen_metric`. `weight_by_size` says what a group's mean over its tasks is weighted by, if anything.
+    """
 
     task: str
     shots: int | None = None
     metric: str | None = None
+    weight_by_size: bool | None = None
 
 
 ANY = "lm_eval"
@@ -26,7 +32,7 @@ SUITES = {
         Asked("arc_challenge", 25, "acc_norm,none"),
         Asked("hellaswag", 10, "acc_norm,none"),
         Asked("truthfulqa_mc2", 0, "acc,none"),
-        Asked("mmlu", 5, "acc,none"),
+        Asked("mmlu", 5, "acc,none", weight_by_size=False),
         Asked("winogrande", 5, "acc,none"),
         Asked("gsm8k", 5, "exact_match,strict-match"),
     ),

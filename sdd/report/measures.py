@@ -37,9 +37,14 @@ class Comparison:
 
 
 def read_scores(run: Run, task: str) -> dict[str, float]:
-    """Score per item id of one task."""
+    """Score per item id of one task, so that their mean is the task's value.
+
+    In a group that is the plain mean over its tasks, an item's score is scaled by what its task is smaller than the
+    others.
+    """
     path = run.path / "samples" / f"{task}.jsonl"
     scores: dict[str, float] = {}
+    parts: dict[str, list[str]] = {}
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -48,10 +53,13 @@ def read_scores(run: Run, task: str) -> dict[str, float]:
                     if str(row["id"]) in scores:
                         raise UserError(f"{path} has item {row['id']} twice; build its artifact again")
                     scores[str(row["id"])] = float(row["score"])
+                    parts.setdefault(row.get("task", task), []).append(str(row["id"]))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = "is missing" if isinstance(error, OSError) else "has a broken row"
         raise UserError(f"{path} {reason}; build its artifact again") from error
-    return scores
+    if run.results["tasks"][task].get("weight_by_size", True):
+        return scores
+    return {id: scores[id] * len(scores) / len(parts) / len(ids) for ids in parts.values() for id in ids}
 
 
 def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:

@@ -361,6 +361,21 @@ def test_samples_that_disagree_with_the_results_are_noted(artifacts, tmp_path):
     assert "add is 0.75 in results.json, 0.5 in samples" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_group_without_weights_is_the_mean_of_its_tasks(artifacts, tmp_path):
+    """8 of 8 items right in one task and 8 of 32 in the other: 62.5% by task, 40% by item."""
+    path = artifacts.evaluated(None, scores(mmlu=[1] * 16 + [0] * 24))
+    rows = [json.loads(line) for line in (path / "samples" / "mmlu.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"task": "small" if number < 8 else "large"}) for number, row in enumerate(rows)]
+    (path / "samples" / "mmlu.jsonl").write_text("\n".join(lines) + "\n")
+    results = json.loads((path / "results.json").read_text())
+    for weighted, value in ((True, 0.4), (False, 0.625)):
+        results["tasks"]["mmlu"] |= {"value": value, "weight_by_size": weighted}
+        (path / "results.json").write_text(json.dumps(results))
+        found, _ = report(artifacts, tmp_path / str(weighted))
+        assert found["teacher"]["tasks"]["mmlu"]["mean"] == pytest.approx(value)
+        assert "in results.json" not in (tmp_path / str(weighted) / "table.md").read_text()
+
+
 def test_an_artifact_without_its_inputs_is_left_out_and_noted(study, tmp_path):
     gone = study.put("evaluated", {"tasks": {}, "split": "test"}, {"model": "f" * 20}, **{"results.json": {}})
     rows, _ = report(study, tmp_path / "out")

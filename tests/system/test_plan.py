@@ -4,8 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from launching import REPOSITORY, run, subprocess_run
 from test_scripts import HEAVY, RUN_AND_LIST
+
+from sdd.app import config_folder
+from sdd.estimates import Estimate, Training
+from sdd.plan import Counts
+from sdd.recipes import Recipes
 
 UNFETCHED = "model=smollm2_135m_instruct"
 
@@ -47,3 +55,102 @@ def test_sweep_counts_what_jobs_share_once(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.stderr
     assert len(outcome.lines) == 4
     assert "the whole sweep: 3 artifacts to build" in outcome.stderr
+
+
+# ---- the counts behind the estimates -----------------------------------------------------------------------------
+
+CELL = ["experiment=paper/cell", "metric=last", "dry_run=true"]
+LORA_BLOCK = 1_310_720
+"""Weights of LoRA of rank 16 on the seven linear layers of a block of Llama 3.1 8B."""
+
+
+def counts(tmp_path: Path, *overrides: str) -> tuple[Counts, Recipes]:
+    """Of one cell of the paper's table: Llama 3.1 8B without its last 6 of 32 blocks."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("config", [*CELL, *overrides])
+    GlobalHydra.instance().clear()
+    recipes = Recipes(config, tmp_path)
+    return Counts(recipes), recipes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Training(26 * LORA_BLOCK, 26)),
+        (["adapter.rank=4", "adapter.targets=[q_proj,v_proj]"], Training(26 * 4 * (8192 + 5120), 26)),
+        (["adapter=lora_last"], Training(4 * LORA_BLOCK, 4)),
+        (["adapter=lora_beside_cut"], Training(2 * LORA_BLOCK, 26)),
+        (["adapter=lora_beside_cut", "pruning.start=20"], Training(2 * LORA_BLOCK, 7)),
+        (["adapter=lora_beside_cut", "pruning.start=26"], Training(LORA_BLOCK, 1)),
+        (["adapter=lora_beside_cut", "pruning.blocks=[8,20]"], Training(4 * LORA_BLOCK, 23)),
+        (["adapter=qlora"], Training(26 * LORA_BLOCK, 26, four_bit=True)),
+        (["adapter=head_and_norms"], Training(525_553_664)),
+        (["adapter=full"], Training(6_721_589_248, whole=True)),
+        (["trainer.gradient_checkpointing=true"], Training(26 * LORA_BLOCK, 26, recomputed=True)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_adapter_is_counted_as_what_it_trains(overrides: list[str], expected: Training, tmp_path: Path) -> None:
+    assert counts(tmp_path, *overrides)[0].training == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "prompt", "answer"),
+    [
+        ([], 7400, 235, 287),
+        (["dataset.num_rows=null"], 7473, 235, 287),
+        (["dataset=openmathinstruct2", "dataset.num_rows=20000"], 20000, 258, 1112),
+        (
+            [
+                *("dataset=mixture", "dataset.num_rows=20000", "dataset.parts.dolly.weight=3"),
+            ],
+            20000,
+            (235 + 3 * 425) / 4,
+            (287 + 3 * 358) / 4,
+        ),
+    ],
+    ids=["sample", "whole", "streamed", "mixture"],
+)
+def test_rows_on_the_hub_are_counted_by_what_is_typical_of_them(
+    overrides: list[str], rows: int, prompt: float, answer: float, tmp_path: Path
+) -> None:
+    """Though a sample of them is asked for, whose rows only the hub knows."""
+    found, _ = counts(tmp_path, *overrides)
+    assert (found.rows, found.prompt, found.answer) == (rows, prompt / 4 + 30, answer / 4)
+
+
+def evaluated(tmp_path: Path, *overrides: str) -> Estimate:
+    found, recipes = counts(tmp_path, *overrides)
+    return found.estimate(recipes.evaluated())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "items"),
+    [
+        ([], 1172 + 10042 + 817 + 14042 + 1267 + 1319),
+        (["evaluation.limit=2"], 5 * 2 + 57 * 2),
+        (["evaluation.limit=100"], 5 * 100 + 57 * 100),
+        (["evaluation.tasks=[mmlu,gsm8k]", "evaluation.limit=10"], 570 + 10),
+        (["evaluation=lm_eval", "evaluation.tasks=[mmlu]", "evaluation.limit=10"], 570),
+        (["evaluation=lm_eval", "evaluation.tasks=[ai2_arc]"], 1172 + 2376),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_limit_holds_for_every_task_of_a_group(overrides: list[str], items: int, tmp_path: Path) -> None:
+    assert evaluated(tmp_path, *overrides).disk == 2e3 * items
+
+
+def test_examples_shown_are_in_every_request(tmp_path: Path) -> None:
+    """By name alone lm-eval shows none of MMLU's five."""
+    ready = evaluated(tmp_path, "evaluation.tasks=[mmlu]")
+    named = ["evaluation=lm_eval", "evaluation.tasks=[mmlu]"]
+    assert evaluated(tmp_path, *named, "evaluation.num_fewshot=5") == ready
+    assert evaluated(tmp_path, *named).seconds < 0.5 * ready.seconds
+
+
+def test_a_student_trained_whole_is_not_opened_in_32_bits(tmp_path: Path) -> None:
+    """LoRA is merged in float32; a whole checkpoint is opened in bfloat16, 13.4 GB, beside what evaluation needs."""
+    lora, whole = (evaluated(tmp_path, f"adapter={name}", "evaluation.tasks=[winogrande]") for name in ("lora", "full"))
+    assert lora.memory == 4 * 6_721_589_248
+    assert whole.memory < 16e9

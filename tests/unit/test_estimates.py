@@ -4,7 +4,8 @@ import pytest
 
 from sdd import estimates
 from sdd.errors import UserError
-from sdd.estimates import DEVICES, Device, Shape, Task, Work, shape_of
+from sdd.estimates import DEVICES, TASKS, Device, Shape, Task, Training, Work, shape_of
+from sdd.evaluation.suites import SUITES
 
 SMALL = Shape(hidden=8, intermediate=20, blocks=3, heads=2, groups=1, head_dim=4, vocabulary=50, tied=True)
 MACHINE = Device("a machine", {4: 1e6, 2: 2e6}, bandwidth=1e5, disk=1e4, block_seconds=0.01, start_seconds=2.0)
@@ -59,11 +60,59 @@ def test_a_generated_token_costs_whatever_is_slowest() -> None:
 
 def test_training_by_hand() -> None:
     """20 rows of 4 tokens, 16 tokens a pass: 5 passes; 16 bytes of Adam, gradient and value a trained weight."""
-    one = estimates.tuned(WORK, trained=100, rows=20, length=4, batch=10, micro_batch_tokens=16)
+    one = estimates.tuned(WORK, Training(100), rows=20, length=4, batch=10, micro_batch_tokens=16)
     assert one.seconds == pytest.approx(WORK.opening + 2.5 * WORK.passes(80, 4, 5))
     kept = 2 * 4 * (20 * 8 + 10 * 20)
     assert one.memory == pytest.approx(7136 + 1600 + 16 * kept + 2 * 16 * 50 * 2 * 4)
     assert one.disk == 400
+
+
+# The Llama 3.1 8B of the paper's table with 26 of its 32 blocks, in bfloat16; a pass of 4,096 tokens.
+CUT = Work(shape_of(LLAMA_8B), 26, 2, DEVICES["gpu"])
+BLOCK = 4096 * 2 * (20 * 4096 + 10 * 14336)  # activations that backward keeps of a block, bytes
+LOGITS = 2 * 4096 * 128256 * 2 * 2
+LORA_BLOCK = 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)  # rank 16 on seven layers: 1,310,720 weights
+
+
+def of_8b(training: Training) -> tuple[float, float, float]:
+    """(seconds in passes forward, bytes of memory, bytes on disk) of training on 8,000 rows of 256 tokens."""
+    one = estimates.tuned(CUT, training, 8000, 256, 32, 4096)
+    return (one.seconds - CUT.opening) / CUT.passes(8000 * 256, 256, 500), one.memory, one.disk
+
+
+@pytest.mark.parametrize(
+    ("training", "passes", "memory", "disk"),
+    [
+        (Training(26 * LORA_BLOCK), 2.5, 13_443_178_496 + 18 * 34_078_720 + 26 * BLOCK, 136_314_880),
+        (Training(4 * LORA_BLOCK, reach=4), 1 + 1.5 * 4 / 26, 13_443_178_496 + 18 * 5_242_880 + 4 * BLOCK, 20_971_520),
+        (Training(2 * LORA_BLOCK, reach=26), 2.5, 13_443_178_496 + 18 * 2_621_440 + 26 * BLOCK, 10_485_760),
+        (Training(525_553_664), 2.5, 13_443_178_496 + 18 * 525_553_664 + 26 * BLOCK, 2_102_214_656),
+        (Training(6_721_589_248, whole=True), 3, 18 * 6_721_589_248 + 26 * BLOCK, 26_886_356_992),
+        # 5,670,699,008 weights of linear layers at 0.5 + 1/64 + 1/4096 bytes, 1,050,890,240 others at 2
+        (Training(26 * LORA_BLOCK, four_bit=True), 2.5, 5_027_119_054 + 18 * 34_078_720 + 26 * BLOCK, 136_314_880),
+        (
+            Training(26 * LORA_BLOCK, recomputed=True),
+            3.5,
+            13_443_178_496 + 18 * 34_078_720 + BLOCK + 26 * 4096 * 2 * 4096,
+            136_314_880,
+        ),
+    ],
+    ids=["lora", "last", "beside the cut", "head and norms", "full", "nf4", "recomputed"],
+)
+def test_adapters_of_an_8b_model_by_hand(training: Training, passes: float, memory: float, disk: float) -> None:
+    found = of_8b(training)
+    assert found == pytest.approx((passes, memory + LOGITS, disk), rel=1e-6)
+
+
+def test_an_8b_model_in_32_bits_is_trained_whole_in_16_bytes_a_weight() -> None:
+    work = Work(shape_of(LLAMA_8B), 26, 4, DEVICES["gpu"])
+    one = estimates.tuned(work, Training(6_721_589_248, whole=True), 8000, 256, 32, 4096)
+    assert one.memory == pytest.approx(16 * 6_721_589_248 + 2 * 26 * BLOCK + 2 * LOGITS, rel=1e-6)
+
+
+def test_head_and_norms_by_hand() -> None:
+    assert estimates.head_and_norms_parameters(shape_of(LLAMA_8B), 26) == 525_336_576 + 53 * 4096 == 525_553_664
+    assert estimates.head_and_norms_parameters(SMALL, 3) == 400 + 7 * 8
 
 
 @pytest.mark.parametrize(
@@ -89,11 +138,26 @@ def test_evaluation_adds_up_its_tasks() -> None:
     assert both.seconds == pytest.approx(WORK.opening + WORK.passes(240, 6, 40 / 3) + spent)
 
 
-def test_leaderboard_requests_carry_their_shots() -> None:
-    arc, hellaswag = estimates.tasks_of("openllm_v1", None)[:2]
+def test_requests_carry_their_shots() -> None:
+    arc, hellaswag = estimates.tasks_of({"arc_challenge": (1, 25), "hellaswag": (1, 10)})
     assert (arc.tokens, hellaswag.tokens) == (45 * 26, 90 * 11)
-    assert estimates.tasks_of("sdmprune_zero_shot", ["arc_challenge"])[0].tokens == 45
-    assert estimates.tasks_of("tiny", ["fact"])[0].new > 0
+    assert estimates.tasks_of({"arc_challenge": (1, 0)})[0].tokens == 45
+
+
+def test_a_limit_is_one_of_each_of_mmlus_subjects() -> None:
+    (mmlu,) = estimates.tasks_of({"mmlu": (57, 5)})
+    assert (mmlu.items, mmlu.parts, mmlu.tokens) == (14042, 57, 115 * 6)
+    assert [mmlu.limited(limit) for limit in (None, 2, 100, 5000)] == [14042, 114, 5700, 14042]
+    assert TASKS["gsm8k"].limited(100) == 100
+    one = estimates.evaluated(WORK, [mmlu], 2, batch=8)
+    assert one.disk == 2e3 * 114
+    assert one.seconds == pytest.approx(WORK.opening + WORK.passes(114 * 690, 690, 114 / 8))
+
+
+def test_a_group_not_known_here_counts_its_tasks() -> None:
+    stem, other = estimates.tasks_of({"mmlu_stem": (19, 0), "something": (1, 0)})
+    assert (stem.items, stem.limited(10)) == (19 * 250, 190)
+    assert (other.items, other.limited(10)) == (1000, 10)
 
 
 def test_an_8b_model_needs_what_is_known_of_it() -> None:
@@ -101,5 +165,6 @@ def test_an_8b_model_needs_what_is_known_of_it() -> None:
     gpu = Work(shape_of(LLAMA_8B), 32, 2, DEVICES["gpu"])
     assert gpu.weights == pytest.approx(16.06e9, rel=1e-3)
     assert 17e9 < estimates.scores(gpu, 256, 1024, 16).memory < 25e9
-    assert 40e9 < estimates.tuned(gpu, 42_000_000, 8000, 300, 32, 4096).memory < 90e9
-    assert 1200 < estimates.evaluated(gpu, estimates.tasks_of("openllm_v1", None), None, 8).seconds < 11_000
+    assert 40e9 < estimates.tuned(gpu, Training(42_000_000), 8000, 300, 32, 4096).memory < 90e9
+    shown = {each.task: (1, each.shots or 0) for each in SUITES["openllm_v1"]}
+    assert 1200 < estimates.evaluated(gpu, estimates.tasks_of(shown), None, 8).seconds < 11_000

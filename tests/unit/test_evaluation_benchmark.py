@@ -13,6 +13,7 @@ from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome, chosen_metric
 from sdd.evaluation.definitions import find, packaged
 from sdd.evaluation.suites import REVISIONS, SUITES, asked
+from sdd.store import digest_of
 
 ARC = {
     "id": "a",
@@ -280,21 +281,41 @@ def outcome(scores: list[float]) -> Outcome:
     return Outcome({"acc,none": [mean, error]}, ["acc,none"], records)
 
 
-def test_a_group_is_weighted_by_size_with_the_plain_mean_beside() -> None:
+BY_SIZE = {"value": 113 / 116, "stderr": math.sqrt(3 * 0.25 / (116 - 57)) / math.sqrt(116)}  # of a pooled variance
+PLAIN = {"value": 56.25 / 57, "stderr": 0.25 / 57}
+
+
+@pytest.mark.parametrize(
+    ("suite", "expected", "other", "beside"),
+    [("openllm_v1", PLAIN, "size_weighted", BY_SIZE), ("lm_eval", BY_SIZE, "unweighted", PLAIN)],
+)
+def test_mmlu_is_the_leaderboards_plain_mean_or_lm_evals_by_size(
+    suite: str, expected: dict[str, float], other: str, beside: dict[str, float]
+) -> None:
     """One subject with 1 of 4 right and 56 with 2 of 2: 113 of 116, where the mean over subjects is 56.25 of 57."""
-    benchmark = Benchmark("openllm_v1", ["mmlu"], None)
+    benchmark = Benchmark(suite, ["mmlu"], None)
     outcomes = {task.name: outcome([1.0, 1.0]) for task in benchmark.tasks}
     outcomes["mmlu_anatomy"] = outcome([1.0, 0.0, 0.0, 0.0])
-    counted, beside, records = benchmark.results(outcomes)
+    counted, apart, records = benchmark.results(outcomes)
     found = counted["mmlu"]
-    assert beside == {}
-    assert (found["metric"], found["n"], found["num_fewshot"]) == ("acc", 116, 5)
-    assert found["value"] == pytest.approx(113 / 116)
-    assert found["unweighted"] == pytest.approx(56.25 / 57)
-    assert found["stderr"] == pytest.approx(math.sqrt(3 * 0.25 / (116 - 57)) / math.sqrt(116)), "pooled variance"
+    assert apart == {}
+    assert (found["metric"], found["n"], found["num_fewshot"]) == ("acc", 116, 5 if suite == "openllm_v1" else 0)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert found[other] == pytest.approx(beside)
+    assert found["weight_by_size"] == (suite == "lm_eval")
     assert found["subtasks"]["mmlu_anatomy"] == {"value": 0.25, "stderr": pytest.approx(0.25), "n": 4}
-    assert sum(record["score"] for record in records["mmlu"]) / 116 == pytest.approx(found["value"])
+    assert sum(record["score"] for record in records["mmlu"]) == 113
     assert len({record["id"] for record in records["mmlu"]}) == 116
+    assert {record["task"] for record in records["mmlu"]} == set(outcomes)
+
+
+def test_how_a_group_is_weighted_is_in_its_digest_only_where_it_is_not_lm_evals_way() -> None:
+    ours, theirs = (
+        Benchmark(suite, ["mmlu"], 5 if suite == "lm_eval" else None) for suite in ("openllm_v1", "lm_eval")
+    )
+    tasks = {task.name: [task.digest(), 5] for task in theirs.tasks}
+    assert theirs.digests() == {"mmlu": digest_of({"tasks": tasks, "metric": None})}
+    assert ours.digests() == {"mmlu": digest_of({"tasks": tasks, "metric": "acc,none", "weight_by_size": False})}
 
 
 def test_strict_counts_and_flexible_stands_beside_it() -> None:
