@@ -93,19 +93,24 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], **values: Any) -> 
     return text
 
 
-def chat_messages(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[dict[str, str]]:
-    """The turns before the answer. A system prompt that the template refuses or drops goes before the task's words."""
+def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages, a first one by `system` before the words of the first task if the template refuses or drops it."""
     from jinja2 import TemplateError
 
-    messages = _messages(prompt, system_prompt)
-    if system_prompt:
-        try:
-            if system_prompt.strip() in _rendered(tokenizer, messages, add_generation_prompt=True):
-                return messages
-        except TemplateError:
-            pass
-        return _messages(f"{system_prompt}\n\n{prompt}", None)
-    return messages
+    if messages[0]["role"] != "system":
+        return messages
+    (system, first), rest = messages[:2], messages[2:]
+    try:
+        if system["content"].strip() in _rendered(tokenizer, messages, add_generation_prompt=True):
+            return messages
+    except TemplateError:
+        pass
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def chat_messages(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+    """The turns before the answer. A system prompt that the template refuses or drops goes before the task's words."""
+    return accepted(tokenizer, _messages(prompt, system_prompt))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -153,6 +158,21 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     return [*_ids(tokenizer, answer), end_of_turn(tokenizer)]
 
 
+def _written(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> str:
+    """What the template makes of an answer, up to what ends its turn.
+
+    Some templates render a chat without its answer otherwise than the same chat with it (Mistral's puts the system
+    prompt into the task only while that comes last); the task alone then tells. The answer as it is where neither does.
+    """
+    closing, token = _ending(tokenizer)
+    for turns in (messages, messages[-1:]):
+        asked = _rendered(tokenizer, turns, add_generation_prompt=True)
+        whole = _rendered(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+        if whole.startswith(asked) and token in whole[len(asked) :]:
+            return whole[len(asked) :].rsplit(closing, 1)[0]
+    return answer
+
+
 def training_ids(tokenizer: Any, prompt: str, target: str, system_prompt: str | None = None) -> tuple[list[int], int]:
     """(token ids of the chat with the target as its answer, length of the prompt); the rest is the target.
 
@@ -163,12 +183,8 @@ def training_ids(tokenizer: Any, prompt: str, target: str, system_prompt: str | 
     messages = chat_messages(tokenizer, prompt, system_prompt)
     asked = _rendered(tokenizer, messages, add_generation_prompt=True)
     prompt_ids = _ids(tokenizer, asked)
-    closing, token = _ending(tokenizer)
-    whole = _rendered(tokenizer, [*messages, {"role": "assistant", "content": target}])
-    written = target
-    if whole.startswith(asked) and token in whole[len(asked) :]:
-        written = whole[len(asked) :].rsplit(closing, 1)[0]
-    ids = _ids(tokenizer, asked + written + closing)
+    answered = _written(tokenizer, messages, target) + _ending(tokenizer)[0]
+    ids = _ids(tokenizer, asked + answered)
     if ids[: len(prompt_ids)] != prompt_ids:
-        ids = prompt_ids + _ids(tokenizer, written + closing)
+        ids = prompt_ids + _ids(tokenizer, answered)
     return ids, len(prompt_ids)

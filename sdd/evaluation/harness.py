@@ -17,7 +17,7 @@ from sdd.answers import equal, extract
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
 from sdd.evaluation.tiny import Item, Task
-from sdd.prompts import TEMPLATE_VALUES, end_of_turn
+from sdd.prompts import TEMPLATE_VALUES, accepted, end_of_turn
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,19 @@ class Harness:
     ) -> None:
         from lm_eval.models.huggingface import HFLM
 
+        class ChatModel(HFLM):
+            def apply_chat_template(
+                self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+            ) -> str:
+                """As in training; lm-eval drops a system prompt that the template refuses."""
+                turns = accepted(self.tokenizer, chat_history)
+                text: str = super().apply_chat_template(turns, add_generation_prompt)
+                return text
+
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.system_prompt, self.chat_template = system_prompt, chat_template
-        self.language_model = HFLM(
+        self.language_model = ChatModel(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=TEMPLATE_VALUES
         )
 

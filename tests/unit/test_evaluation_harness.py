@@ -187,6 +187,15 @@ def test_a_system_prompt_reaches_the_model(model: Any, tokenizer: Any, tasks: di
     assert record["log_likelihood"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_system_prompt_that_the_template_refuses_reaches_the_model_too(
+    model: Any, tokenizer: Any, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the task's words, as in training; lm-eval alone drops it."""
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + tokenizer.chat_template)
+    test_a_system_prompt_reaches_the_model(model, tokenizer, tasks)
+
+
 @pytest.mark.parametrize("prompt", ["Braces {{ 7 * 7 }} and {% raw %}", "Two lines\nand a last one\n", "  spaced  "])
 def test_prompts_reach_the_model_letter_by_letter(prompt: str, harness: Harness, model: Any, tokenizer: Any) -> None:
     (record,) = harness.run(Task("odd", "likelihood", (Item("a", prompt, "7", gold="It is {{ 7 }}.\nSo 7 "),)))

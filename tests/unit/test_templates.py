@@ -1,7 +1,7 @@
 """Chats under the templates of real models' families: what is trained on, what ends a turn, and what pads.
 
-The templates are written for these tests in the format of each family; the tokenizers are small ones of the same kind
-(byte-level or sentencepiece-like) with the family's special tokens.
+The templates are written for these tests in the format of each family, with what is peculiar to its published one; the
+tokenizers are small ones of the same kind (byte-level or sentencepiece-like) with the family's special tokens.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,15 @@ import pytest
 
 from sdd.errors import UserError
 from sdd.module import TrainingRow, padded
-from sdd.prompts import PLAIN_TEMPLATE, chat_prompt_ids, end_of_turn, prepare_tokenizer, stop_ids, training_ids
+from sdd.prompts import (
+    PLAIN_TEMPLATE,
+    accepted,
+    chat_prompt_ids,
+    end_of_turn,
+    prepare_tokenizer,
+    stop_ids,
+    training_ids,
+)
 
 TEXTS = ["What is 2 + 2?", "It is four.\nThe answer is 4.", "Be brief.", "user model assistant system 26 Jul 2024"]
 
@@ -42,23 +50,48 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+MISTRAL_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+"""Puts the system prompt into the task only while that is the last turn: with its answer, a chat begins otherwise."""
 QWEN25 = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN3 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% set ns = namespace(asked=0) %}"
+    "{% for m in messages if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% set thought = '' %}{% set said = m.content %}{% if '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "{% if loop.index0 > ns.asked %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ said.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+"""Takes an answer's train of thought apart from it, shows that of the last one, and writes an empty one if told to."""
 GEMMA2 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{% set first = '' %}{% set rest = messages %}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}{% endif %}"
+    "{% for m in rest %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') }}"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 PHI3 = (
@@ -72,11 +105,17 @@ OLMO2 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 SMOL3 = (
-    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\n' }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
-    "{% for m in messages %}{% if m['role'] != 'system' %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% set mode = '/think' if enable_thinking is not defined or enable_thinking else '/no_think' %}"
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% if '/no_think' in system %}{% set mode = '/no_think' %}{% endif %}"
+    "{% set system = system.replace('/no_think', '').replace('/think', '').rstrip() %}{% endif %}"
+    "{% set empty = '' if mode == '/think' else '<think>\n\n</think>\n' %}"
+    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\nMode: ' + mode + '\n' }}"
+    "{{ (system if system else 'Think.' if mode == '/think' else 'Be helpful.') + '<|im_end|>\n' }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + empty + m['content'].lstrip('\n') + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% elif m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + empty }}{% endif %}"
 )
 SILENT = (
     "{{ bos_token }}{% for m in messages if m['role'] != 'system' %}"
@@ -108,6 +147,7 @@ HEADER = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday D
 L3USER = f"<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{Q}<|eot_id|>"
 L3ASKED = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 IM = f"<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"
+SMOL_HEADER = "<|im_start|>system\nToday: 26 July 2024\nMode: /no_think\n"
 FAMILIES = {
     "llama 3": Family(
         LLAMA3,
@@ -135,6 +175,17 @@ FAMILIES = {
     ),
     "mistral": Family(
         MISTRAL,
+        ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
+        "<s>",
+        "</s>",
+        f"<s>[INST] {Q}[/INST]",
+        f"<s>[INST] {S}\n\n{Q}[/INST]",
+        f" {A}</s>",
+        "<unk>",
+        pieces=True,
+    ),
+    "mistral, with a system prompt": Family(
+        MISTRAL_SYSTEM,
         ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
         "<s>",
         "</s>",
@@ -178,6 +229,17 @@ FAMILIES = {
         "<pad>",
         shipped_pad="<pad>",
     ),
+    "gemma 3": Family(
+        GEMMA3,
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+        "<eos>",
+        f"<bos><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n",
+        f"<bos><start_of_turn>user\n{S}\n\n{Q}<end_of_turn>\n<start_of_turn>model\n",
+        f"{A}<end_of_turn>",
+        "<pad>",
+        shipped_pad="<pad>",
+    ),
     "phi 3": Family(
         PHI3,
         ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
@@ -206,8 +268,8 @@ FAMILIES = {
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         None,
         "<|im_end|>",
-        "<|im_start|>system\nToday: 26 July 2024\n" + IM,
-        f"<|im_start|>system\nToday: 26 July 2024\n{S}" + IM,
+        SMOL_HEADER + "Be helpful." + IM + "<think>\n\n</think>\n",
+        SMOL_HEADER + S + IM + "<think>\n\n</think>\n",
         f"{A}<|im_end|>",
         "<|endoftext|>",
         adds_bos=False,
@@ -380,6 +442,32 @@ def test_an_answer_with_white_space_around_it_is_trained_as_the_template_writes_
     assert said(trimming, ids[length:]) == f"{A}<end_of_turn>"
     ids, length = training_ids(exact, Q, f"\n {A} \n")
     assert said(exact, ids[length:]) == f"\n {A} \n<|im_end|>"
+
+
+def test_a_train_of_thought_in_an_answer_is_trained_as_it_stands(made: Callable[[Family], Any]) -> None:
+    """The template would put it where the prompt has an empty one: that would not be the prompt of generation."""
+    tokenizer = prepare_tokenizer(made(FAMILIES["qwen 3"]))
+    thought = f"<think>\nTwo and two.\n</think>\n\n{A}"
+    ids, length = training_ids(tokenizer, Q, thought)
+    assert ids[:length] == chat_prompt_ids(tokenizer, Q)
+    assert said(tokenizer, ids[length:]) == f"{thought}<|im_end|>"
+    ids, length = training_ids(tokenizer, Q, f"\n\n{A}")
+    assert said(tokenizer, ids[length:]) == f"{A}<|im_end|>"
+
+
+def test_a_system_prompt_that_the_template_changes_goes_before_the_task(made: Callable[[Family], Any]) -> None:
+    tokenizer = prepare_tokenizer(made(FAMILIES["smollm 3"]))
+    expected = SMOL_HEADER + "Be helpful." + IM.replace(Q, f"{S} /think now.\n\n{Q}") + "<think>\n\n</think>\n"
+    assert said(tokenizer, chat_prompt_ids(tokenizer, Q, f"{S} /think now.")) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "mistral", "drops the system prompt"])
+def test_examples_of_an_evaluation_keep_a_refused_system_prompt(name: str, made: Callable[[Family], Any]) -> None:
+    tokenizer = prepare_tokenizer(made(FAMILIES[name]))
+    turns = [("system", S), ("user", "One?"), ("assistant", "1"), ("user", Q)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert accepted(tokenizer, messages) == [{"role": "user", "content": f"{S}\n\nOne?"}, *messages[2:]]
+    assert accepted(tokenizer, messages[1:]) == messages[1:]
 
 
 def test_a_template_of_its_own_is_kept_and_a_plain_one_added(made: Callable[[Family], Any]) -> None:
