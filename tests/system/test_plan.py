@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from launching import REPOSITORY, run, subprocess_run
@@ -154,3 +155,31 @@ def test_a_student_trained_whole_is_not_opened_in_32_bits(tmp_path: Path) -> Non
     lora, whole = (evaluated(tmp_path, f"adapter={name}", "evaluation.tasks=[winogrande]") for name in ("lora", "full"))
     assert lora.memory == 4 * 6_721_589_248
     assert whole.memory < 16e9
+
+
+STUDIES = config_folder() / "experiment" / "paper"
+
+
+def test_header_of_the_papers_cell_states_what_its_dry_run_does(tmp_path: Path) -> None:
+    """But for the calibration, under a minute of it."""
+    header = " ".join(line.lstrip("# ") for line in (STUDIES / "cell.yaml").read_text().splitlines())
+    stated = re.search(r"not measured\): (\S+) GPU hours, (\S+) GB of GPU memory, (\S+) GB of disk", header)
+    assert stated
+    found, recipes = counts(tmp_path)
+    estimates = [found.estimate(recipe) for recipe in recipes.evaluated().walk()]
+    hours = sum(one.seconds for one in estimates) / 3600
+    memory, disk = max(one.memory for one in estimates) / 1e9, sum(one.disk for one in estimates) / 1e9
+    assert [float(number) for number in stated.groups()] == pytest.approx([hours, memory, disk], rel=0.05)
+
+
+def test_every_dataset_and_model_of_the_main_table_is_planned_without_the_hub(tmp_path: Path) -> None:
+    """Each at its longest way; their sizes differ, so that the estimates do."""
+    swept = yaml.safe_load((STUDIES / "main_table.yaml").read_text())["hydra"]["sweeper"]["params"]
+    hours = []
+    for key, other in (("dataset", "model"), ("model", "dataset")):
+        for option in swept[key].split(","):
+            found, recipes = counts(tmp_path, f"{key}={option}", f"{other}={swept[other].split(',')[0]}", "seed=1")
+            stages = {recipe.stage: found.estimate(recipe) for recipe in recipes.evaluated().walk()}
+            assert set(stages) == {"scores", "pruned", "rewrites", "targets", "tuned", "evaluated"}
+            hours.append(sum(one.seconds for one in stages.values()))
+    assert len(set(hours)) == len(hours) - 1, "one cell is there twice"

@@ -143,12 +143,28 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize("killed_at", [3, 5])
+@pytest.mark.parametrize(
+    ("killed_at", "quantisation", "recompute"),
+    [(3, None, False), (5, None, False), (5, "nf4", False), (3, None, True), (3, "nf4", True)],
+)
 def test_a_resumed_run_is_bit_exact(
-    killed_at: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed_at: int,
+    quantisation: str | None,
+    recompute: bool,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed between two checkpoints: steps are taken again, with dropout, momenta and rate as they were."""
-    whole = tune(tmp_path / "whole", inputs, recipe(dropout=0.2))
+    """Killed between two checkpoints: steps are taken again, with dropout, momenta and rate as they were.
+
+    The base in 4 bits is made again from the checkpoint, and recomputed blocks draw their dropout again.
+    """
+    if quantisation:
+        pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=recompute)
+    asked = recipe(dropout=0.2)
+    asked = dataclasses.replace(asked, spec=asked.spec | {"base_quantisation": quantisation})
+    whole = tune(tmp_path / "whole", inputs, asked, runtime)
     taken: list[int] = []
     record = StudentModule._record
 
@@ -161,9 +177,9 @@ def test_a_resumed_run_is_bit_exact(
 
     monkeypatch.setattr(StudentModule, "_record", dying)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        tune(tmp_path / "broken", inputs, recipe(dropout=0.2))
+        tune(tmp_path / "broken", inputs, asked, runtime)
     assert not (tmp_path / "broken" / "adapter").exists()
-    resumed = tune(tmp_path / "broken", inputs, recipe(dropout=0.2))
+    resumed = tune(tmp_path / "broken", inputs, asked, runtime)
     assert taken == [*range(1, killed_at + 1), *range(killed_at, STEPS + 1)], "it did not go on from its checkpoint"
     assert same(resumed, whole)
     histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
