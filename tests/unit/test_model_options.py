@@ -65,9 +65,10 @@ def test_header_says_where_it_comes_from_and_what_it_needs(name: str) -> None:
     assert HUB_ID.fullmatch(node["path"])
     assert header[0].endswith(f"https://huggingface.co/{node['path']}")
     assert re.match(r"Licence: .+\. (Gated|Not gated|If the page asks)", header[1])
-    assert header[2].startswith("Template: ")
+    assert re.fullmatch(rf"Template: the tokenizer's own.*\. Loaded in {node['dtype']}\.", header[2])
+    assert header[3].startswith(f"Revision `{node['revision'][:7]}`")
     wanted = requirements(shape_of(node["shape"]))
-    assert header[3 : 3 + len(wanted)] == wanted
+    assert header[4 : 4 + len(wanted)] == wanted
     assert node["revision"] == "main" or re.fullmatch("[0-9a-f]{40}", node["revision"])
 
 
