@@ -116,7 +116,7 @@ def explicit_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def cut_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """The config of the pruned model: fewer blocks, and all that is said of single blocks cut and renumbered alike."""
-    cut = dict(config)
+    cut = {key: value for key, value in config.items() if key != "auto_map"}  # the code it names stays behind
     for key, value in config.items():
         if _is_per_block(key, value, config["num_hidden_layers"]):
             cut[key] = [value[block] for block in kept]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sdd.answers import RULES
 from sdd.errors import UserError
@@ -283,7 +284,7 @@ def check_values(config: DictConfig) -> None:
     """Refuse values that are wrong on their own or together, whatever the model."""
     try:
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except Exception as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     _check_keys(config)
     for key, choices in CHOICES.items():

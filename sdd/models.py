@@ -60,7 +60,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(
             f"model.path={folder}: the weights are pickled ({pickled}), which can run code; convert them to safetensors"
         )
-    raise UserError(f"model.path={folder}: no safetensors weights")
+    raise UserError(
+        f"model.path={folder}: no safetensors weights; fetch it again, or choose a checkpoint that has them"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,7 +79,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"model.path={folder}: config.json is not a JSON object")
     if "auto_map" in config and config.get("model_type") not in NAMES_CODE:
-        raise UserError(f"model.path={folder}: needs remote code (auto_map in config.json), which is never run")
+        raise UserError(
+            f"model.path={folder}: needs remote code (auto_map in config.json), which is never run; choose a checkpoint "
+            "of an architecture that transformers knows"
+        )
     if "/" in str(config.get("attn_implementation", config.get("_attn_implementation"))):
         raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")
     if (folder / "adapter_config.json").is_file():
@@ -175,6 +180,7 @@ def save_model(model: Any, folder: Path, base: Path) -> None:
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()  # stock code refuses to write some that it has read
+    vars(model.config).pop("auto_map", None)  # names code that is not written
     model.save_pretrained(folder)
     for name in SIDE_FILES:
         (folder / name).unlink(missing_ok=True)

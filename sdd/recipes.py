@@ -66,6 +66,7 @@ class Recipes:
         self.digest_memory = digest_memory
         self.sources: dict[str, Path] = {}
         self.texts: dict[str, list[str]] = {}
+        self._task_files: dict[str, Path] | None = None
         check_pruning(config.pruning, self.num_blocks)
 
     # ---- models ------------------------------------------------------------------------------------------------
@@ -226,11 +227,14 @@ class Recipes:
         """
         stages = {recipe.stage for recipe in missing}
         if stages & {"rewrites", "targets"}:
-            num_examples = len(self._dataset.examples())
+            examples = self._dataset.examples()
             if "tuned" in stages:
-                self._check_rows(num_examples)
+                self._check_rows(len(examples))
+                self._check_lengths(examples)
         if "scores" in stages and "_calibration_spec" in self.__dict__:
             self.texts[self._calibration_spec["texts"]] = self._calibration.texts()
+        if "evaluated" in stages and stages != {"evaluated"} and self.config.evaluation.suite != "tiny":
+            self._benchmark.check(self._task_files)
 
     @property
     def _labels(self) -> dict[str, str]:
@@ -331,6 +335,24 @@ class Recipes:
                 f"{finetune.validation_rows} for validation; raise dataset.num_rows"
             )
 
+    def _check_lengths(self, examples: list[Example]) -> None:
+        """Refuse a limit that is below every row; of rows that wait for a rewrite, below every prompt."""
+        from sdd.prompts import training_ids
+
+        finetune, system_prompt = self.config.finetune, self.config.dataset.system_prompt
+        tokenizer = models.load_tokenizer(self.model_folder)
+        shortest = None
+        for example in examples:
+            target = {"sft": example.reference, "gold": example.gold}.get(finetune.mode) or ""
+            length = len(training_ids(tokenizer, example.prompt, target, system_prompt)[0])
+            if length <= finetune.max_length:
+                return
+            shortest = length if shortest is None else min(shortest, length)
+        raise UserError(
+            f"finetune.max_length={finetune.max_length} is shorter than every row of the dataset; the shortest has "
+            f"{shortest} tokens{' without its answer' if finetune.mode == 'self_distill' else ''}, raise it"
+        )
+
     def _check_adapter(self) -> None:
         adapter, pruning = self.config.adapter, self.config.pruning
         if adapter.method != "lora":
@@ -399,8 +421,15 @@ class Recipes:
         digests = {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()}
         return {"tasks": digests, "split": settings.split, "seed": settings.seed}
 
-    def _stock_tasks(self) -> dict[str, Any]:
+    @cached_property
+    def _benchmark(self) -> Any:
         from sdd.evaluation.benchmark import Benchmark
+
+        settings = self.config.evaluation
+        names = None if settings.tasks is None else list(settings.tasks)
+        return Benchmark(settings.suite, names, settings.num_fewshot)
+
+    def _stock_tasks(self) -> dict[str, Any]:
         from sdd.evaluation.suites import SUITES
 
         settings = self.config.evaluation
@@ -409,12 +438,11 @@ class Recipes:
         if settings.split is not None:
             what = f"evaluation.split={settings.split}"
             raise UserError(f"{what}, but lm-eval's tasks name their own split; set evaluation.split=null")
-        names = None if settings.tasks is None else list(settings.tasks)
-        benchmark = Benchmark(settings.suite, names, settings.num_fewshot)
-        data, files = benchmark.data(settings.data_dir, self.digest_memory)
+        data, files = self._benchmark.data(settings.data_dir, self.digest_memory)
         self.sources |= files
-        shown = {"asked": benchmark.names, "num_fewshot": settings.num_fewshot}
-        return {"tasks": benchmark.digests(), "data": data, **shown}
+        self._task_files = {name: files[digest] for name, digest in data["files"].items()} if files else None
+        shown = {"asked": self._benchmark.names, "num_fewshot": settings.num_fewshot}
+        return {"tasks": self._benchmark.digests(), "data": data, **shown}
 
     # ---- what a script asks for --------------------------------------------------------------------------------
 

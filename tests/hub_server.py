@@ -1,7 +1,9 @@
-"""A small Hugging Face hub on this machine: the few endpoints that fetching and pushing a model use, over real HTTP.
+"""A small Hugging Face hub on this machine: the few endpoints that fetching and pushing use, over real HTTP.
 
-Repositories are folders named `owner/name`. `gated/...` lists its files to everybody and hands out none; `down/...`
-answers with an error of the server. What is asked for, and what is pushed, is kept for the tests to look at.
+Models are folders named `owner/name`, datasets `datasets/owner/name`. `gated/...` lists its files to everybody and
+hands out none; `login/...` wants to know who asks before anything; `down/...` answers with an error of the server. What
+is asked for, and what is pushed, is kept for the tests to look at. The client reads where the hub and its cache are
+when it is imported, so that it runs in a process of its own.
 """
 
 import base64
@@ -13,7 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_a_test"
 
@@ -48,8 +50,30 @@ def serving(root: Path) -> Iterator[Hub]:
         thread.join()
 
 
+def settings(url: str, cache: Path) -> dict[str, str]:
+    """Environment variables of a process whose hub is at `url`."""
+    return {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
 def commit_of(repo: str) -> str:
     return hashlib.sha1(repo.encode()).hexdigest()
+
+
+def entry_of(path: Path, folder: Path) -> dict[str, Any]:
+    """What the hub's listings say of a file or folder."""
+    is_file = path.is_file()
+    return {
+        "type": "file" if is_file else "directory",
+        "path": str(path.relative_to(folder)),
+        "size": path.stat().st_size * is_file,
+        "oid": hashlib.sha1(path.read_bytes() if is_file else b"").hexdigest(),
+    }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -82,16 +106,19 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {path}")
         return path.strip("/").split("/")
 
-    def found(self, repo: str, revision: str) -> Path | None:
+    def found(self, kind: str, repo: str, revision: str) -> Path | None:
         """The repository's folder, or a refusal."""
+        folder = self.server.root / repo if kind == "models" else self.server.root / kind / repo
         if repo.startswith("down/"):
             self.refuse(503)
-        elif not (self.server.root / repo).is_dir():
+        elif repo.startswith("login/"):
+            self.refuse(401, "GatedRepo")
+        elif not folder.is_dir():
             self.refuse(401, "RepoNotFound")
         elif revision not in ("main", commit_of(repo)):
             self.refuse(404, "RevisionNotFound")
         else:
-            return self.server.root / repo
+            return folder
         return None
 
     def do_HEAD(self) -> None:
@@ -104,46 +131,69 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_json({"name": "somebody", "type": "user"})
             else:
                 self.refuse(401)
-            return
-        if parts[:2] == ["api", "models"]:
-            repo, what, revision = "/".join(parts[2:4]), parts[4], parts[5]
-            folder = self.found(repo, revision)
-            if folder is None:
-                return
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            if what == "revision":
-                names = [{"rfilename": str(path.relative_to(folder))} for path in files]
-                self.answer_json({"id": repo, "modelId": repo, "sha": commit_of(repo), "siblings": names})
-            else:
-                self.answer_json(
-                    [
-                        {
-                            "type": "file",
-                            "path": str(path.relative_to(folder)),
-                            "size": path.stat().st_size,
-                            "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
-                        }
-                        for path in files
-                    ]
-                )
-            return
-        repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-        folder = self.found(repo, revision)
+        elif parts[0] == "api":
+            self.describe(*parts[1:])
+        elif parts[0] == "datasets":
+            self.hand_out(*parts)
+        else:
+            self.hand_out("models", *parts)
+
+    def describe(self, kind: str, owner: str, name: str, what: str, revision: str, *below: str) -> None:
+        repo = f"{owner}/{name}"
+        folder = self.found(kind, repo, revision)
         if folder is None:
             return
+        if what == "revision":
+            names = [
+                {"rfilename": str(path.relative_to(folder))} for path in sorted(folder.rglob("*")) if path.is_file()
+            ]
+            self.answer_json({"id": repo, "modelId": repo, "sha": commit_of(repo), "siblings": names})
+            return
+        assert what == "tree", what
+        start = folder.joinpath(*below)
+        if start.is_dir():
+            found = start.rglob("*") if "recursive=true" in self.path.lower() else start.glob("*")
+            self.answer_json([entry_of(path, folder) for path in sorted(found)])
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def hand_out(self, kind: str, owner: str, name: str, resolve: str, revision: str, *below: str) -> None:
+        assert resolve == "resolve", self.path
+        repo = f"{owner}/{name}"
+        folder = self.found(kind, repo, revision)
+        if folder is None:
+            return
+        path = folder.joinpath(*below)
         if repo.startswith("gated/"):
             self.refuse(403, "GatedRepo")
-        elif not (folder / name).is_file():
+        elif not path.is_file():
             self.refuse(404, "EntryNotFound")
         else:
-            body = (folder / name).read_bytes()
-            tag = hashlib.sha1(body).hexdigest()
-            self.answer(200, body, ETag=f'"{tag}"', X_Repo_Commit=commit_of(repo), Accept_Ranges="bytes")
+            body = path.read_bytes()
+            tag = f'"{hashlib.sha1(body).hexdigest()}"'
+            common = {"ETag": tag, "X_Repo_Commit": commit_of(repo), "Accept_Ranges": "bytes"}
+            if asked := self.headers.get("Range"):
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                end = min(int(last) + 1 if last else len(body), len(body))
+                common["Content_Range"] = f"bytes {first}-{end - 1}/{len(body)}"
+                self.answer(206, body[int(first) : end], **common)
+            else:
+                self.answer(200, body, **common)
+
+    def describe_some(self, sent: bytes, kind: str, owner: str, name: str, revision: str) -> None:
+        """Entries of the paths that are asked for, as far as they are there."""
+        folder = self.found(kind, f"{owner}/{name}", revision)
+        if folder is not None:
+            asked = json.loads(sent)["paths"] if sent[:1] == b"{" else parse_qs(sent.decode())["paths"]
+            here = [folder / path for path in asked if path and (folder / path).exists()]
+            self.answer_json([entry_of(path, folder) for path in here])
 
     def do_POST(self) -> None:
         parts = self.parts()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.logged_in:
+        if len(parts) > 4 and parts[4] == "paths-info":
+            self.describe_some(body, *parts[1:4], parts[5])
+        elif not self.logged_in:
             self.refuse(401)
         elif parts == ["api", "repos", "create"]:
             asked = json.loads(body)

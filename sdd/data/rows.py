@@ -5,6 +5,7 @@ shared here.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from sdd.errors import UserError
 from sdd.store import digest_of
 
 
-class Rows:
+class Rows(ABC):
     """Rows of `path` (JSONL, JSONL.gz, Parquet, or a folder that holds one), else of the hub's repository.
 
     `num_rows` takes a seeded sample: prefixes of one permutation, so that a larger sample holds the smaller one. Of a
@@ -51,9 +52,9 @@ class Rows:
         """Columns that a file must have."""
         return self.columns
 
+    @abstractmethod
     def example(self, row: dict[str, Any], id: str, place: str) -> Example | None:
         """The row as an example; None for one that the dataset is better off without."""
-        raise NotImplementedError
 
     def _all(self) -> Iterator[Example]:
         """Every usable row, in the order of its source; ids must be unique."""

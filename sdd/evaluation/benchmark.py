@@ -143,6 +143,11 @@ class Benchmark:
         built.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return built
 
+    def check(self, files: Mapping[str, Path] | None) -> None:
+        """Fetch and read the rows of every task once, so that what is wrong with them is known before a model is."""
+        for task in self.tasks:
+            self.build(task.name, files)
+
     @cached_property
     def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager

@@ -6,6 +6,7 @@ Exit code 0 if every file is identical, 1 if one differs. Its inputs are taken f
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -58,6 +59,8 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
         raise UserError(f"{folder}: the manifest's recipe has address {recipe.address}; was the manifest edited?")
     if "texts" in recipe.spec:
         find_texts(runtime, recipe, json.loads((folder / "scores.json").read_text())["num_texts"])
+    if "config" in manifest:
+        runtime = dataclasses.replace(runtime, **Runtime.sizes(manifest["config"]))
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)

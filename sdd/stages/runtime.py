@@ -34,6 +34,16 @@ class Runtime:
     def device(self) -> str:
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
+    @staticmethod
+    def sizes(config: Any) -> dict[str, int]:
+        """What a composed config says of how much goes into one pass: sums of other sizes are rounded otherwise."""
+        trainer = config["trainer"]
+        return {
+            "micro_batch_tokens": trainer["micro_batch_tokens"],
+            "inference_batch_size": config["engine"].get("batch_size") or trainer["inference_batch_size"],
+            "evaluation_batch_size": config["evaluation"]["batch_size"],
+        }
+
     def source(self, digest: str, what: str) -> Path:
         if digest not in self.sources:
             raise UserError(f"the {what} with digest {digest} is not at hand; name it with --source {digest}=PATH")

@@ -54,11 +54,14 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec["seed"])
     training, too_long = tokenized(tokenizer, drawn, spec)
-    validation, _ = tokenized(tokenizer, held_out, spec)
+    validation, held_out_too_long = tokenized(tokenizer, held_out, spec)
     if not training:
         raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
     if too_long:
         log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
+    if held_out_too_long:
+        said = "%d of %d validation rows are over finetune.max_length and left out"
+        log.warning(said, held_out_too_long, len(held_out))
     torch.manual_seed(spec["seed"])
     adapter = spec["adapter"]
     dtype = "float32" if adapter.get("method") == "full" else _dtype(spec)
@@ -83,6 +86,7 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
             "over_max_length": too_long,
             "target_tokens": sum(len(row.ids) - row.prompt_length for row in training),
             "validation": len(validation),
+            "validation_over_max_length": held_out_too_long,
         },
     )
 

@@ -367,3 +367,23 @@ def test_lora_trains_the_adapter_alone_and_leaves_as_a_stock_checkpoint(
     exported = open_stock(tmp_path / "exported")
     assert torch.allclose(logits(exported), tuned, rtol=1e-3, atol=1e-3)
     assert len(models.blocks(exported)) == BLOCKS - 2
+
+
+def test_code_that_a_phi_names_is_neither_run_nor_named_again(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Phi-3's repositories name code beside a stock class: stock code opens them, and what is made of them."""
+    source = Path(shutil.copytree(checkpoint("phi3"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    named = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": named}))
+    (source / "code.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    pruned, saved = tmp_path / "pruned", tmp_path / "saved"
+    pruned.mkdir()
+    prune_checkpoint(source, pruned, [2])
+    model = load_model(source, "float32")
+    assert torch.equal(logits(model), logits(load_model(checkpoint("phi3"), "float32")))
+    save_model(model, saved, source)
+    for folder in (pruned, saved):
+        assert "auto_map" not in (folder / "config.json").read_text()
+        assert not list(folder.glob("*.py"))
+        assert type(open_stock(folder)).__module__.startswith("transformers.")
+    assert not (tmp_path / "ran").exists()

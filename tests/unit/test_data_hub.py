@@ -1,115 +1,46 @@
 """Dataset repositories on a hub: a small server on this machine that answers as the hub does, asked by the real client.
 
-The client reads its endpoint when it is imported, so that the cases run in a process of their own, one after another.
+The cases run in a process of their own, one after another.
 """
 
 import contextlib
-import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import commit_of, serving, settings
 
 from sdd.data.hub import Repository
 from sdd.data.instruct import GSM8K
 from sdd.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REFUSALS = {"gated": (403, "GatedRepo"), "login": (401, "GatedRepo"), "nowhere": (404, "RepoNotFound")}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The API calls of a dataset repository, `somebody/<name>`, whose files lie in `root/<name>`."""
-
-    root: Path
-
-    def _answer(self, code: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), Content_Type="application/json")
-
-    def _info(self, path: Path, name: str) -> dict[str, Any]:
-        where, kind = str(path.relative_to(self.root / name)), "directory" if path.is_dir() else "file"
-        return {"type": kind, "path": where, "size": path.stat().st_size * path.is_file(), "oid": "a" * 40}
-
-    def _handle(self) -> None:
-        parts = unquote(urlparse(self.path).path).strip("/").split("/")
-        is_api = parts[0] == "api"
-        name, kind, revision, *rest = [*parts[3 if is_api else 2 :], "", "", ""]
-        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if name in REFUSALS and (kind == "resolve" or name != "gated"):  # what is gated is listed for everybody
-            code, reason = REFUSALS[name]
-            return self._answer(code, X_Error_Code=reason)
-        if revision != COMMIT:
-            return self._answer(404, X_Error_Code="RevisionNotFound")
-        name = "sums" if name == "gated" else name
-        folder = self.root / name
-        rest = [part for part in rest if part]
-        if kind == "tree":
-            below, recursive = folder.joinpath(*rest), "recursive=true" in self.path.lower()
-            if not below.is_dir():
-                return self._answer(404, X_Error_Code="EntryNotFound")
-            return self._json([self._info(p, name) for p in sorted(below.rglob("*") if recursive else below.glob("*"))])
-        if kind == "paths-info":
-            asked = json.loads(sent)["paths"] if sent[:1] == b"{" else parse_qs(sent.decode())["paths"]
-            found = [self._info(folder / path, name) for path in asked if path and (folder / path).exists()]
-            return self._json(found)
-        if kind == "revision":
-            return self._json({"id": f"somebody/{name}", "sha": COMMIT, "siblings": []})
-        path = folder.joinpath(*rest)
-        if kind != "resolve" or not path.is_file():
-            return self._answer(404, X_Error_Code="EntryNotFound")
-        body = path.read_bytes()
-        tag = f'"{hashlib.sha1(body).hexdigest()}"'
-        common = {"ETag": tag, "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-        if asked_range := self.headers.get("Range"):
-            first, _, last = asked_range.removeprefix("bytes=").partition("-")
-            end = min(int(last) + 1 if last else len(body), len(body))
-            common["Content_Range"] = f"bytes {first}-{end - 1}/{len(body)}"
-            return self._answer(206, body[int(first) : end], **common)
-        return self._answer(200, body, **common)
-
-    do_GET = do_HEAD = do_POST = _handle
-
-    def log_message(self, *_: Any) -> None: ...
+COMMIT = commit_of("somebody/sums")
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """(address, folder of repositories) of a hub with `somebody/sums` on it."""
+    """(address, folder of datasets) of a hub with `somebody/sums` on it, and the same behind a gate."""
     root = tmp_path_factory.mktemp("hub")
+    sums = root / "datasets" / "somebody" / "sums"
     rows = [{"question": f"q{n}?", "answer": f"#### {n}"} for n in range(60)]
-    (root / "sums" / "data").mkdir(parents=True)
-    (root / "sums" / "README.md").write_text("sums")
-    (root / "sums" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (sums / "data").mkdir(parents=True)
+    (sums / "README.md").write_text("sums")
+    (sums / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number in range(2):
         table = pa.Table.from_pylist(rows[30 * number : 30 * number + 30])
-        pq.write_table(table, root / "sums" / "data" / f"train-{number:05d}-of-00002.parquet")
-    Hub.root = root
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", root
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        pq.write_table(table, sums / "data" / f"train-{number:05d}-of-00002.parquet")
+    shutil.copytree(sums, root / "datasets" / "gated" / "sums")
+    with serving(root) as server:
+        yield server.url, root / "datasets" / "somebody"
 
 
 SCRIPT = """
@@ -130,18 +61,19 @@ for line in sys.stdin:
 """
 
 
-def node(name: str = "sums", files: tuple[str, ...] = ("data/train-*.parquet",), **other: Any) -> dict[str, Any]:
-    return {"repository": f"somebody/{name}", "revision": COMMIT, "files": list(files), "stream": False, **other}
+def node(
+    name: str = "somebody/sums", files: tuple[str, ...] = ("data/train-*.parquet",), **other: Any
+) -> dict[str, Any]:
+    return {"repository": name, "revision": commit_of(name), "files": list(files), "stream": False, **other}
 
 
 def asked(address: str, home: Path, *cases: dict[str, Any], **environment: str) -> list[Any]:
     """What a fresh process makes of the cases, with its hub at `address` and its caches in `home`."""
-    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(REPOSITORY)}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input="".join(json.dumps(case) + "\n" for case in cases),
-        env={**kept, **settings, "HF_HUB_DISABLE_XET": "1", **environment},
+        env={**kept, **settings(address, home), "PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -163,19 +95,19 @@ def answers(hub: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "stream too short": {"hub": node(stream=True), "num_rows": 61},
         "stream of nothing": {"hub": node(files=("data/test-*.parquet",), stream=True), "num_rows": 3},
         "stream of jsonl": {"hub": node(files=("rows.jsonl",), stream=True), "num_rows": 7, "seed": 3},
-        "gated": {"hub": node("gated")},
-        "gated stream": {"hub": node("gated", stream=True), "num_rows": 3},
-        "login": {"hub": node("login")},
-        "nowhere": {"hub": node("nowhere")},
-        "nowhere stream": {"hub": node("nowhere", stream=True), "num_rows": 3},
+        "gated": {"hub": node("gated/sums")},
+        "gated stream": {"hub": node("gated/sums", stream=True), "num_rows": 3},
+        "login": {"hub": node("login/sums")},
+        "nowhere": {"hub": node("somebody/nowhere")},
+        "nowhere stream": {"hub": node("somebody/nowhere", stream=True), "num_rows": 3},
         "no commit": {"hub": node(revision=COMMIT[::-1])},
         "no file": {"hub": node(files=("data/test-*.parquet",))},
         "no column": {"texts": True, "num_texts": 3, "hub": node()},
     }
     home = tmp_path_factory.mktemp("home")
     found = asked(hub[0], home, *cases.values())
-    again = asked("http://127.0.0.1:9", home, {"hub": node()}, {"hub": node("elsewhere")}, HF_HUB_OFFLINE="1")
-    down = asked("http://127.0.0.1:9", home, {"hub": node("elsewhere")})
+    again = asked("http://127.0.0.1:9", home, {"hub": node()}, {"hub": node("somebody/elsewhere")}, HF_HUB_OFFLINE="1")
+    down = asked("http://127.0.0.1:9", home, {"hub": node("somebody/elsewhere")})
     return dict(zip(cases, found, strict=True)) | {"offline": again[0], "offline, other": again[1], "down": down[0]}
 
 
@@ -200,9 +132,9 @@ def test_a_stream_gives_a_seeded_sample_with_nested_prefixes(answers: dict[str, 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("gated", "dataset.hub.repository=somebody/gated is gated; ask for access on https://huggingface.co/datasets/"),
-        ("gated stream", "dataset.hub.repository=somebody/gated is gated; ask for access"),
-        ("login", "dataset.hub.repository=somebody/login is gated; ask for access"),
+        ("gated", "dataset.hub.repository=gated/sums is gated; ask for access on https://huggingface.co/datasets/"),
+        ("gated stream", "dataset.hub.repository=gated/sums is gated; ask for access"),
+        ("login", "dataset.hub.repository=login/sums is gated; ask for access"),
         ("nowhere", "dataset.hub.repository=somebody/nowhere: there is no such dataset, or it is private"),
         ("nowhere stream", "dataset.hub.repository=somebody/nowhere: there is no such dataset, or it is private"),
         ("no commit", f"dataset.hub.repository=somebody/sums has no commit {COMMIT[::-1]}"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub, commit_of, serving
+from hub_server import Hub, commit_of, serving, settings
 
 from sdd import models
 from sdd.errors import NotFetched, UserError
@@ -53,12 +53,10 @@ CASES = [
 
 
 def ask(cases: list[Any], cache: Path, url: str, **environment: str) -> dict[str, str]:
-    settings = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", ASK],
         input=json.dumps(cases),
-        env={**os.environ, **settings, **environment},
+        env={**os.environ, **settings(url, cache), "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, serving
+from hub_server import TOKEN, serving, settings
 
 PUSH = """
 import json, sys
@@ -27,13 +27,12 @@ print(json.dumps(answers))
 
 
 def pushed(folder: Path, url: str, cache: Path, cases: list, token: str | None) -> list[str]:
-    settings = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    settings |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"HF_TOKEN": token} if token else {})
+    own = settings(url, cache) | {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"HF_TOKEN": token} if token else {})
     kept = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
     done = subprocess.run(
         [sys.executable, "-c", PUSH],
         input=json.dumps([str(folder), cases]),
-        env=kept | settings,
+        env=kept | own,
         capture_output=True,
         text=True,
         timeout=300,
