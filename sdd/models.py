@@ -80,8 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.path={folder}: config.json is not a JSON object")
     if "auto_map" in config and config.get("model_type") not in NAMES_CODE:
         raise UserError(
-            f"model.path={folder}: needs remote code (auto_map in config.json), which is never run; choose a checkpoint "
-            "of an architecture that transformers knows"
+            f"model.path={folder}: needs remote code (auto_map in config.json), which is never run; choose a "
+            "checkpoint of an architecture that transformers knows"
         )
     if "/" in str(config.get("attn_implementation", config.get("_attn_implementation"))):
         raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")
