@@ -35,7 +35,7 @@ class Runtime:
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @staticmethod
-    def sizes(config: Any) -> dict[str, int]:
+    def sizes(config: Any) -> dict[str, Any]:
         """What a composed config says of how much goes into one pass: sums of other sizes are rounded otherwise."""
         trainer = config["trainer"]
         return {

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from launching import artifacts_of, run
 
-from sdd.data.instruct import GSM8K
+import sdd.stages.__main__ as rerunning
 from sdd.stages.__main__ import main as stages
+from sdd.stages.runtime import Runtime
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -86,13 +87,26 @@ def test_rerun_with_every_source_named_is_identical(
     assert set(asked) == set(named)
 
 
+def test_rerun_computes_in_batches_of_the_first_size(
+    made: tuple[Path, dict[str, Any]], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over batches of other sizes are rounded otherwise; 8 is the size that lm-eval's suites set."""
+    seen: list[Runtime] = []
+    real = rerunning.builds
+    monkeypatch.setattr(rerunning, "builds", lambda runtime: seen.append(runtime) or real(runtime))
+    words = ["rerun", made[1]["evaluated"]["address"], "--artifacts", str(made[0] / "artifacts")]
+    for one in sources("evaluated", made, checkpoint):
+        words += ["--source", one]
+    assert stages(words) == 0
+    assert [runtime.evaluation_batch_size for runtime in seen] == [8]
+
+
 def test_rerun_with_another_file_says_that_it_is_another(
     made: tuple[Path, dict[str, Any]], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["rerun", made[1]["targets"]["address"], "--artifacts", str(made[0] / "artifacts")]
     other = made[0] / "given" / "other.jsonl"
     write(other, [{"question": "1?", "answer": "#### 1"}] * 9)
-    assert GSM8K(str(other)).examples()
     for one in sources("targets", made, checkpoint):
         digest, _, path = one.partition("=")
         words += ["--source", f"{digest}={other if path.endswith('gsm8k.jsonl') else path}"]

@@ -238,33 +238,34 @@ def test_every_row_of_the_real_files(kind: Any, name: str, count: int) -> None:
 # ---- a mixture through the stages -------------------------------------------------------------------------------
 
 
-def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(
-    parts: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The teacher's words are written by hand: what is looked at is what it is asked and which of them are taken."""
-    from sdd.engines import Completion, HFEngine
+def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_path: Path) -> None:
+    """By the embedded teacher. The first reference of each part is wrong; only a part with an answer rule minds."""
+    from sdd.engines import HFEngine, Request
+    from sdd.prompts import REWRITE_TEMPLATE, rewrite_prompt
     from sdd.stages.rows import build_rewrites, build_targets
     from sdd.stages.runtime import Runtime
+    from sdd.stages.sources import TEACHER
     from sdd.store import Recipe
+    from sdd.tiny.tasks import instances
 
-    asked: dict[str, str] = {}
-
-    def complete(self: HFEngine, requests: Any) -> Any:
-        for request in requests:
-            asked[request.id] = request.prompt
-            yield Completion(request.id, "Sure.\n#### 0", "stop")
-
-    monkeypatch.setattr(HFEngine, "complete", complete)
-    source = Mixture(parts, {"math": 1.0, "dolly": 1.0}, 12)
-    dataset = {"_target_": "sdd.data.mixture.Mixture", **source.spec()}
-    runtime = Runtime(sources={"teacher": tiny_llama, **source.sources()})
+    parts = {}
+    for at, name in enumerate(("leaky", "loose", "strict")):
+        tasks = list(instances("pool", 3, 6, ["arithmetic"]))[2 * at : 2 * at + 2]
+        rows = [{"prompt": task.prompt, "reference": task.reference} for task in tasks]
+        rows[0]["reference"] = "#### 7777"
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        parts[name] = lambda n, path=str(path): LocalRows(path, n)
+    source = Mixture(parts, dict.fromkeys(parts, 1.0), 6)
+    runtime = Runtime(sources={"teacher": TEACHER, **source.sources()})
+    templates = {"leaky": "{prompt}", "loose": REWRITE_TEMPLATE, "strict": "{prompt}"}
+    engine = HFEngine(max_new_tokens=64)
     spec = {
         "teacher": "teacher",
         "dtype": "float32",
-        "dataset": dataset,
-        "template": {"math": "Solve {prompt} like {reference}", "dolly": "Say {prompt} like {reference}"},
+        "dataset": {"_target_": "sdd.data.mixture.Mixture", **source.spec()},
+        "template": templates,
         "system_prompt": None,
-        "engine": HFEngine().spec(),
+        "engine": engine.spec(),
     }
     rewrites, targets = tmp_path / "rewrites", tmp_path / "targets"
     rewrites.mkdir()
@@ -272,17 +273,29 @@ def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(
     recipe = Recipe("rewrites", 1, spec)
     build_rewrites(runtime, recipe, {}, rewrites)
     examples = source.examples()
-    verb = {"math": "Solve", "dolly": "Say"}
-    assert asked == {e.id: f"{verb[part_of(e.id)]} {e.prompt} like {e.reference}" for e in examples}
-    chosen = {"rule": {"math": "gsm8k", "dolly": "none"}, "leak_phrases": {"math": [], "dolly": ["sure"]}}
-    spec = {"mode": "self_distill", **chosen, "select": True, "gold_share": 0.0}
+    engine.open(TEACHER, "float32", None, "cpu", 16)
+    asked: dict[str, dict[str, str]] = {}
+    for template in set(templates.values()):
+        chosen = [e for e in examples if template == templates[part_of(e.id)] or part_of(e.id) == "loose"]
+        requests = [Request(e.id, rewrite_prompt(template, e.prompt, e.reference)) for e in chosen]
+        asked[template] = {completion.id: completion.text for completion in engine.complete(requests)}
+    made = [json.loads(line) for line in (rewrites / "rewrites.jsonl").open()]
+    assert [row["id"] for row in made] == [e.id for e in examples]
+    assert {row["id"]: row["rewrite"] for row in made} == {
+        e.id: asked[templates[part_of(e.id)]][e.id] for e in examples
+    }
+    loose = [e.id for e in examples if part_of(e.id) == "loose"]
+    assert any(asked["{prompt}"][id] != asked[REWRITE_TEMPLATE][id] for id in loose), "else no template would show"
+
+    rules = {"leaky": "none", "loose": "none", "strict": "anywhere"}
+    selection = {"rule": rules, "leak_phrases": {"leaky": ["the answer is"], "loose": [], "strict": []}}
+    spec = {"mode": "self_distill", **selection, "select": True, "gold_share": 0.0}
     build_targets(runtime, Recipe("targets", 1, spec, {"rewrites": recipe}), {"rewrites": rewrites}, targets)
-    rows = [json.loads(line) for line in (targets / "train.jsonl").open()]
-    assert [row["id"] for row in rows] == [e.id for e in examples]
-    for row in rows:
-        right = "ok" if row["reference"] == "#### 0" else "answer"
-        assert row["reason"] == (right if part_of(row["id"]) == "math" else "leak")
-    assert json.loads((targets / "summary.json").read_text())["groups"] == {"math": 6, "dolly/closed_qa": 6}
+    reasons = {row["id"]: row["reason"] for row in map(json.loads, (targets / "train.jsonl").open())}
+    ids = {part: [e.id for e in examples if part_of(e.id) == part] for part in parts}
+    assert [[reasons[id] for id in ids[part]] for part in parts] == [["leak", "leak"], ["ok", "ok"], ["answer", "ok"]]
+    groups = json.loads((targets / "summary.json").read_text())["groups"]
+    assert groups == {"leaky": 2, "loose": 2, "strict": 2}
 
 
 def test_a_folder_of_one_file_and_the_file_are_one_source(tmp_path: Path) -> None:

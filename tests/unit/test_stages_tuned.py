@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sdd.errors import UserError
 from sdd.module import StudentModule, padded
-from sdd.stages.runtime import Runtime, write_jsonl
+from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
 from sdd.stages.tuned import build_tuned, split_rows, tokenized
 from sdd.store import SCRATCH, Recipe
 from sdd.tiny.tasks import instances
@@ -213,7 +213,7 @@ def test_what_an_artifact_holds(inputs: dict[str, Path], tmp_path: Path) -> None
     tune(tmp_path, inputs, recipe())
     facts = json.loads((tmp_path / "rows.json").read_text())
     assert len(facts["ids"]) == facts["trained"] == 10
-    assert facts["validation"] == 3
+    assert (facts["validation"], facts["validation_over_max_length"]) == (3, 0)
     with (tmp_path / "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert [int(row["step"]) for row in history] == list(range(1, STEPS + 1))
@@ -222,6 +222,21 @@ def test_what_an_artifact_holds(inputs: dict[str, Path], tmp_path: Path) -> None
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"pruned/{inputs['pruned'].name}", "no path of this machine"
     assert (tmp_path / "learning_curve.png").stat().st_size > 0
+
+
+def test_validation_rows_over_the_limit_are_counted_and_told(
+    inputs: dict[str, Path], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
+    _, held_out = split_rows(rows, 3, 10, seed=0)
+    lengths = sorted(len(row.ids) for row in tokenized(tokenizer, held_out, spec_of())[0])
+    assert lengths[0] < lengths[-1]
+    limit = lengths[-1] - 1
+    over = sum(length > limit for length in lengths)
+    tune(tmp_path, inputs, recipe(max_length=limit))
+    facts = json.loads((tmp_path / "rows.json").read_text())
+    assert (facts["validation"], facts["validation_over_max_length"]) == (3 - over, over)
+    assert f"{over} of 3 validation rows are over finetune.max_length and left out" in caplog.text
 
 
 def test_a_limit_under_every_row_is_a_users_mistake(inputs: dict[str, Path], tmp_path: Path) -> None:
