@@ -106,12 +106,21 @@ def _weight_names(folder: Path) -> list[str]:
 
 def _download(repo: str, revision: str | None, names: list[str]) -> Path:
     """The snapshot's folder with these files, as far as the repository has them."""
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=names))
+        return snapshot(repo, revision, names)
     except Exception as error:
         raise _explained(error, repo, revision) from error
+
+
+def snapshot(repo: str, revision: str | None, names: list[str], kind: str = "model") -> Path:
+    """The folder of a repository at a revision with the files that match `names`, fetched unless they are cached.
+
+    Whether it is there is asked first: for a list of its files the library would ask a missing network six times.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    HfApi().repo_info(repo, revision=revision, repo_type=kind)
+    return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=names))
 
 
 def _pickled(repo: str, commit: str) -> str | None:
@@ -130,11 +139,9 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
     message = explained(error, f"model.path={repo}", f"https://huggingface.co/{repo}", otherwise)
     if message is not None:
         return UserError(message)
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, RevisionNotFoundError):
+    if is_due_to(error, "RevisionNotFoundError"):
         return UserError(f"model.path={repo}: the hub has no revision {revision} of it; see model.revision")
-    if isinstance(error, RepositoryNotFoundError):
+    if is_due_to(error, "RepositoryNotFoundError"):
         return UserError(
             f"model.path={repo}: no such folder here, and no such repository on the hub (a private one shows itself "
             "after: hf auth login)"
@@ -142,26 +149,42 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
     return error
 
 
+def is_due_to(error: BaseException, *kinds: str) -> bool:
+    """Whether the error, or one that led to it, is of a kind by its class's name; libraries wrap what the hub says."""
+    return any(cls.__name__ in kinds for link in _causes(error) for cls in type(link).__mro__)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+UNREACHABLE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "ConnectionError", "TimeoutError")
+"""What a missing network shows as; TransportError is httpx's, which comes under more than one name."""
+
+
 def explained(error: Exception, what: str, page: str, otherwise: str) -> str | None:
     """One line for what goes wrong between this machine and the hub, whatever is asked for; None for anything else.
 
     `what` opens the line; `page` is where access is asked for; `otherwise` says what to do without a network.
     """
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
+    if is_due_to(error, "GatedRepoError"):
         return f"{what} is gated: accept its licence at {page}, then log in here with: hf auth login"
-    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+    if is_due_to(error, "RepositoryNotFoundError", "RevisionNotFoundError", "RevisionResolutionError"):
         return None
-    unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
-    if unreachable or type(error).__module__.startswith("httpx"):  # httpx2 in some versions of the library
+    if is_due_to(error, *UNREACHABLE):
         return f"{what}: the hub cannot be reached ({_reason(error)}){otherwise}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status: Any = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            return f"{what}: the hub refuses the token of this machine ({status}); log in again with: hf auth login"
-        return f"{what}: the hub answered with an error ({status}); try again later"
-    return None
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    answer = next((link for link in _causes(error) if isinstance(link, HfHubHTTPError)), None)
+    if answer is None or isinstance(answer, EntryNotFoundError):
+        return None
+    status: Any = getattr(answer.response, "status_code", None)
+    if status in (401, 403):
+        return f"{what}: the hub refuses the token of this machine ({status}); log in again with: hf auth login"
+    return f"{what}: the hub answered with an error ({status}); try again later"
 
 
 def _reason(error: Exception) -> str:

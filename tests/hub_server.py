@@ -138,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.hand_out("models", *parts)
 
-    def describe(self, kind: str, owner: str, name: str, what: str, revision: str, *below: str) -> None:
+    def describe(
+        self, kind: str, owner: str, name: str, what: str = "revision", revision: str = "main", *below: str
+    ) -> None:
         repo = f"{owner}/{name}"
         folder = self.found(kind, repo, revision)
         if folder is None:

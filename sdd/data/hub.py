@@ -15,6 +15,7 @@ from typing import Any
 
 from sdd.data.files import read_rows
 from sdd.errors import UserError
+from sdd.hub import UNREACHABLE, explained, is_due_to, snapshot
 from sdd.store import digest_of
 
 BUFFER_ROWS = 10_000
@@ -55,23 +56,28 @@ class Repository:
 @lru_cache(maxsize=8)
 def fetched_rows(source: Repository, what: str, columns: tuple[str, ...]) -> Sequence[tuple[str, dict[str, Any]]]:
     """(place, row) of every row of the repository's files, which are downloaded unless they are in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = Path(
-            snapshot_download(
-                source.repository,
-                repo_type="dataset",
-                revision=source.revision,
-                allow_patterns=list(source.files),
-            )
-        )
+        folder = _snapshot(source)
     except Exception as error:
         raise _refusal(source, what, error) from None
     files = [path for pattern in source.files for path in sorted(folder.glob(pattern))]
     if not files:
         raise _no_file(source, what)
     return list(read_rows(files, f"{what}.hub.repository", columns))
+
+
+def _snapshot(source: Repository) -> Path:
+    """The files in the hub's cache; those that are there already need no network."""
+    from huggingface_hub import snapshot_download
+
+    names = list(source.files)
+    try:
+        return snapshot(source.repository, source.revision, names, "dataset")
+    except Exception as error:
+        if not is_due_to(error, *UNREACHABLE):
+            raise
+        cached = {"revision": source.revision, "allow_patterns": names, "local_files_only": True}
+        return Path(snapshot_download(source.repository, repo_type="dataset", **cached))
 
 
 @lru_cache(maxsize=8)
@@ -103,10 +109,11 @@ def _names(source: Repository) -> list[str]:
     """The files that the patterns match, asked of the hub itself: `datasets` takes a refusal for an empty folder."""
     from huggingface_hub import HfApi
 
-    names = []
+    api, names = HfApi(), []
+    api.repo_info(source.repository, revision=source.revision, repo_type="dataset")  # see `snapshot`
     for pattern in source.files:
         folder = PurePosixPath(pattern).parent
-        entries = HfApi().list_repo_tree(
+        entries = api.list_repo_tree(
             source.repository,
             None if folder == PurePosixPath(".") else str(folder),
             revision=source.revision,
@@ -123,30 +130,17 @@ def _no_file(source: Repository, what: str) -> UserError:
 
 def _refusal(source: Repository, what: str, error: Exception) -> Exception:
     """One line for what the hub, or the way to it, says no with; other failures as they are."""
-    from huggingface_hub import errors
-
     if isinstance(error, UserError):
         return error
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
-        chain.append(cause)
-
-    def among(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
     name, local = f"{what}.hub.repository={source.repository}", f"name local files with the same rows by {what}.path"
     page = f"https://huggingface.co/datasets/{source.repository}"
-    if among(errors.GatedRepoError):
-        return UserError(f"{name} is gated; ask for access on {page} and run: hf auth login, or {local}")
-    if among(errors.RepositoryNotFoundError):
-        return UserError(f"{name}: there is no such dataset, or it is private; check the name, or {local}")
-    if among(errors.RevisionNotFoundError, errors.RevisionResolutionError):
+    message = explained(error, name, page, f" and the files are not in its cache; connect, or {local}")
+    if message is not None:
+        return UserError(message)
+    if is_due_to(error, "RevisionNotFoundError", "RevisionResolutionError"):
         return UserError(f"{name} has no commit {source.revision}; pin one of {page}/commits")
-    if among(errors.EntryNotFoundError) and not among(errors.LocalEntryNotFoundError):
+    if is_due_to(error, "RepositoryNotFoundError"):
+        return UserError(f"{name}: there is no such dataset, or it is private; check the name, or {local}")
+    if is_due_to(error, "EntryNotFoundError"):
         return _no_file(source, what)
-    unreachable = any(kind.__name__ == "TransportError" for link in chain for kind in type(link).__mro__)  # httpx's
-    if unreachable or among(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return UserError(f"{name}: the hub cannot be reached and the files are not in its cache; connect, or {local}")
-    if among(errors.HfHubHTTPError):
-        return UserError(f"{name}: {' '.join(str(error).split())[:200]}; or {local}")
     return error

@@ -189,8 +189,8 @@ REFUSED = {
     "pickled": "model.path=bad/pickled: the weights are pickled (pytorch_model.bin), which can run code",
     "code": "model.path=bad/code: needs remote code (auto_map in config.json), which is never run",
     "index": "model.path=bad/no-index: no safetensors weights",
-    "gated rows": "dataset.hub.repository=gated/sums is gated; ask for access on "
-    "https://huggingface.co/datasets/gated/sums and run: hf auth login",
+    "gated rows": "dataset.hub.repository=gated/sums is gated: accept its licence at "
+    "https://huggingface.co/datasets/gated/sums, then log in here with: hf auth login",
     "missing rows": "dataset.hub.repository=nobody/sums: there is no such dataset, or it is private; check the name",
     "column": "train.parquet: no column 'answer'; the file has question, text2",
 }

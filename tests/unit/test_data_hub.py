@@ -132,17 +132,17 @@ def test_a_stream_gives_a_seeded_sample_with_nested_prefixes(answers: dict[str, 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("gated", "dataset.hub.repository=gated/sums is gated; ask for access on https://huggingface.co/datasets/"),
-        ("gated stream", "dataset.hub.repository=gated/sums is gated; ask for access"),
-        ("login", "dataset.hub.repository=login/sums is gated; ask for access"),
+        ("gated", "dataset.hub.repository=gated/sums is gated: accept its licence at https://huggingface.co/datasets/"),
+        ("gated stream", "dataset.hub.repository=gated/sums is gated: accept its licence"),
+        ("login", "dataset.hub.repository=login/sums is gated: accept its licence"),
         ("nowhere", "dataset.hub.repository=somebody/nowhere: there is no such dataset, or it is private"),
         ("nowhere stream", "dataset.hub.repository=somebody/nowhere: there is no such dataset, or it is private"),
         ("no commit", f"dataset.hub.repository=somebody/sums has no commit {COMMIT[::-1]}"),
         ("no file", f"dataset.hub.repository=somebody/sums has no file data/test-*.parquet at {COMMIT}"),
         ("stream of nothing", f"somebody/sums has no file data/test-*.parquet at {COMMIT}"),
         ("no column", "no column 'text'; the file has question, answer"),
-        ("offline, other", "the hub cannot be reached and the files are not in its cache"),
-        ("down", "the hub cannot be reached and the files are not in its cache"),
+        ("offline, other", "the hub cannot be reached (HF_HUB_OFFLINE is set) and the files are not in its cache"),
+        ("down", "the hub cannot be reached ("),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(case: str, message: str, answers: dict[str, Any]) -> None:
