@@ -47,12 +47,10 @@ def checkpoint_folder(path: str, revision: str | None, fetch: bool = True) -> Pa
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(SMALL_FILES))
-        return _checked(Path(folder), repo)
+        return _checked(snapshot(repo, revision, list(SMALL_FILES), fetch=False), repo)
     except (LocalEntryNotFoundError, UserError):  # a fetch that was cut short is continued, what is refused told then
         return None
 
@@ -112,15 +110,18 @@ def _download(repo: str, revision: str | None, names: list[str]) -> Path:
         raise _explained(error, repo, revision) from error
 
 
-def snapshot(repo: str, revision: str | None, names: list[str], kind: str = "model") -> Path:
-    """The folder of a repository at a revision with the files that match `names`, fetched unless they are cached.
+def snapshot(repo: str, revision: str | None, names: list[str], kind: str = "model", fetch: bool = True) -> Path:
+    """The folder of a repository at a revision with the files that match `names`; unless `fetch`, of the cache alone.
 
     Whether it is there is asked first: for a list of its files the library would ask a missing network six times.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    HfApi().repo_info(repo, revision=revision, repo_type=kind)
-    return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=names))
+    if fetch:
+        HfApi().repo_info(repo, revision=revision, repo_type=kind)
+    return Path(
+        snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=names, local_files_only=not fetch)
+    )
 
 
 def _pickled(repo: str, commit: str) -> str | None:

@@ -68,16 +68,13 @@ def fetched_rows(source: Repository, what: str, columns: tuple[str, ...]) -> Seq
 
 def _snapshot(source: Repository) -> Path:
     """The files in the hub's cache; those that are there already need no network."""
-    from huggingface_hub import snapshot_download
-
-    names = list(source.files)
+    wanted = (source.repository, source.revision, list(source.files), "dataset")
     try:
-        return snapshot(source.repository, source.revision, names, "dataset")
+        return snapshot(*wanted)
     except Exception as error:
         if not is_due_to(error, *UNREACHABLE):
             raise
-        cached = {"revision": source.revision, "allow_patterns": names, "local_files_only": True}
-        return Path(snapshot_download(source.repository, repo_type="dataset", **cached))
+        return snapshot(*wanted, fetch=False)
 
 
 @lru_cache(maxsize=8)
