@@ -193,4 +193,5 @@ def _reason(error: Exception) -> str:
 
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    return type(error.__cause__ or error).__name__
+    names = [type(link).__name__ for link in _causes(error)]
+    return next((name for name in names if name != "LocalEntryNotFoundError"), names[0])
