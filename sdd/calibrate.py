@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sdd import models
 from sdd.errors import UserError
-from sdd.importance import Criterion
+from sdd.importance import StateCriterion
 
 
 def tokenize_texts(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
@@ -34,8 +34,21 @@ def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list
     return batches
 
 
+def padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
+    """Right-padded ids and attention mask, (B, T) each."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = torch.tensor(row, device=device)
+        mask[at, : len(row)] = 1
+    return ids, mask
+
+
 def show_texts(
-    model: Any, criterion: Criterion, rows: list[list[int]], batch_size: int, max_tokens: int = 16_384
+    model: Any, criterion: StateCriterion, rows: list[list[int]], batch_size: int, max_tokens: int = 16_384
 ) -> None:
     """Run the texts through the model's blocks, telling the criterion of every block's states."""
     import torch
@@ -60,12 +73,7 @@ def show_texts(
     try:
         with torch.no_grad(), tqdm(total=len(rows), desc="scores", unit="text") as progress:
             for batch in length_batches([len(row) for row in rows], batch_size, max_tokens):
-                longest = max(len(rows[i]) for i in batch)
-                ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
-                mask = torch.zeros_like(ids)
-                for at, index in enumerate(batch):
-                    ids[at, : len(rows[index])] = torch.tensor(rows[index], device=device)
-                    mask[at, : len(rows[index])] = 1
+                ids, mask = padded([rows[index] for index in batch], device)
                 body(input_ids=ids, attention_mask=mask, use_cache=False)
                 criterion.finish_batch()
                 progress.update(len(batch))

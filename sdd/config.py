@@ -265,6 +265,8 @@ AT_LEAST = {
     "engine.tries": 1,
     "engine.seed": 0,
     "metric.seed": 0,
+    "metric.depth": 1,
+    "metric.num_texts": 1,
 }
 WITHIN = {
     "finetune.gold_share": (0.0, 1.0),
@@ -304,8 +306,9 @@ def check_values(config: DictConfig) -> None:
             raise UserError(f"{key}=[] names nothing; name at least one, or leave it out")
     if not 0 < config.finetune.learning_rate < math.inf:
         raise UserError(f"finetune.learning_rate={config.finetune.learning_rate} must be positive and finite")
-    if not isinstance(OmegaConf.select(config, "metric.contiguous", default=False), bool):
-        raise UserError(f"metric.contiguous={config.metric.contiguous} must be true or false")
+    for key in ("contiguous", "keep_final"):
+        if not isinstance(OmegaConf.select(config, f"metric.{key}", default=False), bool):
+            raise UserError(f"metric.{key}={config.metric[key]} must be true or false")
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")

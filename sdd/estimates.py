@@ -176,12 +176,25 @@ class Work:
         return seconds, cache + self.activations(batch * prompt) + self.logits(batch)
 
 
-def scores(work: Work, texts: int, length: float, batch: int) -> Estimate:
-    """One pass over calibration texts of `length` tokens, without the head; a batch holds at most 16,384 tokens."""
+def scores(
+    work: Work, texts: int, length: float, batch: int, blocks: float | None = None, heads: float = 0.0
+) -> Estimate:
+    """Calibration texts of `length` tokens, each through `blocks` blocks in all (by default one pass without the head)
+    and `heads` times through the head; a batch holds at most 16,384 tokens."""
     tokens = texts * length
     together = min(batch * length, 16_384)
-    seconds = work.opening + work.passes(tokens, length, -(-tokens // together), head=False)
-    return Estimate(seconds, work.weights + work.activations(together), 1e5)
+    once = work.passes(tokens, length, -(-tokens // together), head=False)
+    logits = heads * tokens * work.shape.head_flops / work.device.flops[work.width]
+    seconds = work.opening + once * (blocks or work.blocks) / work.blocks + logits
+    held = work.activations(together)
+    if heads:  # the states before every block, and logits some at a time
+        held += together * work.width * work.shape.hidden * work.blocks + work.logits(2**26 / work.shape.vocabulary)
+    return Estimate(seconds, work.weights + held, 1e5)
+
+
+def weights_read(work: Work) -> Estimate:
+    """Every tensor of the checkpoint is read, one at a time."""
+    return Estimate(1 + work.weights / work.device.disk, 3e8, 1e5)
 
 
 def pruned(work: Work) -> Estimate:

@@ -3,7 +3,8 @@
 Angular distance (Gromov et al. 2024, arXiv 2403.17887, as in arXiv 2410.09982): d(l, n) is the mean over texts of
 arccos(cos(h_l, h_{l+n})) / pi at the last real token, h_l entering block l, h_L leaving the last block before the final
 norm. Block Influence (ShortGPT, arXiv 2403.03853): BI_l = 1 - mean over real tokens of cos(h_l, h_{l+1}).
-The controls look at no text. Loading, batching and hooks live in `calibrate`; knows nothing of Hydra or the store.
+The controls look at nothing. Loading, batching and hooks live in `calibrate`; knows nothing of Hydra or the store.
+Criteria that look at weights are in `block_weights`, those that remove blocks and measure again in `removal`.
 A criterion's name and parameters are known without torch, which only computing imports: a dry run has no need of it.
 """
 
@@ -44,18 +45,22 @@ def window_sums(values: list[float]) -> dict[str, list[float]]:
 
 
 class Criterion(Protocol):
-    """A criterion is told of each block's states, then asked for its table; `needs_texts` says whether it looks."""
+    """What scores blocks. `needs` says what it looks at: "nothing", "weights", "texts", or fine-tuning "rows"."""
 
     name: str
-    needs_texts: bool
+    needs: str
 
     def start(self, num_blocks: int) -> None: ...
+
+    def scores(self) -> dict[str, Any]: ...
+
+
+class StateCriterion(Criterion, Protocol):
+    """One that is told of each block's states as texts pass."""
 
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None: ...
 
     def finish_batch(self) -> None: ...
-
-    def scores(self) -> dict[str, Any]: ...
 
 
 def last_real(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ class Angular:
     """Angular distance for every block size and start from one pass; keeps last-token states of one batch."""
 
     name = "angular"
-    needs_texts = True
+    needs = "texts"
 
     def start(self, num_blocks: int) -> None:
         import torch
@@ -103,7 +108,7 @@ class BlockInfluence:
     """Block Influence over all real tokens; `contiguous` takes the cheapest window instead of the lowest blocks."""
 
     name = "block_influence"
-    needs_texts = True
+    needs = "texts"
 
     def __init__(self, contiguous: bool = False) -> None:
         self.contiguous = contiguous
@@ -129,18 +134,12 @@ class BlockInfluence:
 
 
 class _Blind:
-    """A control that looks at no text."""
+    """A control that looks at nothing."""
 
-    needs_texts = False
+    needs = "nothing"
 
     def start(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-
-    def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
-        raise AssertionError("a control is not shown texts")
-
-    def finish_batch(self) -> None:
-        raise AssertionError("a control is not shown texts")
 
 
 class Random(_Blind):
@@ -159,19 +158,29 @@ class Random(_Blind):
 
 
 class Last(_Blind):
-    """The last blocks first."""
+    """The last blocks first; with `keep_final`, those before the last one, which goes only when no other is left."""
 
-    name = "last"
+    def __init__(self, keep_final: bool = False) -> None:
+        self.keep_final = keep_final
+        self.name = "last_keep_final" if keep_final else "last"
 
     def scores(self) -> dict[str, Any]:
-        rank = [float(self.num_blocks - 1 - block) for block in range(self.num_blocks)]
-        return {"distance": window_sums(rank), "order": list(range(self.num_blocks - 1, -1, -1))}
+        order = list(range(self.num_blocks - 1, -1, -1))
+        if self.keep_final:
+            order = [*order[1:], order[0]]
+        rank = [float(order.index(block)) for block in range(self.num_blocks)]
+        return {"distance": window_sums(rank), "order": order}
 
 
 def chosen_blocks(scores: dict[str, Any], size: int) -> tuple[list[int], float]:
-    """The blocks to remove and their score: the first of the order, or the span with the least distance."""
+    """The blocks to remove and their score: the first of the order, or the span with the least distance.
+
+    The score of blocks that were removed one by one is the sum of what each was measured at when it went.
+    """
     if "order" in scores:
         removed = sorted(scores["order"][:size])
+        if "steps" in scores:
+            return removed, math.fsum(step["scores"][step["removed"]] for step in scores["steps"][:size])
         return removed, math.fsum(scores["distance"]["1"][block] for block in removed)
     row = scores["distance"][str(size)]
     start = min(range(len(row)), key=lambda index: (row[index], index))

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from sdd import estimates
 from sdd.adapters import beside_cut
+from sdd.allowed import build
 from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Training, Work, shape_of
 from sdd.evaluation.benchmark import Benchmark
 from sdd.evaluation.suites import SUITES
@@ -69,7 +70,7 @@ class Counts:
 
     def __init__(self, recipes: Recipes) -> None:
         self.config: DictConfig = recipes.config
-        self.texts = recipes.texts
+        self.texts, self.num_texts = recipes.texts, recipes.num_texts
         self.sizes = recipes.sizes
         self.shape = shape_of(self.sizes)
         pruning = self.config.pruning
@@ -113,12 +114,18 @@ class Counts:
         return getattr(self, f"_{recipe.stage}")(recipe)  # type: ignore[no-any-return]
 
     def _scores(self, recipe: Recipe) -> Estimate:
-        if "texts" not in recipe.spec:
+        if "model" not in recipe.spec:
             return Estimate(1.0, 1e8, 1e5)
-        calibration, batch = self.config.calibration, self.config.trainer.inference_batch_size
+        criterion = build(recipe.spec["metric"])
+        if criterion.needs == "weights":
+            return estimates.weights_read(self._work(self.shape.blocks, self.stored))
         work = self._work(self.shape.blocks, self.config.model.dtype)
-        length = self._text_tokens(recipe.spec["texts"])
-        return estimates.scores(work, calibration.num_texts, length, batch)
+        if criterion.needs == "rows":
+            texts, length = min(self.num_texts, self.rows), self.prompt + self.answer
+        else:
+            texts, length = self.num_texts, self._text_tokens(recipe.spec["texts"])
+        runs = criterion.runs(self.shape.blocks) if hasattr(criterion, "runs") else ()
+        return estimates.scores(work, texts, length, self.config.trainer.inference_batch_size, *runs)
 
     def _text_tokens(self, digest: str) -> float:
         """Tokens of a calibration text; of the longest allowed, before the texts are here."""

@@ -135,8 +135,12 @@ class Recipes:
         metric = OmegaConf.to_container(self.config.metric, resolve=True)
         criterion = build(metric)
         labels = {"metric": criterion.name}
-        if not criterion.needs_texts:
+        if criterion.needs == "nothing":
             return self._recipe("scores", {"metric": metric, "num_blocks": self.num_blocks}, {}, labels)
+        if criterion.needs == "weights":
+            return self._recipe("scores", {"metric": metric, "model": self.model_digest}, {}, labels)
+        if criterion.needs == "rows":
+            return self._recipe("scores", self._rows_scored(metric), {}, labels)
         spec = {
             "metric": metric,
             "model": self.model_digest,
@@ -150,14 +154,33 @@ class Recipes:
             labels["calibration"] = canonical(how)  # with the file, all that rerunning needs
         return self._recipe("scores", spec, {}, labels)
 
+    def _rows_scored(self, metric: Any) -> dict[str, Any]:
+        """The key of a score on the first of the fine-tuning rows, in chats of at most `calibration.max_length`."""
+        return {
+            "metric": metric,
+            "model": self.model_digest,
+            "dtype": self.config.model.dtype,
+            "dataset": self._dataset_spec,
+            "num_rows": self.num_texts,
+            "max_length": self.config.calibration.max_length,
+            "system_prompt": self.config.dataset.system_prompt,
+            **self._plain_template(self.model_digest),
+        }
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts are looked at: all that there are, unless the criterion wants fewer."""
+        asked = int(self.config.calibration.num_texts)
+        return min(asked, self.config.metric.get("num_texts") or asked)
+
     @cached_property
     def _calibration(self) -> Any:
         calibration = self.config.calibration
         node = {"_target_": calibration._target_}
         if calibration._target_ == FROM_DATASET:
-            return build(node, num_texts=calibration.num_texts, dataset=self._dataset, dataset_spec=self._dataset_spec)
+            return build(node, num_texts=self.num_texts, dataset=self._dataset, dataset_spec=self._dataset_spec)
         drawn = _given(hub=_hub(calibration.hub), seed=calibration.seed)
-        return build(node, path=calibration.path, num_texts=calibration.num_texts, **drawn)
+        return build(node, path=calibration.path, num_texts=self.num_texts, **drawn)
 
     @cached_property
     def _calibration_spec(self) -> dict[str, Any]:
@@ -176,6 +199,11 @@ class Recipes:
             return self._recipe("pruned", {"model": self.model_digest, "blocks": blocks}, {}, {})
         if pruning.size == 0:
             return None
+        depth = self.config.metric.get("depth") or pruning.size
+        if pruning.size > depth:
+            raise UserError(
+                f"pruning.size={pruning.size}, but metric.depth={depth} removals are measured; raise metric.depth"
+            )
         scores = self.scores()
         spec = {"model": self.model_digest, "size": pruning.size, "rule": "lowest"}
         return self._recipe("pruned", spec, {"scores": scores}, scores.labels)

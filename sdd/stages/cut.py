@@ -1,42 +1,81 @@
 """Stages `scores` and `pruned`: from a model and texts to a smaller checkpoint."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdd import models
 from sdd.allowed import build
+from sdd.bypass import Row, task_row
+from sdd.errors import UserError
 from sdd.importance import chosen_blocks
 from sdd.pruning import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
+from sdd.stages.rows import read_examples
 from sdd.stages.runtime import Runtime, write_json
 from sdd.store import Recipe
 
+log = logging.getLogger(__name__)
+
 
 def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """One pass over the texts; `scores.json` and a heat map."""
+    """`scores.json` and a heat map, after as many passes over the texts as the criterion takes."""
     spec = recipe.spec
     criterion = build(spec["metric"])
-    num_texts = 0
-    if criterion.needs_texts:
-        from sdd.calibrate import show_texts, tokenize_texts
-
-        source = runtime.source(spec["model"], "model")
-        if (last := models.num_blocks(source) - 1) > 0:
-            check_prunable(source, [last])  # a model that bears no cut is refused before the pass over the texts
-        texts = runtime.texts[spec["texts"]]
-        rows = tokenize_texts(models.load_tokenizer(source), texts, spec["max_length"])
-        num_texts = len(rows)
-        criterion.start(models.num_blocks(source))
-        model = models.load_model(source, spec["dtype"], runtime.device, runtime.attention)
-        show_texts(model, criterion, rows, runtime.inference_batch_size)
-        blocks = models.num_blocks(source)
-    else:
-        blocks = spec["num_blocks"]
+    blocks, num_texts = spec.get("num_blocks"), 0
+    if criterion.needs == "nothing":
         criterion.start(blocks)
+    else:
+        source = runtime.source(spec["model"], "model")
+        blocks = models.num_blocks(source)
+        if blocks > 1:
+            check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
+        criterion.start(blocks)
+    if criterion.needs == "weights":
+        criterion.read(source)
+    elif criterion.needs != "nothing":
+        from sdd.calibrate import show_texts
+
+        rows = _task_rows(runtime, spec) if criterion.needs == "rows" else _text_rows(runtime, spec)
+        num_texts = len(rows)
+        model = models.load_model(source, spec["dtype"], runtime.device, runtime.attention)
+        if hasattr(criterion, "measure"):
+            criterion.measure(model, rows, runtime.inference_batch_size)
+        else:
+            show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
     scores = {"metric": criterion.name, "num_blocks": blocks, "num_texts": num_texts, **criterion.scores()}
     write_json(folder / "scores.json", scores)
     heat_map(scores, folder / "scores.png")
+
+
+def _text_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
+    """The calibration texts, every token of them but the first to be scored."""
+    from sdd.calibrate import tokenize_texts
+
+    tokenizer = models.load_tokenizer(runtime.source(spec["model"], "model"))
+    return [Row(ids) for ids in tokenize_texts(tokenizer, runtime.texts[spec["texts"]], spec["max_length"])]
+
+
+def _task_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
+    """The first fine-tuning rows as chats, those left out that are too long."""
+    tokenizer = models.load_tokenizer(runtime.source(spec["model"], "model"))
+    examples = read_examples(runtime, spec["dataset"])[: spec["num_rows"]]
+    rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec["system_prompt"]) for e in examples]
+    short = [row for row in rows if len(row.ids) <= spec["max_length"]]
+    if not short:
+        raise UserError(
+            f"calibration.max_length={spec['max_length']}: all {len(rows)} rows of the dataset are longer; raise it"
+        )
+    if len(short) < len(rows):
+        log.info(
+            "scores: %d of %d rows left out, longer than %d tokens",
+            len(rows) - len(short),
+            len(rows),
+            spec["max_length"],
+        )
+    return short
 
 
 def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:

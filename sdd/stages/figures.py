@@ -7,7 +7,10 @@ from sdd.importance import chosen_blocks
 
 
 def heat_map(scores: dict[str, Any], path: Path) -> None:
-    """Score of removing n blocks from block l on, for every n and l; what would be removed is outlined."""
+    """Score of removing n blocks from block l on, for every n and l; what would be removed is outlined.
+
+    Of blocks that were removed one by one, instead the scores of each step: of removing block l as the n-th.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -15,13 +18,16 @@ def heat_map(scores: dict[str, Any], path: Path) -> None:
 
     blocks = scores["num_blocks"]
     table = np.full((max(1, blocks - 1), blocks), np.nan)
-    for size, row in scores["distance"].items():
-        table[int(size) - 1, : len(row)] = row
+    if "steps" in scores:
+        table[: len(scores["steps"])] = np.array([step["scores"] for step in scores["steps"]], dtype=float)
+    else:
+        for size, row in scores["distance"].items():
+            table[int(size) - 1, : len(row)] = row
     figure = Figure(figsize=(max(5.0, 0.32 * blocks + 2.5), max(3.6, 0.26 * blocks + 1.8)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(table, aspect="auto", origin="lower", cmap="viridis")
-    for size in range(1, blocks):
+    for size in range(1, 1 + len(scores["steps"]) if "steps" in scores else blocks):
         removed, _ = chosen_blocks(scores, size)
         if "order" in scores:
             axes.plot(removed, [size - 1] * size, "s", markersize=4, markerfacecolor="none", markeredgecolor="#d62728")
@@ -31,12 +37,13 @@ def heat_map(scores: dict[str, Any], path: Path) -> None:
     marked = "squares: blocks removed" if "order" in scores else "outlined: start of the span removed"
     measured = f"{scores['num_texts']} texts" if scores["num_texts"] else "no texts"
     axes.set_title(f"{scores['metric']}: lower is more redundant ({measured})\n{marked}", fontsize=10)
-    axes.set_xlabel("first removed block")
+    axes.set_xlabel("block" if "steps" in scores else "first removed block")
     axes.set_ylabel("blocks removed")
     step = 1 if blocks <= 16 else 4
     axes.set_xticks(range(0, blocks, step))
     axes.set_yticks(range(0, blocks - 1, step), [str(n) for n in range(1, blocks, step)])
-    figure.colorbar(image, ax=axes, label="angle / pi" if scores["metric"] == "angular" else "score")
+    unit = scores.get("unit", "angle / pi" if scores["metric"] == "angular" else "score")
+    figure.colorbar(image, ax=axes, label=unit)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

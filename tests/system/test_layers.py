@@ -10,7 +10,7 @@ LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"}
-    | {"estimates"},
+    | {"estimates", "bypass", "removal", "block_weights"},
     {"recipes"},
     {"stages", "report", "export", "card", "plan"},
     {"app", "sweep"},

@@ -15,7 +15,7 @@ from sdd.errors import UserError
 class Recorder:
     """A criterion that only takes notes."""
 
-    name, needs_texts = "recorder", True
+    name, needs = "recorder", "texts"
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[int, ...], int]] = []
