@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sdd.bypass import Row
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -61,6 +65,21 @@ class StateCriterion(Criterion, Protocol):
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None: ...
 
     def finish_batch(self) -> None: ...
+
+
+class WeightCriterion(Criterion, Protocol):
+    """One that reads the checkpoint's tensors."""
+
+    def read(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class ModelCriterion(Criterion, Protocol):
+    """One that runs the model itself; `runs` says how often a text passes through a block, and through the head."""
+
+    def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None: ...
+
+    def runs(self, num_blocks: int) -> tuple[float, float]: ...
 
 
 def last_real(hidden: Tensor, mask: Tensor) -> Tensor:

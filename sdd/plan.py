@@ -15,6 +15,7 @@ from sdd.allowed import build
 from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Training, Work, shape_of
 from sdd.evaluation.benchmark import Benchmark
 from sdd.evaluation.suites import SUITES
+from sdd.importance import ModelCriterion
 from sdd.prompts import rewrite_prompt
 from sdd.recipes import Recipes, is_provisional
 from sdd.store import Recipe, Store
@@ -124,7 +125,7 @@ class Counts:
             texts, length = min(self.num_texts, self.rows), self.prompt + self.answer
         else:
             texts, length = self.num_texts, self._text_tokens(recipe.spec["texts"])
-        runs = criterion.runs(self.shape.blocks) if hasattr(criterion, "runs") else ()
+        runs = criterion.runs(self.shape.blocks) if isinstance(criterion, ModelCriterion) else ()
         return estimates.scores(work, texts, length, self.config.trainer.inference_batch_size, *runs)
 
     def _text_tokens(self, digest: str) -> float:

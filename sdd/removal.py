@@ -65,8 +65,10 @@ def without_each(
     kept = [block for block in range(len(models.blocks(model))) if block not in removed]
     whole, each = Quality(), {block: Quality() for block in kept}
     device = next(model.parameters()).device
-    step = f"without {len(removed) + 1}"
-    with torch.no_grad(), tqdm(total=len(rows) * (len(kept) + 1), desc=step, unit="text") as progress:
+    with (
+        torch.no_grad(),
+        tqdm(total=len(rows) * (len(kept) + 1), desc=f"removal {len(removed) + 1}", unit="text") as progress,
+    ):
         for batch in length_batches([len(row.ids) for row in rows], batch_size, max_tokens):
             shown = [rows[index] for index in batch]
             ids, mask = padded([row.ids for row in shown], device)

@@ -10,7 +10,7 @@ from sdd import models
 from sdd.allowed import build
 from sdd.bypass import Row, task_row
 from sdd.errors import UserError
-from sdd.importance import chosen_blocks
+from sdd.importance import ModelCriterion, chosen_blocks
 from sdd.pruning import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
 from sdd.stages.rows import read_examples
@@ -41,7 +41,7 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
         rows = _task_rows(runtime, spec) if criterion.needs == "rows" else _text_rows(runtime, spec)
         num_texts = len(rows)
         model = models.load_model(source, spec["dtype"], runtime.device, runtime.attention)
-        if hasattr(criterion, "measure"):
+        if isinstance(criterion, ModelCriterion):
             criterion.measure(model, rows, runtime.inference_batch_size)
         else:
             show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
@@ -66,7 +66,8 @@ def _task_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
     short = [row for row in rows if len(row.ids) <= spec["max_length"]]
     if not short:
         raise UserError(
-            f"calibration.max_length={spec['max_length']}: all {len(rows)} rows of the dataset are longer; raise it"
+            f"calibration.max_length={spec['max_length']}: all {len(rows)} rows of the dataset are longer; raise "
+            "calibration.max_length"
         )
     if len(short) < len(rows):
         log.info(

@@ -26,7 +26,9 @@ def heat_map(scores: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(max(5.0, 0.32 * blocks + 2.5), max(3.6, 0.26 * blocks + 1.8)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(table, aspect="auto", origin="lower", cmap="viridis")
+    measured_by_removal = "unit" in scores  # one block that nothing works without would leave the others one colour
+    highest = np.nanquantile(table, 0.8) if measured_by_removal else None
+    image = axes.imshow(table, aspect="auto", origin="lower", cmap="viridis", vmax=highest)
     for size in range(1, 1 + len(scores["steps"]) if "steps" in scores else blocks):
         removed, _ = chosen_blocks(scores, size)
         if "order" in scores:
@@ -43,7 +45,7 @@ def heat_map(scores: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(0, blocks, step))
     axes.set_yticks(range(0, blocks - 1, step), [str(n) for n in range(1, blocks, step)])
     unit = scores.get("unit", "angle / pi" if scores["metric"] == "angular" else "score")
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=unit, extend="max" if measured_by_removal else "neither")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

@@ -57,6 +57,7 @@ def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
 
 SAMPLING = {"engine.temperature": 0.7}
 RANDOM = ["metric=random"]
+BY_TASK = {"metric.by": "task"}
 
 IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     # setting, another value, the first stages that change, groups and settings that both sides share
@@ -64,6 +65,15 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("calibration.max_length", 20, {"scores"}, [], {}),
     ("metric.contiguous", True, {"scores"}, ["metric=block_influence"], {}),
     ("metric.seed", 1, {"scores"}, RANDOM, {}),
+    ("metric.keep_final", False, {"scores"}, ["metric=last_keep_final"], {}),
+    ("metric.num_texts", 3, {"scores"}, ["metric=taylor"], {}),
+    ("metric.by", "angular", {"scores"}, ["metric=greedy"], {}),
+    ("metric.depth", 3, {"scores"}, ["metric=greedy"], {}),
+    ("calibration.num_texts", 5, {"scores"}, ["metric=greedy"], BY_TASK),
+    ("calibration.max_length", 20, {"scores"}, ["metric=greedy"], BY_TASK),
+    ("dataset.system_prompt", "Be brief.", {"scores", "rewrites", "tuned"}, ["metric=greedy"], BY_TASK),
+    ("dataset.seed", 1, {"scores", "rewrites"}, ["metric=greedy"], BY_TASK),
+    ("model.dtype", "bfloat16", {"rewrites"}, ["metric=magnitude"], {}),
     ("model.dtype", "bfloat16", {"scores", "rewrites"}, [], {}),
     ("pruning.size", 1, {"pruned"}, [], {}),
     ("pruning.start", 1, {"pruned"}, [], {"pruning.blocks": None, "pruning.start": 0}),
@@ -141,6 +151,8 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("engine.max_new_tokens", 5, ["finetune=sft"], {}),
     ("engine.temperature", 0.5, ["finetune=sft"], {}),
     ("calibration.num_texts", 5, RANDOM, {}),
+    ("calibration.num_texts", 5, ["metric=magnitude"], {}),
+    ("calibration.num_texts", 5, ["metric=taylor"], {"metric.num_texts": 4}),
     ("calibration.max_length", 20, ["metric=last"], {}),
     ("metric.contiguous", True, ["metric=block_influence"], {"pruning.blocks": [1]}),
     ("calibration.num_texts", 5, [], {"pruning.start": 1}),
@@ -187,6 +199,7 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
 
     plain = {name: node for name, node in OmegaConf.to_container(composed()).items() if name != "hydra"}
     settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape"}
+    settings |= {"metric.keep_final", "metric.num_texts", "metric.by", "metric.depth"}
     accounted = {row[0] for row in IN_KEY} | {row[0] for row in NOT_IN_KEY} | ELSEWHERE
     assert settings == accounted
 
@@ -201,6 +214,11 @@ def test_metric_is_in_the_key(addresses: Addresses) -> None:
     for stage in ("scores", "pruned", "tuned", "evaluated"):
         assert len({one[stage] for one in found.values()}) == 4
     assert len({one["rewrites"] for one in found.values()}) == 1
+
+
+def test_greedy_and_iterative_by_the_same_measure_are_the_same_work(addresses: Addresses) -> None:
+    assert addresses("metric=iterative", values={"metric.by": "perplexity"}) == addresses("metric=greedy")
+    assert addresses("metric=last_keep_final")["scores"] != addresses("metric=last")["scores"]
 
 
 def test_renamed_option_is_the_same_work(small: list[str], tmp_path: Path) -> None:

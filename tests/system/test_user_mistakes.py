@@ -66,6 +66,23 @@ BAD = {
         ["metric=block_influence", "metric.contiguous=maybe"],
         "metric.contiguous=maybe must be true or false",
     ),
+    "another measure": (
+        "prune",
+        ["metric=iterative", "metric.by=accuracy"],
+        "metric.by=accuracy is unknown; choose one of angular, perplexity, task",
+    ),
+    "beyond what is measured": (
+        "prune",
+        ["metric=greedy", "metric.depth=1", "pruning=n2"],
+        "pruning.size=2, but metric.depth=1 removals are measured; raise metric.depth",
+    ),
+    "no depth": ("prune", ["metric=greedy", "metric.depth=0"], "metric.depth=0 must be an integer of at least 1"),
+    "texts in words": ("prune", ["metric=taylor", "metric.num_texts=x"], "metric.num_texts=x must be an integer"),
+    "switch of a control": (
+        "prune",
+        ["metric=last_keep_final", "metric.keep_final=1"],
+        "metric.keep_final=1 must be true or false",
+    ),
     "added setting": ("train", ["+adapter.ranks=3"], "adapter.ranks is not a setting; choose from alpha, "),
     "added group": ("train", ["+adapters.rank=3"], "adapters is not a setting"),
     "unknown setting of a part": ("prune", ["+metric.colour=red"], "colour"),

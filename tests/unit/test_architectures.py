@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 from sdd import models
 from sdd.adapters import adapted, causal_lm, merged, save_student
 from sdd.architectures import check_cut, explicit_config
+from sdd.block_weights import Taylor
+from sdd.bypass import Row
 from sdd.calibrate import show_texts
 from sdd.errors import UserError
 from sdd.importance import Angular, BlockInfluence, angular_distance, block_influence
 from sdd.models import check_logits, decoder, head_logits, load_model, save_model
 from sdd.module import TrainingRow, loss_sum
 from sdd.pruning import check_prunable, prune_checkpoint
+from sdd.removal import without_each
 
 BLOCKS = 6
 WINDOW = 8
@@ -292,6 +295,31 @@ def test_scores_are_of_the_states_around_each_block(name: str, checkpoint: Calla
         assert table[str(size)] == pytest.approx(expected.tolist(), rel=1e-4)
     expected = block_influence(states[:-1], states[1:]).mean((1, 2))
     assert influence.scores()["distance"]["1"] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_block_passed_over_is_as_good_as_deleted(name: str, checkpoint: Callable[..., Path]) -> None:
+    """Block 4 is gone already; what enters block 2 is kept, so that 0 to 2 are not run to measure 2 gone as well."""
+    model = load_model(checkpoint(name), "float32", attention="eager")
+    whole, each = without_each(model, [Row(row) for row in tokens().tolist()], [4], batch_size=2)
+    for removed, quality in (([4], whole), ([2, 4], each[2]), ([4, 5], each[5])):
+        cut = logits(cut_in_memory(open_stock(checkpoint(name)), removed))[:, :-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(cut.double(), tokens()[:, 1:].flatten())
+        assert quality.log_perplexity == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_taylor_scores_are_those_of_all_gradients_at_once(name: str, checkpoint: Callable[..., Path]) -> None:
+    model = load_model(checkpoint(name), "float32", attention="eager")
+    made = model(tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(made, tokens()[:, 1:].flatten()).backward()
+    weights = [[p for p in layer.parameters() if p.grad is not None] for layer in models.blocks(model)]
+    expected = [sum(float((p.grad * p.detach()).abs().sum()) for p in block) for block in weights]
+    model.zero_grad()
+    criterion = Taylor()
+    criterion.start(BLOCKS)
+    criterion.measure(model, [Row(row) for row in tokens().tolist()], batch_size=3)
+    assert criterion.scores()["distance"]["1"] == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()

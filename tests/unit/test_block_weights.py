@@ -35,7 +35,7 @@ def test_magnitude_is_of_the_stored_parameters(folder: str, request: pytest.Fixt
     criterion.start(BLOCKS)
     criterion.read(source)
     layers = models.blocks(models.load_model(source, "float32"))
-    expected = [sum(float(p.double().abs().sum()) for p in layer.parameters()) for layer in layers]
+    expected = [sum(float(p.detach().double().abs().sum()) for p in layer.parameters()) for layer in layers]
     scores = criterion.scores()
     assert scores["distance"]["1"] == pytest.approx(expected, rel=1e-9)
     assert scores["order"] == sorted(range(BLOCKS), key=expected.__getitem__)
@@ -49,7 +49,7 @@ def naive(model: Any, rows: list[Row]) -> list[float]:
         logits = model(input_ids=ids).logits[0, :-1]
         (torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / tokens).backward()
     return [
-        sum(float((p.grad * p).abs().sum()) for p in layer.parameters() if p.grad is not None)
+        sum(float((p.grad * p.detach()).abs().sum()) for p in layer.parameters() if p.grad is not None)
         for layer in models.blocks(model)
     ]
 

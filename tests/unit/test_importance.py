@@ -261,7 +261,16 @@ def test_last_takes_blocks_from_the_end() -> None:
     assert spans.index(min(spans)) == 3
 
 
-@pytest.mark.parametrize("criterion", [Random(), Last()])
+def test_the_final_block_is_kept_to_the_end() -> None:
+    criterion = Last(keep_final=True)
+    criterion.start(5)
+    scores = criterion.scores()
+    assert (criterion.name, scores["order"]) == ("last_keep_final", [3, 2, 1, 0, 4])
+    assert chosen_blocks(scores, 2) == ([2, 3], 1.0)
+    assert min(scores["distance"]["2"]) == scores["distance"]["2"][2]
+
+
+@pytest.mark.parametrize("criterion", [Random(), Last(), Last(keep_final=True)])
 def test_controls_look_at_nothing(criterion: Any) -> None:
     assert criterion.needs == "nothing"
     assert not hasattr(criterion, "observe")
@@ -272,3 +281,9 @@ def test_chosen_blocks_of_a_table_and_of_an_order() -> None:
     assert chosen_blocks(table, 2) == ([1, 2], 0.2)
     assert chosen_blocks(table, 1) == ([1], 0.1), "the first of equals"
     assert chosen_blocks(table | {"order": [3, 1, 2, 0]}, 3) == ([1, 2, 3], pytest.approx(0.4))
+    steps = [
+        {"removed": 3, "scores": [0.3, 0.1, 0.2, 0.1]},
+        {"removed": 1, "scores": [0.9, 0.8, 0.7, None]},
+        {"removed": 0, "scores": [5.0, None, 6.0, None]},
+    ]
+    assert chosen_blocks(table | {"order": [3, 1, 0], "steps": steps}, 2) == ([1, 3], pytest.approx(0.1 + 0.8))
