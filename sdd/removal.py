@@ -7,7 +7,8 @@ each remaining block (Gromov et al. 2024, arXiv 2403.17887), or greedily by what
 perplexity or on a task.
 
 Blocks are bypassed in the live model (`sdd.bypass`). A removal leaves all states before it as they were, so that only
-the blocks behind it are run again: half of the work at first, and more where the rest is short.
+the blocks behind it are run again: about half of the block passes that whole runs would take. By angle, one pass
+measures all blocks at once.
 """
 
 from __future__ import annotations
