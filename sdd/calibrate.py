@@ -34,8 +34,8 @@ def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list
     return batches
 
 
-def padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
-    """Right-padded ids and attention mask, (B, T) each."""
+def padded(rows: list[list[int]], device: Any = "cpu") -> tuple[Any, Any]:
+    """Right-padded ids and attention mask of rows of token ids, both (B, T)."""
     import torch
 
     longest = max(map(len, rows))

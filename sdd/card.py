@@ -42,11 +42,14 @@ class Lineage:
 
 
 def lineage(store: Store, folder: Path) -> Lineage:
-    manifests, folders, queue = {}, {}, [folder]
+    manifests: dict[str, dict[str, Any]] = {}
+    folders: dict[str, Path] = {}
+    queue = [folder]
     while queue:
         place = queue.pop()
         manifest = read_manifest(place)
-        manifests[manifest["stage"]], folders[manifest["stage"]] = manifest, place
+        manifests.setdefault(manifest["stage"], manifest)  # the last of its stage, not what that was made from
+        folders.setdefault(manifest["stage"], place)
         queue += [store.find(address) for address in manifest["inputs"].values()]
     own = read_manifest(folder)
     digest = next(
@@ -136,7 +139,24 @@ def _removed(line: Lineage) -> str:
         f"# {name} without {len(removed)} of {blocks} blocks\n\n"
         f"Made from {of} by removing whole transformer blocks.\n\n## What was removed\n\n"
         f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{by}. Parameters: {before:,} before, {after:,} "
-        f"after ({100 * (before - after) / before:.2f}% removed)."
+        f"after ({100 * (before - after) / before:.2f}% removed)." + _repaired(facts)
+    )
+
+
+def _repaired(facts: dict[str, Any]) -> str:
+    """A paragraph on what was done at the cuts without training; empty if nothing was."""
+    repair = facts.get("repair")
+    if not repair:
+        return ""
+    errors = "; ".join(
+        f"before the cut after block {cut['block']}, {cut['held_out']['before']:.3f} became "
+        f"{cut['held_out']['after']:.3f}"
+        for cut in repair["cuts"]
+    )
+    return (
+        "\n\nThen, without training, the last projection of the MLP before each cut was refitted to lead to the states "
+        f"behind the cut ({repair['method']} regression, penalty {repair['penalty']:g}, {repair['tokens_fitted']:,} "
+        f"tokens of calibration texts). Relative error of those states on texts held out: {errors}."
     )
 
 
@@ -149,6 +169,8 @@ TARGETS = {
 
 def _tuning(line: Lineage) -> str:
     if "tuned" not in line.manifests:
+        if "repair" in line.read("pruned", "pruning.json"):
+            return "## Data\n\nThe calibration texts of the repair; nothing was trained afterwards."
         return "## Data\n\nNone: the blocks were removed and nothing was trained afterwards."
     spec, rows = line.manifests["tuned"]["spec"], line.read("tuned", "rows.json")
     dataset, mode = line.manifests["tuned"]["labels"].get("dataset", "a dataset"), _mode(line)

@@ -70,6 +70,18 @@ class Pruning:
 
 
 @dataclass
+class Repair:
+    """What is done at a cut without training; `ridge` looks at the calibration texts.
+
+    `penalty` holds the refitted weights to the existing ones, in units of the mean square of an MLP activation summed
+    over tokens (the mean diagonal of the Gram matrix).
+    """
+
+    method: str = "none"
+    penalty: float = 1e-4
+
+
+@dataclass
 class Rows:
     """Where rows come from, how the teacher is asked to rewrite them, and how answers are compared.
 
@@ -208,6 +220,7 @@ class Config:
     metric: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     pruning: Pruning = field(default_factory=Pruning)
+    repair: Repair = field(default_factory=Repair)
     dataset: Dataset = field(default_factory=Dataset)
     finetune: Finetune = field(default_factory=Finetune)
     adapter: Adapter = field(default_factory=Adapter)
@@ -227,6 +240,7 @@ class Config:
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
+    "repair.method": ("none", "ridge"),
     "finetune.mode": ("self_distill", "sft", "gold", "none"),
     "finetune.precision": ("32", "bf16"),
     "adapter.method": ("lora", "head_and_norms", "full"),
@@ -309,6 +323,8 @@ def check_values(config: DictConfig) -> None:
     for key in ("contiguous", "keep_final"):
         if not isinstance(OmegaConf.select(config, f"metric.{key}", default=False), bool):
             raise UserError(f"metric.{key}={config.metric[key]} must be true or false")
+    if not 0 < config.repair.penalty < math.inf:
+        raise UserError(f"repair.penalty={config.repair.penalty} must be positive and finite")
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")

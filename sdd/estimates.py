@@ -202,6 +202,15 @@ def pruned(work: Work) -> Estimate:
     return Estimate(1 + 2 * work.weights / work.device.disk, 3e8, work.weights)
 
 
+def repaired(whole: Work, copied: Work, texts: int, length: float, batch: int) -> Estimate:
+    """One pass of the unpruned model, the squares of one block's MLP activations in float64, and a copy of the rest."""
+    inner, tokens = whole.shape.intermediate, texts * length
+    passed, written = scores(whole, texts, length, batch), pruned(copied)
+    sums = 2 * tokens * inner * (inner + whole.shape.hidden) + inner**3 / 3
+    seconds = passed.seconds + 2 * sums / whole.device.flops[4] + written.seconds
+    return Estimate(seconds, passed.memory + 8 * inner * (3 * inner + 2 * whole.shape.hidden), written.disk)
+
+
 def rewrites(work: Work, rows: int, prompt: float, new: float, batch: int) -> Estimate:
     """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, the longest of its batch."""
     seconds, memory = work.generation(rows, prompt, new, batch)

@@ -138,6 +138,12 @@ class Counts:
         return float(tokens / len(texts))
 
     def _pruned(self, recipe: Recipe) -> Estimate:
+        if "repair" in recipe.spec:
+            calibration, batch = self.config.calibration, self.config.trainer.inference_batch_size
+            whole = self._work(self.shape.blocks, self.config.model.dtype)
+            length = self._text_tokens(recipe.spec["texts"])
+            copied = self._work(self.kept, self.stored)
+            return estimates.repaired(whole, copied, calibration.num_texts, length, batch)
         return estimates.pruned(self._work(self.kept, self.stored))
 
     def _rewrites(self, recipe: Recipe) -> Estimate:

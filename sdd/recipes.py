@@ -22,6 +22,7 @@ from sdd.errors import NotFetched, UserError
 from sdd.hub import checkpoint_folder
 from sdd.prompts import PLAIN_TEMPLATE
 from sdd.pruning import check_names, count_parameters, matrices
+from sdd.repair import check_repairable, cuts_of
 from sdd.store import Recipe, canonical, digest_of
 
 T = TypeVar("T")
@@ -148,11 +149,7 @@ class Recipes:
             **self._calibration_spec,
             "max_length": self.config.calibration.max_length,
         }
-        calibration = self.config.calibration
-        if calibration.path is not None and calibration._target_ != LOCAL_TEXTS:
-            how = {"_target_": calibration._target_, **_given(seed=calibration.seed)}
-            labels["calibration"] = canonical(how)  # with the file, all that rerunning needs
-        return self._recipe("scores", spec, {}, labels)
+        return self._recipe("scores", spec, {}, labels | self._calibration_labels())
 
     def _rows_scored(self, metric: Any) -> dict[str, Any]:
         """The key of a score on the first of the fine-tuning rows, in chats of at most `calibration.max_length`."""
@@ -187,8 +184,39 @@ class Recipes:
         spec: dict[str, Any] = self._calibration.spec()
         return spec
 
+    def _calibration_labels(self) -> dict[str, str]:
+        """With the file of the texts, all that rerunning needs."""
+        calibration = self.config.calibration
+        if calibration.path is None or calibration._target_ == LOCAL_TEXTS:
+            return {}
+        return {"calibration": canonical({"_target_": calibration._target_, **_given(seed=calibration.seed)})}
+
     def pruned(self) -> Recipe | None:
         """None where nothing is pruned: the student then starts from the unpruned model."""
+        cut, repair = self._cut(), self.config.repair
+        if repair.method == "none":
+            return cut
+        removed = None if cut is None else cut.spec.get("blocks")
+        if cut is None or not (removed or cut.spec.get("size")):
+            raise UserError(
+                f"repair={repair.method} refits what is before removed blocks, and none is removed; add for example "
+                "pruning=n2, or choose repair=none"
+            )
+        if removed:
+            cuts_of([block for block in range(self.num_blocks) if block not in removed], removed)
+        self._known(lambda: bool(check_repairable(self.model_folder)), True)
+        spec = {
+            "model": self.model_digest,
+            "repair": repair.method,
+            "penalty": repair.penalty,
+            "dtype": self.config.model.dtype,
+            **self._calibration_spec,
+            "max_length": self.config.calibration.max_length,
+        }
+        return self._recipe("pruned", spec, {"pruned": cut}, cut.labels | self._calibration_labels())
+
+    def _cut(self) -> Recipe | None:
+        """The pruned model as it comes from the cut, before any repair."""
         pruning = self.config.pruning
         if pruning.size or pruning.blocks is not None:
             self._known(lambda: check_names(self.model_folder), None)
@@ -253,13 +281,14 @@ class Recipes:
 
         Recipes name what lies on the hub without asking it; this is where it is asked.
         """
+        missing = list(missing)
         stages = {recipe.stage for recipe in missing}
         if stages & {"rewrites", "targets"}:
             examples = self._dataset.examples()
             if "tuned" in stages:
                 self._check_rows(len(examples))
                 self._check_lengths(examples)
-        if "scores" in stages and "_calibration_spec" in self.__dict__:
+        if any("texts" in recipe.spec for recipe in missing):
             self.texts[self._calibration_spec["texts"]] = self._calibration.texts()
         if "evaluated" in stages and stages != {"evaluated"} and self.config.evaluation.suite != "tiny":
             self._benchmark.check(self._task_files)

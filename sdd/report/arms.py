@@ -15,7 +15,7 @@ from typing import Any
 from sdd.report.collect import Run
 
 MODES = ("teacher", "pruned", "sft", "self_distill", "gold", "merged")
-ALWAYS = ("finetune.learning_rate", "adapter.rank")
+ALWAYS = ("pruning.repair", "finetune.learning_rate", "adapter.rank")
 """Settings named whenever they differ; others only where two arms would share a name."""
 COLUMNS = ("kind", "finetune", "metric", "pruning", "dataset", "merge")
 DIGEST = re.compile(r"[0-9a-f]{12,}")

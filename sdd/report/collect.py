@@ -24,7 +24,10 @@ NO_TEACHER = (
 
 @dataclass
 class Run:
-    """One evaluated artifact and what it took to get there. `base` is the pruned address, None when unpruned."""
+    """One evaluated artifact and what it took to get there.
+
+    `base` is the pruned address, None when unpruned; `cut` is the same, or where that is repaired, as it was before.
+    """
 
     address: str
     path: Path
@@ -39,6 +42,7 @@ class Run:
     dataset: str | None
     merge: str
     base: str | None
+    cut: str | None
     seed: int | None
     groups: frozenset[str] | None
     settings: dict[str, Any]
@@ -84,6 +88,13 @@ def _without(spec: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name not in names}
 
 
+def _cut_settings(pruned: Artifact, library: Library) -> dict[str, Any]:
+    """The settings of a cut and, if it was repaired, of its repair."""
+    below = library.get(pruned.inputs.get("pruned", ""))
+    cut = {} if below is None else _cut_settings(below, library)
+    return cut | flatten(_without(pruned.spec, "model"), "pruning.")
+
+
 def _names(values: Iterable[Any]) -> str | None:
     known = list(dict.fromkeys(str(value) for value in values if value is not None))
     return "+".join(known) or None
@@ -123,6 +134,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     for artifact in upstream:
         by_stage[artifact.stage].append(artifact)
     pruned, tuned, targets, merged = (by_stage[stage] for stage in ("pruned", "tuned", "targets", "merged"))
+    pruned = [one for one in pruned if not any(one.address in other.inputs.values() for other in pruned)]
     model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
     seeds = {artifact.spec.get("seed") for artifact in tuned}
     pruning = read_json(pruned[0].path / "pruning.json") if pruned else {}
@@ -134,7 +146,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     settings = {
         "model": evaluated.labels.get("model") or model,
         **flatten(_without(evaluated.spec, "model"), "evaluation."),
-        **_joined([flatten(_without(artifact.spec, "model"), "pruning.") for artifact in pruned]),
+        **_joined([_cut_settings(artifact, library) for artifact in pruned]),
         **_joined([flatten(_without(artifact.spec, "model"), "scores.") for artifact in by_stage["scores"]]),
         **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),
         **_joined([flatten(_without(artifact.spec, "mode"), "targets.") for artifact in targets]),
@@ -156,6 +168,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         dataset=_names(label for label in labels if isinstance(label, str)),
         merge=str(merged[0].spec.get("method", "merged")) if merged else "none",
         base=pruned[0].address if pruned else None,
+        cut=pruned[0].inputs.get("pruned", pruned[0].address) if pruned else None,
         seed=next(iter(seeds)) if len(seeds) == 1 else None,
         groups=groups if any(each is not None for each in summaries) else None,
         settings=settings,

@@ -1,4 +1,5 @@
-"""From arms to differences: two arms that share a base model, a pruned model and a dataset, and each with its base.
+"""From arms to differences: two arms that share a base model, a pruned model and a dataset, and each with its base;
+and an arm on a repaired model with the same on the model as it was cut.
 
 A difference is paired: the same resampled seeds and items enter both arms, so it is better known than two separate
 intervals suggest. It is always the later mode minus the earlier one (untuned, sft, self_distill, gold, merged). Pairs
@@ -38,7 +39,18 @@ def _pairs(comparison: Comparison) -> list[tuple[Arm, Arm]]:
         for earlier in tuned[:index]
         if (later.run.base, later.run.dataset) == (earlier.run.base, earlier.run.dataset)
     ]
-    return against_base + among
+    return against_base + among + _repaired_pairs(comparison.arms)
+
+
+def _repaired_pairs(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
+    """Each arm on a repaired model with the one that differs from it in the repair alone."""
+
+    def differ_in_repair_alone(a: Arm, b: Arm) -> bool:
+        names = settings_differ(a, b) if a.tuned else {}
+        return (a.mode, a.run.dataset) == (b.mode, b.run.dataset) and all(n.startswith("pruning.") for n in names)
+
+    repaired = [arm for arm in arms if arm.run.base != arm.run.cut]
+    return [(a, b) for a in repaired for b in arms if b.run.base == a.run.cut and differ_in_repair_alone(a, b)]
 
 
 def _contrast(a: Arm, b: Arm, measures: Measures, notes: list[str]) -> list[dict[str, Any]]:

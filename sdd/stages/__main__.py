@@ -50,6 +50,13 @@ def find_texts(runtime: Runtime, recipe: Recipe, num_texts: int) -> None:
     runtime.texts[digest] = source.texts()
 
 
+def _num_texts(folder: Path) -> int:
+    """The number of calibration texts that the scores, or the repair, in a folder were made of."""
+    if (folder / "scores.json").is_file():
+        return int(json.loads((folder / "scores.json").read_text())["num_texts"])
+    return int(json.loads((folder / "pruning.json").read_text())["repair"]["num_texts"])
+
+
 def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     """What differs between the artifact and a fresh build of its recipe; empty if nothing does."""
     folder = store.find(address)
@@ -58,7 +65,7 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     if recipe.address != manifest["address"]:
         raise UserError(f"{folder}: the manifest's recipe has address {recipe.address}; was the manifest edited?")
     if "texts" in recipe.spec:
-        find_texts(runtime, recipe, json.loads((folder / "scores.json").read_text())["num_texts"])
+        find_texts(runtime, recipe, _num_texts(folder))
     if "config" in manifest:
         runtime = dataclasses.replace(runtime, **Runtime.sizes(manifest["config"]))
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}

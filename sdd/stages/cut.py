@@ -80,8 +80,11 @@ def _task_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
 
 
 def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """The checkpoint without the chosen blocks, and `pruning.json`."""
+    """The checkpoint without the chosen blocks, and `pruning.json`; or such a one, repaired at its cuts."""
     spec = recipe.spec
+    if "repair" in spec:
+        _build_repaired(runtime, recipe, inputs["pruned"], folder)
+        return
     metric, score = None, None
     if "scores" in inputs:
         scores = json.loads((inputs["scores"] / "scores.json").read_text())
@@ -102,3 +105,23 @@ def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
             **facts,
         },
     )
+
+
+def _build_repaired(runtime: Runtime, recipe: Recipe, pruned: Path, folder: Path) -> None:
+    """The pruned checkpoint with some of its projections replaced; its `pruning.json`, and what the repair did."""
+    from sdd.calibrate import tokenize_texts
+    from sdd.repair import repair, replace_tensors
+
+    spec = recipe.spec
+    facts = json.loads((pruned / "pruning.json").read_text())
+    if facts["kind"] != "depth":
+        raise UserError(
+            f"repair={spec['repair']} is for removed blocks only, not for narrower ones; choose repair=none"
+        )
+    source = runtime.source(spec["model"], "model")
+    rows = tokenize_texts(models.load_tokenizer(source), runtime.texts[spec["texts"]], spec["max_length"])
+    how = spec["dtype"], runtime.device, runtime.attention, runtime.inference_batch_size
+    tensors, done = repair(source, pruned, facts, rows, spec["penalty"], *how)
+    replace_tensors(pruned, folder, tensors)
+    done = {"method": spec["repair"], "penalty": spec["penalty"], "texts": spec["texts"], **done}
+    write_json(folder / "pruning.json", {**facts, "repair": done})

@@ -27,6 +27,14 @@ def differences(store: Store, one: str, other: str, where: str = "") -> Iterator
         yield {"where": where + "stage", "a": a["stage"], "b": b["stage"]}
         return
     prefix = f"{where}{a['stage']}."
+    made_over = [a["inputs"].get(a["stage"]), b["inputs"].get(b["stage"])]
+    if (made_over[0] is None) != (made_over[1] is None):  # one is the other's like, worked on once more
+        own, base = (b, a) if made_over[0] is None else (a, b)
+        for key, value in sorted(_flat(own["spec"]).items()):
+            if value != _flat(base["spec"]).get(key):
+                yield {"where": prefix + key, "a": None if own is b else value, "b": value if own is b else None}
+        yield from differences(store, made_over[0] or one, made_over[1] or other, where)
+        return
     if a["version"] != b["version"]:
         yield {"where": prefix + "version", "a": a["version"], "b": b["version"]}
     left, right = _flat(a["spec"]), _flat(b["spec"])

@@ -58,6 +58,7 @@ def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
 SAMPLING = {"engine.temperature": 0.7}
 RANDOM = ["metric=random"]
 BY_TASK = {"metric.by": "task"}
+REPAIRED = ["repair=ridge"]
 
 IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     # setting, another value, the first stages that change, groups and settings that both sides share
@@ -92,6 +93,11 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("engine.top_p", 0.5, {"rewrites"}, [], SAMPLING),
     ("engine.tries", 2, {"rewrites"}, [], SAMPLING),
     ("engine.seed", 1, {"rewrites"}, [], SAMPLING),
+    ("repair.penalty", 0.5, {"pruned"}, REPAIRED, {}),
+    ("repair.method", "ridge", {"pruned"}, [], {}),
+    ("calibration.num_texts", 5, {"pruned"}, [*REPAIRED, "metric=last"], {}),
+    ("calibration.max_length", 20, {"pruned"}, [*REPAIRED, "metric=last"], {}),
+    ("model.dtype", "bfloat16", {"pruned"}, [*REPAIRED, "metric=last", "finetune=sft"], {}),
     ("finetune.select", False, {"targets"}, [], {}),
     ("finetune.gold_share", 0.5, {"targets"}, [], {}),
     ("finetune.mode", "sft", {"targets"}, [], {}),
@@ -135,6 +141,8 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("trainer.attention", "sdpa", [], {}),
     ("trainer.checkpoint_every", 7, [], {}),
     ("trainer.gradient_checkpointing", True, [], {}),
+    ("repair.penalty", 0.5, [], {}),
+    ("trainer.inference_batch_size", 3, REPAIRED, {}),
     ("adapter.blocks", 2, [], {}),
     ("adapter.rank", 3, ["adapter=full"], {}),
     ("engine.batch_size", 3, [], {}),

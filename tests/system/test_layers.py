@@ -10,7 +10,7 @@ LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"}
-    | {"estimates", "bypass", "removal", "block_weights"},
+    | {"estimates", "bypass", "removal", "block_weights", "repair"},
     {"recipes"},
     {"stages", "report", "export", "card", "plan"},
     {"app", "sweep"},
