@@ -120,10 +120,10 @@ class Moments:
         import torch
 
         inputs = len(self.gram) - self.bias
-        diagonal = self.gram.diagonal()[:inputs]
-        ridge = torch.zeros(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        ridge[:inputs] = penalty * diagonal.mean()
-        factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag(ridge))
+        penalised = self.gram.clone()
+        diagonal = penalised.diagonal()[:inputs]
+        diagonal += penalty * diagonal.mean()
+        factor, failed = torch.linalg.cholesky_ex(penalised)
         if failed:
             raise UserError(
                 f"repair.penalty={penalty:g} is too small for these calibration texts: the regression has no unique "

@@ -58,6 +58,15 @@ def test_a_generated_token_costs_whatever_is_slowest() -> None:
     assert memory == pytest.approx(3 * 8 * 64 + WORK.activations(15) + WORK.logits(3))
 
 
+def test_repair_is_scoring_a_regression_and_a_copy() -> None:
+    """12 tokens of 20 activations and 8 states: 2 * 12 * 20 * 28 and 20^3 / 3 operations, twice as slow in float64."""
+    one, copied = estimates.repaired(WORK, WORK, texts=2, length=6, batch=2), estimates.pruned(WORK)
+    scored = estimates.scores(WORK, texts=2, length=6, batch=2)
+    assert one.seconds == pytest.approx(scored.seconds + copied.seconds + 2 * (13440 + 8000 / 3) / 1e6)
+    assert one.memory == pytest.approx(scored.memory + 8 * (3 * 400 + 2 * 160))
+    assert one.disk == copied.disk
+
+
 def test_training_by_hand() -> None:
     """20 rows of 4 tokens, 16 tokens a pass: 5 passes; 16 bytes of Adam, gradient and value a trained weight."""
     one = estimates.tuned(WORK, Training(100), rows=20, length=4, batch=10, micro_batch_tokens=16)
