@@ -46,7 +46,7 @@ def lineage(store: Store, folder: Path) -> Lineage:
     folders: dict[str, Path] = {}
     queue = [folder]
     while queue:
-        place = queue.pop()
+        place = queue.pop(0)
         manifest = read_manifest(place)
         manifests.setdefault(manifest["stage"], manifest)  # the last of its stage, not what that was made from
         folders.setdefault(manifest["stage"], place)
@@ -135,10 +135,22 @@ def _removed(line: Lineage) -> str:
     removed, blocks = facts["removed_blocks"], len(facts["removed_blocks"]) + len(facts["kept_blocks"])
     by = f", chosen by {facts['metric']}" if facts.get("metric") else ""
     before, after = facts["parameters_before"], facts["parameters_after"]
+    titles, ways, lines = [], [], []
+    if removed:
+        titles.append(f"without {len(removed)} of {blocks} blocks")
+        ways.append("whole transformer blocks")
+        lines.append(f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{by}.")
+    if "width_after" in facts:
+        old, new = facts["width_before"], facts["width_after"]
+        titles.append(f"with {new} of {old} MLP channels")
+        ways.append("channels of every MLP")
+        lines.append(
+            f"{old - new} of the {old} channels of every remaining block's MLP{by}: intermediate_size is {new}."
+        )
     return (
-        f"# {name} without {len(removed)} of {blocks} blocks\n\n"
-        f"Made from {of} by removing whole transformer blocks.\n\n## What was removed\n\n"
-        f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{by}. Parameters: {before:,} before, {after:,} "
+        f"# {name} {' and '.join(titles)}\n\n"
+        f"Made from {of} by removing {' and '.join(ways)}.\n\n## What was removed\n\n"
+        f"{' '.join(lines)} Parameters: {before:,} before, {after:,} "
         f"after ({100 * (before - after) / before:.2f}% removed)." + _repaired(facts)
     )
 
@@ -171,7 +183,7 @@ def _tuning(line: Lineage) -> str:
     if "tuned" not in line.manifests:
         if "repair" in line.read("pruned", "pruning.json"):
             return "## Data\n\nThe calibration texts of the repair; nothing was trained afterwards."
-        return "## Data\n\nNone: the blocks were removed and nothing was trained afterwards."
+        return "## Data\n\nNone: the model was pruned and nothing was trained afterwards."
     spec, rows = line.manifests["tuned"]["spec"], line.read("tuned", "rows.json")
     dataset, mode = line.manifests["tuned"]["labels"].get("dataset", "a dataset"), _mode(line)
     reasons = line.read("targets", "summary.json").get("reasons", {})

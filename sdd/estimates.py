@@ -197,6 +197,18 @@ def weights_read(work: Work) -> Estimate:
     return Estimate(1 + work.weights / work.device.disk, 3e8, 1e5)
 
 
+def gradient_scores(work: Work, texts: int, length: float, micro_batch_tokens: int, stages: int = 1) -> Estimate:
+    """A pass forward and back, gradients of the MLPs' matrices included, and in the second stage the teacher's beside.
+
+    What backward keeps of every block is held; logits are not.
+    """
+    tokens, together = texts * length, max(length, min(micro_batch_tokens, texts * length))
+    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=2.0 + stages)
+    kept = work.blocks * work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
+    formed = 16 * work.shape.hidden * work.shape.intermediate
+    return Estimate(seconds, work.weights + together * kept + formed, 1e5)
+
+
 def pruned(work: Work) -> Estimate:
     """The checkpoint is read and what is kept of it written, some megabytes at a time, whatever the device."""
     return Estimate(1 + 2 * work.weights / work.device.disk, 3e8, work.weights)

@@ -3,7 +3,7 @@
 Reads the composed config for the counts that the estimates are made of; builds and fetches nothing.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import mul
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from sdd import estimates
 from sdd.adapters import beside_cut
 from sdd.allowed import build
+from sdd.channels import ChannelCriterion
 from sdd.estimates import BYTES, CHARACTERS_PER_TOKEN, DEVICES, Device, Estimate, Shape, Training, Work, shape_of
 from sdd.evaluation.benchmark import Benchmark
 from sdd.evaluation.suites import SUITES
@@ -19,6 +20,7 @@ from sdd.importance import ModelCriterion
 from sdd.prompts import rewrite_prompt
 from sdd.recipes import Recipes, is_provisional
 from sdd.store import Recipe, Store
+from sdd.width import Share
 
 TYPICAL_ROWS = {
     "gsm8k": (7473, 235, 287),
@@ -30,6 +32,9 @@ TYPICAL_ROWS = {
 """By dataset: rows, characters of a prompt, characters of a reference answer; used before the rows are here."""
 
 OTHER_ROWS = (10_000, 300, 300)
+GRADIENTS = {"sdd.channels.TaylorWidth": 1, "sdd.channels.SDM": 2}
+"""Criteria measured by passes back as well, and what they cost: the second has the teacher's passes beside."""
+
 TEMPLATE_TOKENS = 30
 """Of the chat template around a prompt."""
 
@@ -74,13 +79,23 @@ class Counts:
         self.texts, self.num_texts = recipes.texts, recipes.num_texts
         self.sizes = recipes.sizes
         self.shape = shape_of(self.sizes)
-        pruning = self.config.pruning
-        self.kept = self.shape.blocks - (pruning.size if pruning.blocks is None else len(pruning.blocks))
+        self.kept = self.shape.blocks - recipes.blocks_removed
+        self.cut = self._narrowed(recipes)
         self.rows, self.prompt, self.answer = self._row_counts(recipes)
 
     @property
     def device(self) -> Device:
         return DEVICES[self.config.trainer.accelerator]
+
+    def _narrowed(self, recipes: Recipes) -> Shape:
+        """The shape after the width cut, if there is one."""
+        pruning = self.config.pruning
+        if pruning.ratio is None:
+            return self.shape
+        share = Share(pruning.ratio, pruning.ratio_of, pruning.multiple)
+        channel = self.kept * self.shape.mlp_matrices * self.shape.hidden
+        width = share.width(self.shape.intermediate, self.shape.parameters(self.kept), channel)
+        return replace(self.shape, intermediate=width)
 
     def _row_counts(self, recipes: Recipes) -> tuple[int, float, float]:
         """(rows, tokens of a bare prompt, tokens of a reference answer)."""
@@ -110,6 +125,10 @@ class Counts:
     def _work(self, blocks: int, dtype: str) -> Work:
         return Work(self.shape, blocks, BYTES[dtype], self.device)
 
+    def _student(self, dtype: str) -> Work:
+        """Work on the pruned model, or on the unpruned one where nothing goes."""
+        return Work(self.cut, self.kept, BYTES[dtype], self.device)
+
     def estimate(self, recipe: Recipe) -> Estimate:
         """What building this one artifact takes, its inputs being there."""
         return getattr(self, f"_{recipe.stage}")(recipe)  # type: ignore[no-any-return]
@@ -117,7 +136,10 @@ class Counts:
     def _scores(self, recipe: Recipe) -> Estimate:
         if "model" not in recipe.spec:
             return Estimate(1.0, 1e8, 1e5)
+        kind = recipe.spec["metric"]["_target_"]
         criterion = build(recipe.spec["metric"])
+        if isinstance(criterion, ChannelCriterion):
+            return self._channel_scores(recipe, criterion, kind)
         if criterion.needs == "weights":
             return estimates.weights_read(self._work(self.shape.blocks, self.stored))
         work = self._work(self.shape.blocks, self.config.model.dtype)
@@ -127,6 +149,17 @@ class Counts:
             texts, length = self.num_texts, self._text_tokens(recipe.spec["texts"])
         runs = criterion.runs(self.shape.blocks) if isinstance(criterion, ModelCriterion) else ()
         return estimates.scores(work, texts, length, self.config.trainer.inference_batch_size, *runs)
+
+    def _channel_scores(self, recipe: Recipe, criterion: ChannelCriterion, kind: str) -> Estimate:
+        """Channels are scored after the blocks are gone."""
+        blocks = self.kept if "pruned" in recipe.inputs else self.shape.blocks
+        if criterion.needs != "texts":
+            return estimates.weights_read(self._work(blocks, self.stored))
+        work, length = self._work(blocks, self.config.model.dtype), self._text_tokens(recipe.spec["texts"])
+        texts, trainer = self.config.calibration.num_texts, self.config.trainer
+        if kind in GRADIENTS:
+            return estimates.gradient_scores(work, texts, length, trainer.micro_batch_tokens, GRADIENTS[kind])
+        return estimates.scores(work, texts, length, trainer.inference_batch_size)
 
     def _text_tokens(self, digest: str) -> float:
         """Tokens of a calibration text; of the longest allowed, before the texts are here."""
@@ -144,7 +177,8 @@ class Counts:
             length = self._text_tokens(recipe.spec["texts"])
             copied = self._work(self.kept, self.stored)
             return estimates.repaired(whole, copied, calibration.num_texts, length, batch)
-        return estimates.pruned(self._work(self.kept, self.stored))
+        between = recipe.spec.get("ratio") is None
+        return estimates.pruned(self._work(self.kept, self.stored) if between else self._student(self.stored))
 
     def _rewrites(self, recipe: Recipe) -> Estimate:
         engine, template = self.config.engine, self.config.dataset.template
@@ -164,7 +198,7 @@ class Counts:
         left = max(1, self.rows - finetune.validation_rows)
         rows = finetune.epochs * min(finetune.num_rows or left, left)
         length = min(self.prompt + self.answer, finetune.max_length)
-        work = self._work(self.kept, {"32": "float32", "bf16": "bfloat16"}[finetune.precision])
+        work = self._student({"32": "float32", "bf16": "bfloat16"}[finetune.precision])
         micro = self.config.trainer.micro_batch_tokens
         return estimates.tuned(work, self.training, rows, length, finetune.batch_size, micro)
 
@@ -173,11 +207,11 @@ class Counts:
         """What the adapter trains of the student."""
         adapter, recomputed = self.config.adapter, self.config.trainer.gradient_checkpointing
         if adapter.method == "full":
-            return Training(self.shape.parameters(self.kept), whole=True, recomputed=recomputed)
+            return Training(self.cut.parameters(self.kept), whole=True, recomputed=recomputed)
         if adapter.method == "head_and_norms":
-            return Training(estimates.head_and_norms_parameters(self.shape, self.kept), recomputed=recomputed)
+            return Training(estimates.head_and_norms_parameters(self.cut, self.kept), recomputed=recomputed)
         blocks, reach = self._adapted_blocks()
-        trained = estimates.adapter_parameters(self.shape, blocks, adapter.rank, list(adapter.targets))
+        trained = estimates.adapter_parameters(self.cut, blocks, adapter.rank, list(adapter.targets))
         return Training(trained, reach, four_bit=adapter.quantisation is not None, recomputed=recomputed)
 
     def _adapted_blocks(self) -> tuple[int, int]:
@@ -203,7 +237,8 @@ class Counts:
     def _evaluated(self, recipe: Recipe) -> Estimate:
         settings = self.config.evaluation
         student = recipe.inputs.get("model")
-        work = self._work(self.kept if student else self.shape.blocks, recipe.spec["dtype"])
+        dtype = recipe.spec["dtype"]
+        work = self._student(dtype) if student else self._work(self.shape.blocks, dtype)
         if settings.suite == "tiny":
             tasks = [estimates.EMBEDDED_TASK] * len(recipe.spec["tasks"])
         else:

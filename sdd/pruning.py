@@ -1,15 +1,17 @@
-"""Remove blocks from a checkpoint by streaming its bytes: no tensor is materialised, so 8B works as on a laptop.
+"""Make a checkpoint smaller by streaming its bytes: no tensor is materialised, so 8B works as on a laptop.
 
 A safetensors file is a header (JSON: name -> dtype, shape, byte range) and the bytes. Each input shard is copied range
 by range into an output shard without the removed blocks' tensors, the kept blocks renumbered without holes; per-layer
-lists in the config are cut alike, so that stock `from_pretrained` opens the result. Knows nothing of scores.
+lists in the config are cut alike, so that stock `from_pretrained` opens the result. Where `width` keeps rows or columns
+of a tensor, it goes the same way. Knows nothing of scores.
 """
 
 import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,33 +72,107 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
         length -= len(data)
 
 
-def _stream(source: Path, target: Path, position: dict[int, int]) -> tuple[dict[str, int], int]:
-    """Copy one shard; returns the kept tensors' element counts by new name, and the bytes written."""
+@dataclass(frozen=True)
+class Part:
+    """What of a stored tensor goes into the smaller checkpoint: `rows` or `columns` (sorted indices), or all of it."""
+
+    name: str
+    rows: list[int] | None = None
+    columns: list[int] | None = None
+
+    def shape(self, whole: list[int]) -> list[int]:
+        if self.rows is not None:
+            return [len(self.rows), *whole[1:]]
+        return whole if self.columns is None else [whole[0], len(self.columns)]
+
+
+def _copy_part(source: BinaryIO, target: BinaryIO, entry: dict[str, Any], base: int, part: Part) -> None:
+    """Copy the bytes of one tensor, or of what is kept of it; `base` is the file's first data byte."""
+    begin, end = (base + offset for offset in entry["data_offsets"])
+    if part.columns is not None:
+        _copy_columns(source, target, entry["shape"], begin, end, part.columns)
+        return
+    step = (end - begin) // entry["shape"][0] if part.rows else 0
+    for first, last in [(0, 1)] if part.rows is None else _runs(part.rows):
+        start, stop = (begin, end) if part.rows is None else (begin + first * step, begin + last * step)
+        source.seek(start)
+        _copy(source, target, stop - start)
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """Sorted indices as half-open ranges: [1, 2, 5] -> [(1, 3), (5, 6)]."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
+
+
+def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: int, end: int, kept: list[int]) -> None:
+    """Copy the `kept` columns of a matrix, some rows at a time."""
+    import numpy as np
+
+    rows, columns = shape
+    width = (end - begin) // (rows * columns)
+    step = max(1, CHUNK // (columns * width))
+    source.seek(begin)
+    for row in range(0, rows, step):
+        data = source.read(min(step, rows - row) * columns * width)
+        table = np.frombuffer(data, dtype=np.uint8).reshape(-1, columns, width)
+        target.write(table[:, kept].tobytes())
+
+
+Change = Callable[[str], Part | None]
+"""From a stored tensor's name to what is kept of it; None where nothing is."""
+
+
+def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]:
+    """Copy one shard; returns the kept tensors' new names, and the bytes written."""
     with source.open("rb") as reader:
         header, base = read_header(reader, source)
         kept = [
-            (new, entry)
+            (part, entry)
             for name, entry in header.items()
-            if name != "__metadata__" and (new := renamed(name, position)) is not None
+            if name != "__metadata__" and (part := change(name)) is not None
         ]
         kept.sort(key=lambda pair: pair[1]["data_offsets"][0])
         if not kept:
-            return {}, 0
+            return [], 0
         written: Header = {"__metadata__": header.get("__metadata__", {"format": "pt"})}
         offset = 0
-        for name, entry in kept:
+        for part, entry in kept:
             begin, end = entry["data_offsets"]
-            written[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
-            offset += end - begin
+            shape = part.shape(entry["shape"])
+            size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
+            written[part.name] = {**entry, "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
         text = json.dumps(written, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with target.open("wb") as writer:
             writer.write(struct.pack("<Q", len(text)) + text)
-            for _, entry in kept:
-                begin, end = entry["data_offsets"]
-                reader.seek(base + begin)
-                _copy(reader, writer, end - begin)
-    return {name: _elements(entry) for name, entry in kept}, offset
+            for part, entry in kept:
+                _copy_part(reader, writer, entry, base, part)
+    return [part.name for part, _ in kept], offset
+
+
+def write_checkpoint(source: Path, target: Path, change: Change, config: dict[str, Any]) -> None:
+    """Stream the checkpoint in `source` into the folder `target`, shard by shard, with another config."""
+    shards = weight_files(source)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for shard in tqdm(shards, desc="prune", unit="file"):
+        names, size = _stream(shard, target / shard.name, change)
+        weight_map |= dict.fromkeys(names, shard.name)
+        total_bytes += size
+    if shards[0].name != "model.safetensors":
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def count_parameters(folder: Path) -> int:
@@ -107,10 +183,15 @@ def count_parameters(folder: Path) -> int:
 
 
 def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
+    yield from ((name, math.prod(shape)) for name, shape in stored_shapes(folder))
+
+
+def stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every stored tensor; reads headers only."""
     for path in weight_files(folder):
         with path.open("rb") as file:
             header, _ = read_header(file, path)
-        yield from ((name, _elements(entry)) for name, entry in header.items() if name != "__metadata__")
+        yield from ((name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
 
 
 def matrices(folder: Path) -> set[str]:
@@ -132,20 +213,12 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
     config, gone = check_prunable(source, removed), set(removed)
     kept = [block for block in range(config["num_hidden_layers"]) if block not in gone]
     position = {block: index for index, block in enumerate(kept)}
-    shards = weight_files(source)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for shard in tqdm(shards, desc="prune", unit="file"):
-        counts, size = _stream(shard, target / shard.name, position)
-        weight_map |= dict.fromkeys(counts, shard.name)
-        total_bytes += size
-    if shards[0].name != "model.safetensors":
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (target / "config.json").write_text(json.dumps(cut_config(config, kept), indent=2, sort_keys=True) + "\n")
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+
+    def change(name: str) -> Part | None:
+        new = renamed(name, position)
+        return None if new is None else Part(new)
+
+    write_checkpoint(source, target, change, cut_config(config, kept))
     before, after = count_parameters(source), count_parameters(target)
     return {
         "removed_blocks": sorted(gone),

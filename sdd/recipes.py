@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd import models
 from sdd.allowed import build
+from sdd.channels import SDM, ChannelCriterion, TaylorWidth
 from sdd.config import CHOICES, check_pruning
 from sdd.data import Example
 from sdd.errors import NotFetched, UserError
@@ -24,6 +25,7 @@ from sdd.prompts import PLAIN_TEMPLATE
 from sdd.pruning import check_names, count_parameters, matrices
 from sdd.repair import check_repairable, cuts_of
 from sdd.store import Recipe, canonical, digest_of
+from sdd.width import Share, sizes_of
 
 T = TypeVar("T")
 
@@ -133,6 +135,7 @@ class Recipes:
     # ---- the cut -----------------------------------------------------------------------------------------------
 
     def scores(self) -> Recipe:
+        self._check_metric("metric", channels=False)
         metric = OmegaConf.to_container(self.config.metric, resolve=True)
         criterion = build(metric)
         labels = {"metric": criterion.name}
@@ -149,7 +152,7 @@ class Recipes:
             **self._calibration_spec,
             "max_length": self.config.calibration.max_length,
         }
-        return self._recipe("scores", spec, {}, labels | self._calibration_labels())
+        return self._recipe("scores", spec, {}, labels | self._calibration_labels)
 
     def _rows_scored(self, metric: Any) -> dict[str, Any]:
         """The key of a score on the first of the fine-tuning rows, in chats of at most `calibration.max_length`."""
@@ -184,6 +187,7 @@ class Recipes:
         spec: dict[str, Any] = self._calibration.spec()
         return spec
 
+    @property
     def _calibration_labels(self) -> dict[str, str]:
         """With the file of the texts, all that rerunning needs."""
         calibration = self.config.calibration
@@ -196,6 +200,10 @@ class Recipes:
         cut, repair = self._cut(), self.config.repair
         if repair.method == "none":
             return cut
+        if self.config.pruning.ratio is not None:
+            raise UserError(
+                f"repair={repair.method} is for removed blocks only, not for narrower ones; choose repair=none"
+            )
         removed = None if cut is None else cut.spec.get("blocks")
         if cut is None or not (removed or cut.spec.get("size")):
             raise UserError(
@@ -213,10 +221,94 @@ class Recipes:
             **self._calibration_spec,
             "max_length": self.config.calibration.max_length,
         }
-        return self._recipe("pruned", spec, {"pruned": cut}, cut.labels | self._calibration_labels())
+        return self._recipe("pruned", spec, {"pruned": cut}, cut.labels | self._calibration_labels)
 
     def _cut(self) -> Recipe | None:
-        """The pruned model as it comes from the cut, before any repair."""
+        """The pruned model as it comes from the cut, before any repair. Blocks go before channels."""
+        pruning = self.config.pruning
+        if pruning.ratio is None:
+            if self.config.width_metric and (pruning.size or pruning.blocks is not None):
+                raise UserError("metric@width_metric scores channels; add pruning.ratio=0.2, or leave it out")
+            return self._without_blocks()
+        self._check_metric(self._width_metric, channels=True)
+        gone = self.blocks_removed
+        share = Share(pruning.ratio, pruning.ratio_of, pruning.multiple)
+        self._known(lambda: sizes_of(self.model_folder).width(share, gone), None)
+        depth = self._without_blocks()
+        scores = self.channel_scores(depth)
+        spec = {
+            "model": self.model_digest,
+            "ratio": pruning.ratio,
+            "ratio_of": pruning.ratio_of,
+            "multiple": pruning.multiple,
+        }
+        inputs = {"scores": scores} if depth is None else {"scores": scores, "pruned": depth}
+        both = "+".join(recipe.labels["metric"] for recipe in (depth, scores) if recipe and "metric" in recipe.labels)
+        return self._recipe("pruned", spec, inputs, {"metric": both})
+
+    @property
+    def blocks_removed(self) -> int:
+        pruning = self.config.pruning
+        return int(pruning.size if pruning.blocks is None else len(pruning.blocks))
+
+    @property
+    def _width_metric(self) -> str:
+        """The node that names the criterion of a width cut."""
+        pruning = self.config.pruning
+        alone = not pruning.size or pruning.start is not None or pruning.blocks is not None
+        return "metric" if alone and not self.config.width_metric else "width_metric"
+
+    def _check_metric(self, node: str, channels: bool) -> None:
+        """Refuse a criterion of blocks for a cut of channels, and the reverse."""
+        pruning, given = self.config.pruning, self.config[node]
+        if not given:
+            raise UserError(
+                f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio:g} need a criterion each; add for "
+                "example metric=angular metric@width_metric=sdm"
+            )
+        criterion = build(given)
+        if isinstance(criterion, ChannelCriterion) == channels:
+            return
+        name = f"{'metric@' if node != 'metric' else ''}{node}={criterion.name}"
+        if channels:
+            raise UserError(
+                f"{name} scores blocks, but pruning.ratio={pruning.ratio:g} removes MLP channels; choose one of "
+                "sdm, taylor_width, activation_width, magnitude_width, random_width, or prune blocks (pruning=n2)"
+            )
+        raise UserError(
+            f"{name} scores MLP channels, but pruning.size={pruning.size} removes blocks; choose a criterion of blocks "
+            "such as metric=angular (for channels beside it metric@width_metric=sdm), or pruning=mlp20"
+        )
+
+    def channel_scores(self, depth: Recipe | None) -> Recipe:
+        """Scores of MLP channels, of the unpruned model or of the one without blocks."""
+        pruning = self.config.pruning
+        node = OmegaConf.to_container(self.config[self._width_metric], resolve=True)
+        assert isinstance(node, dict)
+        criterion = build(node)
+        labels, inputs = {"metric": criterion.name}, {} if depth is None else {"pruned": depth}
+        if criterion.needs == "nothing":
+            spec = {"num_blocks": self.num_blocks - self.blocks_removed}
+            spec["intermediate_size"] = int(self.sizes["intermediate_size"])
+            return self._recipe("scores", {"metric": node, **spec}, {}, labels)
+        if isinstance(criterion, SDM | TaylorWidth) and self.config.model.dtype == "float16":
+            raise UserError(
+                f"metric={criterion.name} takes gradients, which float16 rounds to zero; set model.dtype=bfloat16"
+            )
+        measured = {}
+        if criterion.needs == "texts":
+            shown = {**self._calibration_spec, "max_length": self.config.calibration.max_length}
+            measured, labels = {"dtype": self.config.model.dtype, **shown}, labels | self._calibration_labels
+        model = {"model": self.model_digest}
+        if not isinstance(criterion, SDM):
+            return self._recipe("scores", {"metric": node, **measured} | ({} if depth else model), inputs, labels)
+        node |= criterion.resolved(pruning.ratio, pruning.ratio_of)
+        first = {"metric": {"_target_": "sdd.channels.TaylorWidth"}, **measured} | ({} if depth else model)
+        stage1 = self._recipe("scores", first, inputs, labels | {"metric": TaylorWidth.name})
+        return self._recipe("scores", {"metric": node, **measured, **model}, inputs | {"first": stage1}, labels)
+
+    def _without_blocks(self) -> Recipe | None:
+        """The model without the blocks that go; None where none does."""
         pruning = self.config.pruning
         if pruning.size or pruning.blocks is not None:
             self._known(lambda: check_names(self.model_folder), None)
@@ -414,7 +506,12 @@ class Recipes:
         adapter, pruning = self.config.adapter, self.config.pruning
         if adapter.method != "lora":
             return
-        removed = pruning.size if pruning.blocks is None else len(pruning.blocks)
+        removed = self.blocks_removed
+        if adapter.scope == "beside_cut" and not removed and pruning.ratio is not None:
+            raise UserError(
+                f"adapter.scope=beside_cut needs removed blocks, but pruning.ratio={pruning.ratio:g} narrows every "
+                "block alike; choose adapter=lora, or remove blocks too: pruning.size=2"
+            )
         if adapter.scope == "beside_cut" and not removed:
             raise UserError(
                 "adapter.scope=beside_cut needs a cut; choose another adapter, or add for example pruning=n2"

@@ -38,7 +38,7 @@ class Run:
     metric: str | None
     pruning: str
     blocks_removed: int | None  # None where channels were removed
-    width: float
+    width: float  # share of the parameters that went with channels, as asked for
     dataset: str | None
     merge: str
     base: str | None
@@ -112,10 +112,14 @@ def _spans(blocks: list[int]) -> str:
 
 
 def _pruning_name(pruning: dict[str, Any], metric: str | None) -> str:
-    removed = pruning.get("removed_blocks") or []
-    if not removed:
-        return f"{pruning.get('kind') or 'width'}{pruning.get('size')}"
-    return f"n{len(removed)}" if metric else f"blocks {_spans(removed)}"
+    """`n4`, `blocks 1,4-6`, `mlp20`, `n2+mlp20`; a share of the MLPs alone is `mlp30.7 of mlp`."""
+    removed, ratio = pruning.get("removed_blocks") or [], pruning.get("ratio")
+    listed = not metric or (ratio is not None and "+" not in metric)  # a cut of both has two criteria, or chosen blocks
+    depth = (f"blocks {_spans(removed)}" if listed else f"n{len(removed)}") if removed else ""
+    if ratio is None:
+        return depth
+    width = f"mlp{100 * ratio:g}" + (" of mlp" if pruning["ratio_of"] == "mlp" else "")
+    return f"{depth}+{width}" if depth else width
 
 
 def comparison_of(evaluated: Artifact, model: str | None) -> str:
@@ -134,7 +138,8 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     for artifact in upstream:
         by_stage[artifact.stage].append(artifact)
     pruned, tuned, targets, merged = (by_stage[stage] for stage in ("pruned", "tuned", "targets", "merged"))
-    pruned = [one for one in pruned if not any(one.address in other.inputs.values() for other in pruned)]
+    between = {address for artifact in (*pruned, *by_stage["scores"]) for address in artifact.inputs.values()}
+    pruned = [artifact for artifact in pruned if artifact.address not in between]  # not those cut once more
     model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
     seeds = {artifact.spec.get("seed") for artifact in tuned}
     pruning = read_json(pruned[0].path / "pruning.json") if pruned else {}
@@ -164,7 +169,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         metric=metric,
         pruning=_pruning_name(pruning, metric) if pruned else "none",
         blocks_removed=len(removed) if removed or not pruned else None,
-        width=float(pruning.get("size") or 0) if pruned and not removed else 0.0,
+        width=float(pruning.get("ratio") or 0),
         dataset=_names(label for label in labels if isinstance(label, str)),
         merge=str(merged[0].spec.get("method", "merged")) if merged else "none",
         base=pruned[0].address if pruned else None,

@@ -9,12 +9,14 @@ from typing import Any
 from sdd import models
 from sdd.allowed import build
 from sdd.bypass import Row, task_row
+from sdd.channels import ChannelCriterion
 from sdd.errors import UserError
 from sdd.importance import ModelCriterion, chosen_blocks
 from sdd.pruning import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
 from sdd.stages.rows import read_examples
 from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.width import build_channel_scores, build_narrowed
 from sdd.store import Recipe
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,9 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
     """`scores.json` and a heat map, after as many passes over the texts as the criterion takes."""
     spec = recipe.spec
     criterion = build(spec["metric"])
+    if isinstance(criterion, ChannelCriterion):
+        build_channel_scores(runtime, recipe, inputs, folder, criterion)
+        return
     blocks, num_texts = spec.get("num_blocks"), 0
     if criterion.needs == "nothing":
         criterion.start(blocks)
@@ -85,6 +90,9 @@ def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
     if "repair" in spec:
         _build_repaired(runtime, recipe, inputs["pruned"], folder)
         return
+    if "ratio" in spec:
+        build_narrowed(runtime, recipe, inputs, folder)
+        return
     metric, score = None, None
     if "scores" in inputs:
         scores = json.loads((inputs["scores"] / "scores.json").read_text())
@@ -114,10 +122,6 @@ def _build_repaired(runtime: Runtime, recipe: Recipe, pruned: Path, folder: Path
 
     spec = recipe.spec
     facts = json.loads((pruned / "pruning.json").read_text())
-    if facts["kind"] != "depth":
-        raise UserError(
-            f"repair={spec['repair']} is for removed blocks only, not for narrower ones; choose repair=none"
-        )
     source = runtime.source(spec["model"], "model")
     rows = tokenize_texts(models.load_tokenizer(source), runtime.texts[spec["texts"]], spec["max_length"])
     how = spec["dtype"], runtime.device, runtime.attention, runtime.inference_batch_size

@@ -1,4 +1,4 @@
-"""The pictures that single artifacts carry: the redundancy heat map and the learning curve."""
+"""The pictures that single artifacts carry: the redundancy heat map, channel curves, the learning curve."""
 
 from pathlib import Path
 from typing import Any
@@ -67,3 +67,34 @@ def learning_curve(history: list[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def channel_curves(channels: list[list[float]], metric: str, num_texts: int, path: Path) -> None:
+    """Each block's importance of channels from the highest to the lowest: how many of them matter little."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    scale = Normalize(0, max(1, len(channels) - 1))
+    for block, importance in enumerate(channels):
+        share = [(rank + 1) / len(importance) for rank in range(len(importance))]
+        axes.plot(share, sorted(importance, reverse=True), color=colormaps["viridis"](scale(block)), linewidth=1)
+    measured = f"{num_texts} texts" if num_texts else "no texts"
+    axes.set_title(f"{metric}: higher is more important ({measured})", fontsize=10)
+    axes.set_xlabel("share of the channels, most important first")
+    axes.set_ylabel("importance")
+    if all(value >= 0 for importance in channels for value in importance):
+        axes.set_yscale("symlog", linthresh=_least_positive(channels))
+    figure.colorbar(ScalarMappable(scale, colormaps["viridis"]), ax=axes, label="block")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _least_positive(channels: list[list[float]]) -> float:
+    """Below it a curve is drawn straight; a thousandth of the largest value at the least."""
+    values = [value for importance in channels for value in importance if value > 0]
+    return max(min(values), max(values) / 1000) if values else 1.0

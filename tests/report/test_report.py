@@ -216,13 +216,27 @@ def test_merged_arm_is_one_arm_over_seeds(artifacts, tmp_path):
 
 
 def test_width_pruning_is_named_and_sorted_last(artifacts, tmp_path):
-    info = {"kind": "mlp", "metric": None, "size": 20, "start": None, "removed_blocks": [], "score": None}
+    info = {"kind": "width", "metric": "sdm", "size": None, "start": None, "removed_blocks": [], "score": None}
+    info |= {"ratio": 0.2, "ratio_of": "all", "width_before": 40, "width_after": 24}
     info |= {"kept_blocks": [0, 1], "parameters_before": 1200, "parameters_after": 1000, "flops_saved": 0.16}
-    width = artifacts.put("pruned", {"model": "m" * 20, "width": 20}, {}, **{"pruning.json": info})
-    artifacts.evaluated(width, scores(add=HALF))
-    artifacts.evaluated(artifacts.pruned(6), scores(add=HALF))
+    depth = artifacts.pruned(6)
+    order = artifacts.put("scores", {"metric": "sdm"}, {})
+    for ratio, of in [(0.2, "all"), (0.307, "mlp"), (0.1, "all")]:
+        spec = {"model": "m" * 20, "ratio": ratio, "ratio_of": of}
+        cut = {"pruning.json": info | {"ratio": ratio, "ratio_of": of}}
+        artifacts.evaluated(artifacts.put("pruned", spec, {"scores": order}, **cut), scores(add=HALF))
+    artifacts.evaluated(depth, scores(add=HALF))
+    both = info | {"kind": "depth+width", "metric": "angular+sdm", "size": 6, "start": 2, "score": 0.1}
+    both |= {"removed_blocks": [2, 3, 4, 5, 6, 7], "kept_blocks": [0, 1, 8, 9, 10, 11]}
+    inputs = {"scores": artifacts.put("scores", {"metric": "sdm"}, {"pruned": depth}), "pruned": depth}
+    spec = {"model": "m" * 20, "ratio": 0.2}
+    artifacts.evaluated(artifacts.put("pruned", spec, inputs, **{"pruning.json": both}), scores(add=HALF))
     rows, _ = report(artifacts, tmp_path / "out")
-    assert list(rows) == ["pruned n6", "pruned mlp20"]
+    names = [(row["pruning"], row["metric"]) for row in rows.values()]
+    assert names == [
+        *[("n6", "angular"), ("n6+mlp20", "angular+sdm")],
+        *[("mlp10", "sdm"), ("mlp20", "sdm"), ("mlp30.7 of mlp", "sdm")],
+    ]
 
 
 def test_sweep_folder_finds_its_jobs_and_the_teacher(study, tmp_path):

@@ -59,6 +59,7 @@ SAMPLING = {"engine.temperature": 0.7}
 RANDOM = ["metric=random"]
 BY_TASK = {"metric.by": "task"}
 REPAIRED = ["repair=ridge"]
+SDM = ["metric=sdm", "pruning=mlp20"]
 
 IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     # setting, another value, the first stages that change, groups and settings that both sides share
@@ -75,6 +76,15 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("dataset.system_prompt", "Be brief.", {"scores", "rewrites", "tuned"}, ["metric=greedy"], BY_TASK),
     ("dataset.seed", 1, {"scores", "rewrites"}, ["metric=greedy"], BY_TASK),
     ("model.dtype", "bfloat16", {"rewrites"}, ["metric=magnitude"], {}),
+    ("metric.seed", 1, {"scores"}, ["metric=random_width", "pruning=mlp20"], {}),
+    ("metric.first_cut", 0.1, {"scores"}, SDM, {}),
+    ("metric.alpha", 0.5, {"scores"}, SDM, {}),
+    ("metric.temperature", 0.7, {"scores"}, SDM, {}),
+    ("pruning.ratio", 0.3, {"pruned"}, ["metric=taylor_width", "pruning=mlp20"], {}),
+    ("pruning.ratio_of", "mlp", {"pruned"}, ["metric=taylor_width", "pruning=mlp20"], {}),
+    ("pruning.multiple", 4, {"pruned"}, ["metric=taylor_width", "pruning=mlp20"], {}),
+    ("pruning.ratio", 0.3, {"scores"}, SDM, {}),
+    ("width_metric.seed", 1, {"pruned"}, ["metric@width_metric=random_width"], {"pruning.ratio": 0.2}),
     ("model.dtype", "bfloat16", {"scores", "rewrites"}, [], {}),
     ("pruning.size", 1, {"pruned"}, [], {}),
     ("pruning.start", 1, {"pruned"}, [], {"pruning.blocks": None, "pruning.start": 0}),
@@ -161,6 +171,10 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("calibration.num_texts", 5, RANDOM, {}),
     ("calibration.num_texts", 5, ["metric=magnitude"], {}),
     ("calibration.num_texts", 5, ["metric=taylor"], {"metric.num_texts": 4}),
+    ("calibration.num_texts", 5, ["metric=magnitude_width", "pruning=mlp20"], {}),
+    ("metric.alpha", 0.4, SDM, {}),
+    ("pruning.ratio_of", "mlp", [], {}),
+    ("pruning.multiple", 4, [], {}),
     ("calibration.max_length", 20, ["metric=last"], {}),
     ("metric.contiguous", True, ["metric=block_influence"], {"pruning.blocks": [1]}),
     ("calibration.num_texts", 5, [], {"pruning.start": 1}),
@@ -208,6 +222,8 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
     plain = {name: node for name, node in OmegaConf.to_container(composed()).items() if name != "hydra"}
     settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape"}
     settings |= {"metric.keep_final", "metric.num_texts", "metric.by", "metric.depth"}
+    settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape", "width_metric.seed"}
+    settings |= {"metric.first_cut", "metric.alpha", "metric.temperature"}
     accounted = {row[0] for row in IN_KEY} | {row[0] for row in NOT_IN_KEY} | ELSEWHERE
     assert settings == accounted
 
@@ -238,6 +254,42 @@ def test_renamed_option_is_the_same_work(small: list[str], tmp_path: Path) -> No
     plain, renamed = (run("prune", *words, *more, cwd=tmp_path) for more in ([], ["metric=mine"]))
     assert plain.code == renamed.code == 0
     assert plain.stdout == renamed.stdout
+
+
+def graph(config: DictConfig, memory: Path) -> list[Any]:
+    wanted = Recipes(config, memory).wanted("prune")
+    assert wanted is not None
+    return list(wanted.walk())
+
+
+def test_second_stage_shares_the_first_with_its_ablation(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    alone = graph(composed("metric=taylor_width", "pruning=mlp20"), tmp_path)
+    first, second, cut = graph(composed("metric=sdm", "pruning=mlp30"), tmp_path)
+    assert first.address == alone[0].address
+    assert second.inputs == {"first": first}
+    assert cut.inputs == {"scores": second}
+    assert second.spec["metric"] | {"_target_": ""} == {
+        "_target_": "",
+        "first_cut": 0.025,
+        "alpha": 0.42,
+        "temperature": 0.5,
+    }
+
+
+def test_depth_goes_before_width(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """The channels are scored on what the depth cut left; the original is the second stage's teacher."""
+    depth = graph(composed("pruning=n2"), tmp_path)
+    both = graph(composed("pruning=n2", "metric@width_metric=sdm", "pruning.ratio=0.2"), tmp_path)
+    assert [recipe.address for recipe in both[:2]] == [recipe.address for recipe in depth]
+    _, between, first, second, cut = both
+    assert first.inputs == {"pruned": between}
+    assert "model" not in first.spec
+    assert second.inputs == {"pruned": between, "first": first}
+    assert second.spec["model"] == between.spec["model"]
+    assert cut.inputs == {"scores": second, "pruned": between}
+    assert cut.labels["metric"] == "angular+sdm"
+    listed = graph(composed("metric=taylor_width", "pruning.blocks=[1]", "pruning.ratio=0.2"), tmp_path)
+    assert [recipe.stage for recipe in listed] == ["pruned", "scores", "pruned"]
 
 
 def test_experiment_over_several_sizes_shares_scores(addresses: Addresses) -> None:

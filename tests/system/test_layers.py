@@ -9,8 +9,8 @@ from launching import REPOSITORY
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
-    {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"}
-    | {"estimates", "bypass", "removal", "block_weights", "repair"},
+    {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "estimates"}
+    | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export", "card", "plan"},
     {"app", "sweep"},
