@@ -220,9 +220,8 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
                 yield f"{prefix}{key}"
 
     plain = {name: node for name, node in OmegaConf.to_container(composed()).items() if name != "hydra"}
-    settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape"}
-    settings |= {"metric.keep_final", "metric.num_texts", "metric.by", "metric.depth"}
     settings = set(leaves(plain)) | {"metric.contiguous", "metric.seed", "model.shape", "width_metric.seed"}
+    settings |= {"metric.keep_final", "metric.num_texts", "metric.by", "metric.depth"}
     settings |= {"metric.first_cut", "metric.alpha", "metric.temperature"}
     accounted = {row[0] for row in IN_KEY} | {row[0] for row in NOT_IN_KEY} | ELSEWHERE
     assert settings == accounted

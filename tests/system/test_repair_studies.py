@@ -1,7 +1,6 @@
 """Repair from the command line: one cut for both arms, a rebuilt artifact identical, a report that tells them apart."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ from launching import run
 from test_store_commands import Command, command  # noqa: F401
 from transformers import AutoModelForCausalLM, Olmo2Config
 
-from sdd.errors import UserError
 from sdd.export import export
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.contrasts import compare
 from sdd.report.library import Library, find_evaluated
 from sdd.stages.__main__ import main as stages
-from sdd.stages.cut import build_pruned
 from sdd.stages.runtime import Runtime
-from sdd.store import Recipe, Store
+from sdd.store import Store
 
 SIZE = ["metric=last", "pruning=n2", "finetune=none"]
 
@@ -128,11 +125,3 @@ def test_a_kind_of_block_that_cannot_be_repaired_is_told_first(
     assert len(outcome.errors) == 1
     assert "Olmo2ForCausalLM does not (a norm or a scale behind it" in outcome.errors[0]
     assert not list((tmp_path / "artifacts").glob("[a-z]*"))
-
-
-def test_narrowed_models_are_not_repaired(arms: dict[str, Path], tmp_path: Path) -> None:
-    narrowed = shutil.copytree(arms["none"], tmp_path / "narrowed")
-    (narrowed / "pruning.json").write_text(json.dumps(facts_of(narrowed) | {"kind": "width"}))
-    recipe = Recipe("pruned", 1, {"model": "m", "repair": "ridge"})
-    with pytest.raises(UserError, match="repair=ridge is for removed blocks only"):
-        build_pruned(Runtime(), recipe, {"pruned": narrowed}, tmp_path)

@@ -141,6 +141,11 @@ BAD = {
         ["metric=taylor_width", "pruning=mlp20", "model.dtype=float16"],
         "metric=taylor_width takes gradients, which float16 rounds to zero",
     ),
+    "repair of narrower blocks": (
+        "prune",
+        ["metric=sdm", "pruning=mlp20", "repair=ridge"],
+        "repair=ridge is for removed blocks only, not for narrower ones; choose repair=none",
+    ),
     "added setting": ("train", ["+adapter.ranks=3"], "adapter.ranks is not a setting; choose from alpha, "),
     "added group": ("train", ["+adapters.rank=3"], "adapters is not a setting"),
     "unknown setting of a part": ("prune", ["+metric.colour=red"], "colour"),
