@@ -16,9 +16,10 @@ def distillation_slope(student: Tensor, teacher: Tensor | None, targets: Tensor,
     2506.11120), the temperature on the teacher's side only; its slope is p - (1 - alpha) onehot - alpha q. Without a
     teacher, that of cross-entropy.
     """
+    soft = None if teacher is None else torch.softmax(teacher.float() / t, dim=-1)  # first: one matrix less at a time
     slope = torch.softmax(student.float(), dim=-1)
     hard = torch.full_like(slope[:, :1], -1.0)
-    if teacher is not None:
-        slope.sub_(torch.softmax(teacher.float() / t, dim=-1), alpha=alpha)
+    if soft is not None:
+        slope.sub_(soft, alpha=alpha)
         hard.fill_(alpha - 1)
     return slope.scatter_add_(1, targets[:, None], hard)

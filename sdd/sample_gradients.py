@@ -25,7 +25,7 @@ from sdd.calibrate import length_batches
 from sdd.losses import distillation_slope
 from sdd.models import blocks, decoder, head_logits
 
-HEAD_ELEMENTS = 1 << 21
+HEAD_ELEMENTS = 1 << 22
 """Logits held at a time."""
 
 
