@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
 
         recipes.read_data(recipe for recipe in wanted.walk() if not store.has(recipe))
         if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
-            _check_tracker(config.logger)
+            check_tracker(config.logger)
             _check_quantisation(config.adapter.quantisation)
         _use_threads(config.trainer.threads)
         store.ensure(wanted, builds(_runtime(config, recipes, run_folder)), config.store.missing)
@@ -185,7 +185,7 @@ def print_plan(wanted: Any, recipes: Any, store: Any) -> list[dict[str, Any]]:
     return records
 
 
-def _check_tracker(logger: DictConfig) -> None:
+def check_tracker(logger: Mapping[Any, Any]) -> None:
     """Refuse to begin what would end at the tracker's door."""
     offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
     if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:

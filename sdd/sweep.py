@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,27 @@ class SweepEnd(Callback):
             app.outcome.append(app.FAILURE)
             return
         log.info("report: %s", report)
+        trackers = [_tracker(names[name].parent) for name, job in jobs if job.get("stage") == "evaluated"]
+        tracker = next((each for each in trackers if each), None)
+        if report and tracker:
+            from sdd.report.tracking import log_report
+
+            try:
+                app.check_tracker(tracker)
+                log_report(report, [path.name for path in unique], tracker)
+            except Exception:
+                log.exception("the report was written, but could not be logged")
+                app.outcome.append(app.FAILURE)
+
+
+def _tracker(folder: Path) -> dict[str, Any] | None:
+    """The tracker that the job of a run folder was composed with, if any; it has what each job overrode."""
+    file = folder / ".hydra" / "config.yaml"
+    if not file.is_file():
+        return None
+    composed: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    logger: dict[str, Any] = composed.get("logger") or {}
+    return logger if "_target_" in logger else None
 
 
 def _records(folder: Path) -> list[tuple[Path, int]]:

@@ -4,7 +4,8 @@
 
 Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
 `library` and `collect` (artifacts to runs), `arms` (runs to arms), `intervals` (the statistics), `measures` and
-`contrasts` (arms to numbers), `tables` and `plots`. Imports are deferred, so that `--help` answers at once.
+`contrasts` (arms to numbers), `tables`, `latex`, `plots` and `page` (numbers to files). Imports are deferred, so that
+`--help` answers at once.
 """
 
 from pathlib import Path
@@ -19,7 +20,9 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     from sdd.report.arms import build_arms
     from sdd.report.collect import collect
     from sdd.report.contrasts import compare
+    from sdd.report.latex import write_latex
     from sdd.report.library import Library
+    from sdd.report.page import write_page
     from sdd.report.plots import write_plots
     from sdd.report.tables import write_tables
 
@@ -32,7 +35,9 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     study = compare(build_arms(runs), notes)
     out.mkdir(parents=True, exist_ok=True)
     write_tables(study, out)
+    write_latex(study, out)
     write_plots(study, out)
+    write_page(study, library, out)
     return out
 
 

@@ -30,7 +30,7 @@ def report(folders: list[Path], out: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sdd.report",
-        description="Put the arms of a study side by side: table.json, table.md, table.csv, contrasts.json and plots.",
+        description="Put the arms of a study side by side: tables (JSON, Markdown, CSV, LaTeX), plots and report.html.",
     )
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="a folder of artifacts, or the folder of a sweep"

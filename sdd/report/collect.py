@@ -100,8 +100,8 @@ def _names(values: Iterable[Any]) -> str | None:
     return "+".join(known) or None
 
 
-def _spans(blocks: list[int]) -> str:
-    """Block numbers as text, runs of three or more shortened: [1, 4, 5, 6] -> '1,4-6'."""
+def spans(blocks: list[int]) -> str:
+    """Block numbers (or seeds) as text, runs of three or more shortened: [1, 4, 5, 6] -> '1,4-6'."""
     runs: list[list[int]] = []
     for block in sorted(blocks):
         if runs and block == runs[-1][-1] + 1:
@@ -115,7 +115,7 @@ def _pruning_name(pruning: dict[str, Any], metric: str | None) -> str:
     """`n4`, `blocks 1,4-6`, `mlp20`, `n2+mlp20`; a share of the MLPs alone is `mlp30.7 of mlp`."""
     removed, ratio = pruning.get("removed_blocks") or [], pruning.get("ratio")
     listed = not metric or (ratio is not None and "+" not in metric)  # a cut of both has two criteria, or chosen blocks
-    depth = (f"blocks {_spans(removed)}" if listed else f"n{len(removed)}") if removed else ""
+    depth = (f"blocks {spans(removed)}" if listed else f"n{len(removed)}") if removed else ""
     if ratio is None:
         return depth
     width = f"mlp{100 * ratio:g}" + (" of mlp" if pruning["ratio_of"] == "mlp" else "")

@@ -13,6 +13,7 @@ from typing import Any
 
 from sdd.errors import UserError
 
+MAKING = ("command", "config", "commit", "seconds", "created")
 STAGES = ("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated")
 
 
@@ -27,6 +28,8 @@ class Artifact:
     spec: dict[str, Any]
     inputs: dict[str, str]
     labels: dict[str, Any]
+    record: dict[str, Any]
+    """What the manifest says of the making: command, config, commit, seconds, created."""
 
 
 def read_json(path: Path) -> Any:
@@ -50,6 +53,7 @@ def read_artifact(path: Path) -> Artifact:
         spec=manifest.get("spec") or {},
         inputs=manifest.get("inputs") or {},
         labels=manifest.get("labels") or {},
+        record={name: manifest[name] for name in MAKING if manifest.get(name)},
     )
 
 

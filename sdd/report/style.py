@@ -60,9 +60,10 @@ class Look:
     filled: bool
 
 
-def _tint(colour: str, share: float) -> str:
-    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(value + (255 - value) * share):02X}" for value in channels)
+def mixed(colour: str, other: str, share: float) -> str:
+    """`colour` with a share of another in it."""
+    pairs = ((int(colour[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(value + (towards - value) * share):02X}" for value, towards in pairs)
 
 
 def looks(modes: list[str]) -> list[Look]:
@@ -73,7 +74,11 @@ def looks(modes: list[str]) -> list[Look]:
         turn = seen[mode] = seen.get(mode, -1) + 1
         colour, marker, hatch = MODES.get(mode, OTHER)
         tint = TINTS[turn % len(TINTS)]
-        found.append(Look(_tint(colour, tint), marker, hatch * (1 + turn % 3), LINES[turn % len(LINES)], turn % 2 == 0))
+        found.append(
+            Look(
+                mixed(colour, "#FFFFFF", tint), marker, hatch * (1 + turn % 3), LINES[turn % len(LINES)], turn % 2 == 0
+            )
+        )
     return found
 
 

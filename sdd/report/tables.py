@@ -41,12 +41,17 @@ def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
     return f"{value['mean']:{sign}.3f}{span}"
 
 
-def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a table, columns padded so that it reads as plain text too; empty columns are dropped."""
+def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str]]:
+    """The header and the lines without the columns in which no line has anything."""
     body = list(rows)
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in body)]
-    cells = [[row[i].replace("|", "\\|") for i in kept] for row in [header, *body]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(kept))]
+    return [[row[i] for i in kept] for row in [header, *body]]
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a table, columns padded so that it reads as plain text too; empty columns are dropped."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in without_empty(header, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     return lines
@@ -56,7 +61,8 @@ def _seeds(seeds: list[int]) -> str:
     return " ".join(map(str, seeds)) or "-"
 
 
-def _main_table(rows: list[dict[str, Any]]) -> list[str]:
+def arm_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A header, and a line for each arm."""
     header = ["arm", "seeds", "average", "retention", "mean of ratios", "trained on", "not trained on"]
     header += ["nll (nats per token)", "parameters", "FLOPs saved"]
 
@@ -75,7 +81,7 @@ def _main_table(rows: list[dict[str, Any]]) -> list[str]:
             "-" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}",
         ]
 
-    return markdown(header, [cells(row) for row in rows])
+    return header, [cells(row) for row in rows]
 
 
 def _answers_table(rows: list[dict[str, Any]], tasks: list[str]) -> list[str]:
@@ -93,24 +99,33 @@ def _answers_table(rows: list[dict[str, Any]], tasks: list[str]) -> list[str]:
     )
 
 
-def _contrast_table(contrasts: list[dict[str, Any]]) -> list[str]:
-    """Differences between arms with equal settings, a line per pair."""
+def pairs_of(contrasts: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Differences between arms with equal settings by pair, then by measure."""
     pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in contrasts:
         if not row["settings_differ"]:
             pairs.setdefault((row["a"], row["b"]), {})[row["measure"]] = row
-    if not pairs:
-        return []
+    return pairs
+
+
+def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A header, and a line for each pair of arms with equal settings."""
     header = ["difference", "seeds", "average", "trained on", "not trained on", "retention", "nll (lower is better)"]
     lines = []
-    for (a, b), by in list(pairs.items())[:MOST_CONTRASTS]:
+    for (a, b), by in pairs_of(contrasts).items():
         cells = [(nats if name == "nll" else percent)(by.get(name), signed=True) for name in SHOWN]
         lines.append([f"{a} - {b}", _seeds(by["average"]["seeds"]), *cells])
-    more = len(pairs) - len(lines)
-    return markdown(header, lines) + ([f"\n{more} more in `contrasts.json`."] if more > 0 else [])
+    return header, lines
 
 
-def _evaluation(comparison: Comparison) -> str:
+def _contrast_table(contrasts: list[dict[str, Any]]) -> list[str]:
+    header, lines = contrast_cells(contrasts)
+    more = len(lines) - MOST_CONTRASTS
+    shown = markdown(header, lines[:MOST_CONTRASTS]) if lines else []
+    return shown + ([f"\n{more} more in `contrasts.json`."] if more > 0 else [])
+
+
+def evaluation_of(comparison: Comparison) -> str:
     """What was evaluated, in a line: the split and the number of items."""
     counts = sorted(set(comparison.items.values()))
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -127,7 +142,7 @@ def table_markdown(study: Study) -> str:
         names = {arm.name for arm in comparison.arms}
         tasks = [[row["arm"], *(percent(row["tasks"][task]) for task in comparison.tasks)] for row in rows]
         sections = [
-            (f"Arms ({_evaluation(comparison)})", _main_table(rows)),
+            (f"Arms ({evaluation_of(comparison)})", markdown(*arm_cells(rows))),
             ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
             ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
             ("Differences, paired", _contrast_table([row for row in study.contrasts if row["a"] in names])),

@@ -46,17 +46,32 @@ class Artifacts:
         spec: dict[str, Any] = {"model": "m" * 20, "blocks": removed}
         if metric:
             scores = {"metric": metric, "model": "m" * 20, "texts": "c0ffee" * 4}
-            inputs, spec = {"scores": self.put("scores", scores, {})}, {"model": "m" * 20, "size": size}
+            spans = {str(n): [0.1 * n + 0.01 * abs(first - 2) for first in range(13 - n)] for n in range(1, 12)}
+            content = {"metric": metric, "num_blocks": 12, "num_texts": 8, "distance": spans}
+            inputs = {"scores": self.put("scores", scores, {}, **{"scores.json": content})}
+            spec = {"model": "m" * 20, "size": size}
         return self.put("pruned", spec, inputs, **{"pruning.json": info})
 
     def targets(self, mode: str, dataset: str = "tiny_math", num_rows: int = 500) -> str:
         data = {"dataset": hashlib.sha256(dataset.encode()).hexdigest(), "num_rows": num_rows}
         summary = {"rows": num_rows, "reasons": {"ok": num_rows}, "groups": TRAINED}
         spec, inputs = {"mode": mode, **data}, {}
+        rows: list[dict[str, Any]] = [
+            {"id": f"row-{n}", "prompt": f"row {n}?", "reference": f"{n}.", "target": f"{n}."} for n in range(40)
+        ]
+        rows = [{**row, "source": "reference", "reason": mode} for row in rows]
         if mode == "self_distill":
-            inputs = {"rewrites": self.put("rewrites", {"teacher": "m" * 20, **data, "temperature": 0.0}, {})}
+            written = as_lines([{**row, "rewrite": f"rewritten {row['id']}"} for row in rows])
+            rewrites = {"teacher": "m" * 20, **data, "temperature": 0.0}
+            inputs = {"rewrites": self.put("rewrites", rewrites, {}, **{"rewrites.jsonl": written})}
+            for number, row in enumerate(rows):
+                leaked = {"source": "reference", "reason": "leak", "target": row["reference"]}
+                kept = {"source": "rewrite", "reason": "ok", "target": f"rewritten {row['id']}"}
+                row |= kept if number % 4 else leaked
+            summary["reasons"] = {"ok": num_rows - num_rows // 4, "leak": num_rows // 4}
             spec = {"mode": mode, "rule": "final", "selection": True}
-        return self.put("targets", spec, inputs, labels={"dataset": dataset}, **{"summary.json": summary})
+        files = {"summary.json": summary, "train.jsonl": as_lines(rows)}
+        return self.put("targets", spec, inputs, labels={"dataset": dataset}, **files)
 
     def tuned(self, pruned: str | None, targets: str, seed: int, rate: float = 3e-4, rank: int = 8) -> str:
         spec = {"adapter": {"rank": rank, "alpha": 16}, "precision": "32", "seed": seed}
@@ -87,7 +102,8 @@ class Artifacts:
             if free and not task.endswith("_choice"):
                 results["tasks"][task] |= {"lenient": min(1.0, value + 0.05), "malformed": 0.02}
             rows = [
-                {"id": f"{task}-{i}", "prompt": "p", "response": "r", "answer": "a", "score": float(score)}
+                {"id": f"{task}-{i}", "prompt": f"{task} {i}?", "answer": f"{i}", "score": float(score)}
+                | {"response": f"It is {i if score else 'not known'}."}
                 for i, score in enumerate(values)
             ]
             files[f"samples__{task}.jsonl"] = as_lines(rows)
@@ -113,8 +129,7 @@ def artifacts(tmp_path: Path) -> Artifacts:
     return Artifacts(tmp_path / "artifacts")
 
 
-@pytest.fixture
-def study(artifacts: Artifacts) -> Artifacts:
+def write_study(artifacts: Artifacts) -> Artifacts:
     """A teacher, two sizes, both modes with three seeds, and a control."""
     artifacts.evaluated(None, artifacts.draw(1.5, 1), nll=1.2)
     odds = {"sft": 0.6, "self_distill": 1.0}
@@ -131,3 +146,15 @@ def study(artifacts: Artifacts) -> Artifacts:
         control = artifacts.tuned(None, artifacts.targets("sft"), seed)
         artifacts.evaluated(control, artifacts.draw(1.3, 900 + seed))
     return artifacts
+
+
+@pytest.fixture
+def study(artifacts: Artifacts) -> Artifacts:
+    """A study to change."""
+    return write_study(artifacts)
+
+
+@pytest.fixture(scope="session")
+def shared_study(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The same study, to be read only."""
+    return write_study(Artifacts(tmp_path_factory.mktemp("study") / "artifacts"))

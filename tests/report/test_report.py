@@ -16,19 +16,23 @@ from sdd.report.__main__ import main
 from sdd.report.library import find_evaluated
 
 PLOTS = {"retention_by_size.png", "tasks.png", "gain_forgetting.png", "learning_curves.png"}
-TABLES = {"table.json", "table.md", "table.csv", "contrasts.json"}
+TABLES = {"table.json", "table.md", "table.csv", "table.tex", "contrasts.json", "contrasts.tex"}
 HALF = [1, 0] * 20
 
 
 @pytest.fixture
 def drawn() -> None:
-    """Asked for by the tests that look at plots; the others skip the drawing, which takes most of the time."""
+    """Asked for by the tests that look at plots; the others skip the drawing, which takes most of the time.
+
+    The page has tests of its own.
+    """
 
 
 @pytest.fixture(autouse=True)
 def only_drawn_if_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("sdd.report.plots.write_plots", lambda study, out: None)
+    monkeypatch.setattr("sdd.report.page.write_page", lambda study, library, out: None)
 
 
 def report(artifacts: Any, out: Path, evaluated: list[Path] | None = None) -> tuple[dict[str, Any], list[Any]]:

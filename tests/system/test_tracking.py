@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, artifacts_of, run, spawn
 
+from sdd.report.tracking import run_id
+
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef",
     "HF_TOKEN": "hf_s3cr3tT0ken",
@@ -135,3 +137,19 @@ def test_remembered_digests_hold_no_place(tmp_path: Path, monkeypatch: pytest.Mo
 def test_secrets_are_in_no_file_of_the_run_either(tracked: Path) -> None:
     text = spoken(tracked / "outputs")
     assert not [value for value in SECRETS.values() if value in text]
+
+
+def test_a_sweep_tracks_its_report_once(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdd.report.page.write_page", lambda study, library, out: None)
+    words = ["-m", *small, "finetune=none", "pruning=none,n1", "hydra.sweep.dir=sweep"]
+    for _ in range(2):
+        outcome = run("evaluate", *words, "logger=wandb", "logger.offline=true", cwd=tmp_path)
+        assert outcome.code == 0, outcome.stderr
+    (tracked,) = runs_of(tmp_path)
+    addresses = [Path(line).name for line in outcome.lines]
+    assert tracked.name.endswith(f"-{run_id(addresses)}")
+    assert tracked.parent == tmp_path / "sweep" / "report" / "wandb"
+    media = {path.name.split("_")[0] for path in tracked.rglob("files/media/*/*")}
+    assert {"table", "tasks"} <= media
+    (data,) = tracked.glob("*.wandb")
+    assert b"report" in data.read_bytes()

@@ -1,0 +1,106 @@
+"""`report.html`: the study as one page that opens from disk, without a network and without a server.
+
+    sections        functions of the study (`words`, `charts`, `heat_map`, `samples`); what finds nothing is absent
+    page.html       the templates; they escape every value, since prompts and answers may hold anything
+    page.js         sorts, filters, draws the charts and browses the samples
+    Vega            drawn by the library's own script, copied into the page
+
+The page may run nothing but its own two scripts: a content security policy names them by their hashes and forbids
+connections. Vega's expressions are interpreted, not compiled, because the policy forbids that too.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sdd.report.contrasts import Study
+from sdd.report.library import Library
+from sdd.report.page import charts, heat_map, samples, words
+from sdd.report.page.marks import dark_palette
+from sdd.report.page.section import FOLDER, Section, Subject, render
+
+SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (
+    words.compared,
+    words.arms_table,
+    words.differences,
+    charts.retention,
+    charts.gain,
+    charts.cost,
+    charts.scaling,
+    heat_map.redundancy,
+    samples.answers,
+    samples.rewrites,
+    words.provenance,
+)
+"""In the order of the page."""
+
+
+@lru_cache(maxsize=1)
+def vega() -> str:
+    """Vega, Vega-Lite and the embedder as one script that sets `vegaEmbed`."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    script: str = vl_convert.javascript_bundle(vl_version=version)
+    return script
+
+
+def write_page(study: Study, library: Library, out: Path) -> None:
+    """Write `report.html` of a study into a folder."""
+    (out / "report.html").write_text(page(Subject(study, library)), encoding="utf-8")
+
+
+def page(subject: Subject) -> str:
+    sections = [section for make in SECTIONS if (section := make(subject)) is not None]
+    scripts = [vega(), (FOLDER / "page.js").read_text(encoding="utf-8")]
+    style = (FOLDER / "page.css").read_text(encoding="utf-8")
+    arms = [{"name": arm.name, **words.dimensions(arm)} for arm in subject.arms]
+    data: dict[str, Any] = {"arms": arms, "dark": dark_palette()}
+    data["charts"] = {chart.name: chart.spec for section in sections for chart in section.charts}
+    data |= {section.anchor: section.data for section in sections if section.data is not None}
+    return str(
+        render(
+            "page.html",
+            model=words.model_name(subject),
+            sections=sections,
+            choices=words.choices(subject),
+            dimensions=words.DIMENSIONS,
+            arms=len(subject.arms),
+            policy=policy(scripts, style),
+            style=trusted(style),
+            scripts=[trusted(script) for script in scripts],
+            data=trusted(embedded(data)),
+        )
+    )
+
+
+def trusted(text: str) -> Any:
+    """Text that is part of this program, or that `embedded` made harmless; it must not end its element."""
+    from markupsafe import Markup
+
+    assert "</script" not in text.lower() and "</style" not in text.lower()
+    return Markup(text)
+
+
+def embedded(data: Any) -> str:
+    """JSON that no text in it can break out of a script element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+    for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
+        text = text.replace(character, escape)
+    return text
+
+
+def policy(scripts: list[str], style: str) -> str:
+    """A content security policy under which only these scripts and this style count."""
+
+    def named(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    allowed = " ".join(map(named, scripts))
+    parts = ["default-src 'none'", f"script-src {allowed}", f"style-src {named(style)}"]
+    return "; ".join([*parts, "img-src data: blob:", "base-uri 'none'", "form-action 'none'"])

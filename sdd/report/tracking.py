@@ -1,0 +1,30 @@
+"""The report as a run of an experiment tracker: its table and its figures, under an id that names what it rests on."""
+
+import csv
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sdd.allowed import build
+
+
+def run_id(addresses: Iterable[str]) -> str:
+    """The same for the same evaluated artifacts, so that a sweep that is run again goes into the same run."""
+    return f"report-{hashlib.sha256(' '.join(sorted(addresses)).encode()).hexdigest()[:16]}"
+
+
+def log_report(report: Path, addresses: list[str], logger: dict[str, Any]) -> None:
+    """Log table and figures of a written report with the configured tracker (Weights & Biases)."""
+    import wandb
+
+    name = run_id(addresses)
+    if any((report / "wandb").glob(f"*run-*-{name}")):
+        return  # already here, perhaps not yet uploaded
+    with (report / "table.csv").open(encoding="utf-8", newline="") as file:
+        columns, *rows = csv.reader(file)
+    settings = {"evaluated": sorted(addresses)}
+    tracker = build(logger, id=name, name="report", job_type="report", save_dir=str(report), config=settings)
+    figures = {path.stem: wandb.Image(str(path)) for path in sorted(report.glob("*.png"))}
+    tracker.experiment.log({"table": wandb.Table(columns=columns, data=rows), **figures})
+    tracker.experiment.finish()
