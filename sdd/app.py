@@ -30,6 +30,7 @@ from sdd.allowed import check_targets
 from sdd.config import Config, check_values
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
+from sdd.students import composed_students, quoted
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         try:
             check_targets(config)
         except UserError as error:
+            if HydraConfig.initialized():  # a job composes a student; its failures are recorded, and a sweep goes on
+                raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(USER) from None
         return config
@@ -86,6 +89,7 @@ def main(script: str) -> None:
         raise SystemExit(USER)
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     outcome.clear()
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(_task(script))()
     if outcome:
         raise SystemExit(max(outcome) if set(outcome) - {0, USER} == set() else FAILURE)
@@ -143,11 +147,10 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     from sdd.recipes import Recipes
     from sdd.store import Store
 
-    composed = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(composed, dict)
-    asked_by = provenance(script, HydraConfig.get().overrides.task, {str(key): node for key, node in composed.items()})
-    store = Store(Path(config.paths.artifacts).expanduser().absolute(), asked_by)
-    recipes = Recipes(config, store.root / ".digests")
+    root = Path(config.paths.artifacts).expanduser().absolute()
+    store = Store(root, provenance(script, HydraConfig.get().overrides.task, _plain(config)))
+    students = composed_students(config)
+    recipes = Recipes(config, root / ".digests", [Recipes(student, root / ".digests") for student, _ in students])
     wanted = recipes.wanted(script)
     if config.dry_run:
         return {"dry_run": True, "plan": print_plan(wanted, recipes, store)}
@@ -160,12 +163,24 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         recipes.read_data(recipe for recipe in wanted.walk() if not store.has(recipe))
         if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
             check_tracker(config.logger)
-            _check_quantisation(config.adapter.quantisation)
+            for one in recipes.students or [recipes]:
+                _check_quantisation(one.config.adapter.quantisation)
         _use_threads(config.trainer.threads)
-        store.ensure(wanted, builds(_runtime(config, recipes, run_folder)), config.store.missing)
+        how = builds(_runtime(config, recipes, run_folder))
+        merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
+        if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
+            for student, (own, words) in zip(recipes.students, students, strict=True):
+                Store(root, provenance("train", words, _plain(own))).ensure(student.tuned(), how)
+        store.ensure(wanted, how, config.store.missing)
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    composed = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(composed, dict)
+    return {str(key): node for key, node in composed.items()}
 
 
 def print_plan(wanted: Any, recipes: Any, store: Any) -> list[dict[str, Any]]:

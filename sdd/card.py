@@ -24,6 +24,7 @@ class Lineage:
     """An artifact and all that it was made from, a manifest and a folder for each stage; `digest` is the base model's.
 
     `config` and `command` are those of the job that built it; empty for artifacts of before they were recorded.
+    `students` are those of a merged artifact, each with its own data.
     """
 
     address: str
@@ -32,6 +33,7 @@ class Lineage:
     manifests: dict[str, dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    students: tuple["Lineage", ...] = ()
 
     def read(self, stage: str, name: str) -> dict[str, Any]:
         """A JSON file of the artifact of a stage; empty where there is none."""
@@ -57,7 +59,9 @@ def lineage(store: Store, folder: Path) -> Lineage:
         for stage in ("pruned", "tuned")
         if stage in manifests and "model" in manifests[stage]["spec"]
     )
-    return Lineage(folder.name, digest, folders, manifests, own.get("config", {}), own.get("command", ""))
+    merged = sorted(own["inputs"].items()) if own["stage"] == "merged" else ()
+    students = tuple(lineage(store, store.find(address)) for _, address in merged)
+    return Lineage(folder.name, digest, folders, manifests, own.get("config", {}), own.get("command", ""), students)
 
 
 def base_name(line: Lineage) -> str | None:
@@ -92,14 +96,16 @@ def front_matter(line: Lineage, page: dict[str, Any]) -> Any:
     base = base_name(line)
     if "license" not in licence:
         licence = {"license": "other", "license_name": "see-the-base-model"}
-    datasets = repositories(line.config.get("dataset", {})) if tuned else []
+    made_of = line.students or (line,)
+    datasets = [name for one in made_of for name in repositories(one.config.get("dataset", {}))] if tuned else []
+    modes = {_mode(one) for one in made_of}
     return ModelCardData(
         base_model=base,
-        datasets=datasets or None,
+        datasets=list(dict.fromkeys(datasets)) or None,
         language=page.get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", *(["self-data-distillation"] if _mode(line) == "self_distill" else [])],
+        tags=["pruned", *(["self-data-distillation"] if modes == {"self_distill"} else []), *_merge_tag(line)],
         **licence,
     )
 
@@ -109,6 +115,10 @@ def repositories(dataset: dict[str, Any]) -> list[str]:
     named = (dataset.get("hub") or {}).get("repository")
     own = [named] if named and not dataset.get("path") else []
     return own + [name for part in (dataset.get("parts") or {}).values() for name in repositories(part)]
+
+
+def _merge_tag(line: Lineage) -> list[str]:
+    return ["merge"] if line.students else []
 
 
 def _mode(line: Lineage) -> str | None:
@@ -184,6 +194,22 @@ def _tuning(line: Lineage) -> str:
         if "repair" in line.read("pruned", "pruning.json"):
             return "## Data\n\nThe calibration texts of the repair; nothing was trained afterwards."
         return "## Data\n\nNone: the model was pruned and nothing was trained afterwards."
+    if line.students:
+        return "\n\n".join([_merging(line), *(_data(one, f"Student {n}") for n, one in enumerate(line.students))])
+    return _data(line, "Data")
+
+
+def _merging(line: Lineage) -> str:
+    spec, facts = line.manifests["merged"]["spec"], line.read("merged", "merging.json")
+    settings = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "method")
+    return (
+        f"## Merging\n\n{len(line.students)} students of the pruned model were merged by {spec['method']} "
+        f"({settings}); {facts['note']}."
+    )
+
+
+def _data(line: Lineage, title: str) -> str:
+    """What one student was trained on."""
     spec, rows = line.manifests["tuned"]["spec"], line.read("tuned", "rows.json")
     dataset, mode = line.manifests["tuned"]["labels"].get("dataset", "a dataset"), _mode(line)
     reasons = line.read("targets", "summary.json").get("reasons", {})
@@ -195,7 +221,7 @@ def _tuning(line: Lineage) -> str:
         f"rate {settings['learning_rate']:g}, {settings['batch_size']} rows a step, seed {spec['seed']}.",
         f"Targets of all rows by what became of them: {counted}.",
     ]
-    return "## Data\n\n" + "\n".join(lines)
+    return f"## {title}\n\n" + "\n".join(lines)
 
 
 def evaluated_pairs(store: Store, line: Lineage) -> list[tuple[Path, Path]]:
@@ -258,7 +284,7 @@ def _licence(line: Lineage, page: dict[str, Any]) -> str:
 
 
 def _making(line: Lineage) -> str:
-    own = line.manifests["tuned" if "tuned" in line.manifests else "pruned"]
+    own = next(line.manifests[stage] for stage in ("merged", "tuned", "pruned") if stage in line.manifests)
     versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
     lines = [
         "## How it was made",

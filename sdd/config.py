@@ -166,7 +166,18 @@ class Adapter:
 
 @dataclass
 class Merge:
+    """How students become one. `students`: a list of overrides for each, composed over the rest of this config.
+
+    `t` (slerp) is a number, a list over the blocks, or a mapping of either by kind of tensor. `space` says what is
+    interpolated: `weights` or `task_vectors`. `weights` has a number for each student, `density` belongs to ties.
+    """
+
     method: str = "none"
+    students: list[list[str]] = field(default_factory=list)
+    t: Any = None
+    space: str | None = None
+    weights: list[float] | None = None
+    density: float | None = None
 
 
 @dataclass
@@ -256,7 +267,7 @@ CHOICES = {
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "pruning.ratio_of": ("all", "mlp"),
-    "merge.method": ("none",),
+    "merge.method": ("none", "slerp", "linear", "task_arithmetic", "ties"),
     "evaluation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.attention": ("eager", "sdpa", "flash_attention_2"),
@@ -310,6 +321,13 @@ WITHIN = {
     },
 }
 NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks")
+MERGE_SETTINGS = {
+    "slerp": ("t", "space"),
+    "linear": ("weights",),
+    "task_arithmetic": ("weights",),
+    "ties": ("weights", "density"),
+}
+"""By `merge.method`: the settings that count."""
 LOGGER_SETTINGS = ("_target_", "project", "entity", "group", "job_type", "tags", "notes", "offline")
 """What a config may say to the tracker; others of its settings choose servers and folders, or upload code."""
 
@@ -364,6 +382,7 @@ def check_values(config: DictConfig) -> None:
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
+    _check_merge(config.merge)
     _check_rows(config.dataset, "dataset")
     for name, part in config.dataset.parts.items():
         _check_rows(part, f"dataset.parts.{name}")
@@ -371,6 +390,51 @@ def check_values(config: DictConfig) -> None:
             raise UserError(f"dataset.parts: a part's name has no slash; rename {name}")
         if not 0 < part.weight < math.inf:
             raise UserError(f"dataset.parts.{name}.weight={part.weight} must be positive and finite")
+
+
+def _check_merge(merge: Any) -> None:
+    method, number = merge.method, len(merge.students)
+    if method == "none":
+        return
+    if number < 2 or (method == "slerp" and number > 2):
+        needs = "exactly two students" if method == "slerp" else "at least two students"
+        instead = "; choose merge=linear for more" if number > 2 else ""
+        raise UserError(
+            f"merge={method} needs {needs}, merge.students has {number}{instead}; write them as "
+            "merge.students=[[dataset=tiny_math],[dataset=tiny_instruct]]"
+        )
+    own = MERGE_SETTINGS[method]
+    for key in ("t", "space", "weights", "density"):
+        if merge[key] is not None and key not in own:
+            raise UserError(f"merge.{key} does not belong to merge.method={method}; leave it out, or choose the option")
+        if merge[key] is None and key in own and key != "weights":
+            raise UserError(f"merge.method={method} needs merge.{key}; choose the option merge={method}")
+    if "t" in own:
+        _check_share(OmegaConf.to_container(merge, resolve=True)["t"], "merge.t")  # type: ignore[index,call-overload]
+    if merge.space not in (None, "weights", "task_vectors"):
+        raise UserError(f"merge.space={merge.space} is unknown; choose one of weights, task_vectors")
+    if merge.weights is not None:
+        weights = list(merge.weights)
+        if len(weights) != number or not all(map(math.isfinite, weights)):
+            raise UserError(f"merge.weights={weights} must have one number for each of the {number} students")
+        if method != "task_arithmetic" and min(weights) <= 0:
+            raise UserError(f"merge.weights={weights} must be positive for merge={method}")
+    if merge.density is not None and not 0 < merge.density <= 1:
+        raise UserError(f"merge.density={merge.density} must be above 0 and at most 1")
+
+
+def _check_share(t: Any, where: str) -> None:
+    """`t` is a number in [0, 1], a list of such, or a mapping of either."""
+    if isinstance(t, dict) and t and where == "merge.t":
+        for kind, value in t.items():
+            _check_share(value, f"merge.t.{kind}")
+    elif isinstance(t, list) and t:
+        for value in t:
+            if not _is_number(value):
+                raise UserError(f"{where}={t} must be a list of numbers between 0 and 1")
+            _check_share(value, where)
+    elif not (_is_number(t) and 0 <= t <= 1):
+        raise UserError(f"{where}={t} must lie between 0 and 1")
 
 
 def _check_rows(rows: Any, where: str) -> None:

@@ -296,6 +296,19 @@ def tuned(work: Work, training: Training, rows: int, length: float, batch: int, 
     return Estimate(seconds, memory, 4 * training.trained)
 
 
+def merged(work: Work, students: int, in_full: bool) -> Estimate:
+    """The base is read, some passes over each tensor are made in float32, and the result is written; on the CPU.
+
+    Students trained in full are read too, in float32; the largest tensor, the embeddings, then sets the memory.
+    """
+    shape, parameters = work.shape, work.shape.parameters(work.blocks)
+    passes = 10 * BYTES["float32"] * parameters * (1 + students) / DEVICES["cpu"].bandwidth
+    read = BYTES["float32"] * parameters * students if in_full else 0
+    largest = shape.hidden * (max(shape.vocabulary, shape.intermediate) if in_full else shape.intermediate)
+    memory = 3e8 + (3 + 3 * students) * BYTES["float32"] * largest
+    return Estimate(1 + passes + (2 * work.weights + read) / work.device.disk, memory, work.weights)
+
+
 @dataclass(frozen=True)
 class Task:
     """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`.

@@ -1,4 +1,4 @@
-"""Make a full checkpoint of a pruned or fine-tuned student, which stock transformers opens.
+"""Make a full checkpoint of a pruned, fine-tuned or merged student, which stock transformers opens.
 
 python -m sdd.export ADDRESS FOLDER [--artifacts DIR] [--dtype bfloat16] [--source DIGEST=PATH] [--push OWNER/NAME]
 
@@ -26,7 +26,7 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
     """Write the student into the new folder `target`; `dtype` is by default that of the base checkpoint."""
     source = store.find(address)
     if source.parent.name not in EXPORTED:
-        raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned or tuned artifact")
+        raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned, tuned or merged artifact")
     if target.exists():
         raise UserError(f"{target} exists; name a new folder")
     base = base_folder(source, runtime) if source.parent.name == "tuned" else source
@@ -84,7 +84,7 @@ def _not_pushed(error: Exception, repo: str, otherwise: str) -> Exception:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdd.export", description="Make a full checkpoint of a student.")
-    parser.add_argument("address", help="address of a pruned or tuned artifact")
+    parser.add_argument("address", help="address of a pruned, tuned or merged artifact")
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub")

@@ -62,9 +62,13 @@ def named(recipe: Recipe, provisional: bool) -> str:
 
 def planned(wanted: Recipe, recipes: Recipes, store: Store) -> list[Planned]:
     """All that `wanted` stands on and itself, inputs first."""
-    counts = Counts(recipes)
+    whole = Counts(recipes)
+    of_student: dict[str, Counts] = {}
+    for student in recipes.students:
+        of_student |= dict.fromkeys((recipe.address for recipe in student.tuned().walk()), Counts(student))
     found = []
     for recipe in wanted.walk():
+        counts = of_student.get(recipe.address, whole)
         provisional = is_provisional(recipe)
         exists = not provisional and store.has(recipe)
         found.append(Planned(recipe, exists, provisional, counts.estimate(recipe)))
@@ -233,6 +237,10 @@ class Counts:
         kept = [block for block in range(self.shape.blocks) if block not in removed]
         places = beside_cut(kept, list(removed), adapter.blocks)
         return len(places), self.kept - places[0]
+
+    def _merged(self, recipe: Recipe) -> Estimate:
+        work = self._work(self.kept, self.stored)
+        return estimates.merged(work, len(recipe.inputs), self.config.adapter.method == "full")
 
     def _evaluated(self, recipe: Recipe) -> Estimate:
         settings = self.config.evaluation

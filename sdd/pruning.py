@@ -64,7 +64,7 @@ def _elements(entry: dict[str, Any]) -> int:
     return math.prod(int(extent) for extent in entry["shape"])
 
 
-def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
+def copy_bytes(source: BinaryIO, target: BinaryIO, length: int) -> None:
     while length:
         data = source.read(min(CHUNK, length))
         assert data, "the file ended early after its header was checked"
@@ -96,7 +96,7 @@ def _copy_part(source: BinaryIO, target: BinaryIO, entry: dict[str, Any], base: 
     for first, last in [(0, 1)] if part.rows is None else _runs(part.rows):
         start, stop = (begin, end) if part.rows is None else (begin + first * step, begin + last * step)
         source.seek(start)
-        _copy(source, target, stop - start)
+        copy_bytes(source, target, stop - start)
 
 
 def _runs(indices: list[int]) -> list[tuple[int, int]]:
@@ -124,6 +124,20 @@ def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: i
         target.write(table[:, kept].tobytes())
 
 
+def write_header(file: BinaryIO, metadata: dict[str, str] | None, entries: Header) -> int:
+    """Begin a safetensors file whose tensors follow in the order of `entries`; returns the bytes of their data."""
+    written: Header = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    offset = 0
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        written[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
+        offset += end - begin
+    text = json.dumps(written, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    return offset
+
+
 Change = Callable[[str], Part | None]
 """From a stored tensor's name to what is kept of it; None where nothing is."""
 
@@ -140,21 +154,17 @@ def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]
         kept.sort(key=lambda pair: pair[1]["data_offsets"][0])
         if not kept:
             return [], 0
-        written: Header = {"__metadata__": header.get("__metadata__", {"format": "pt"})}
-        offset = 0
+        entries: Header = {}
         for part, entry in kept:
             begin, end = entry["data_offsets"]
             shape = part.shape(entry["shape"])
             size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
-            written[part.name] = {**entry, "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(written, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+            entries[part.name] = {**entry, "shape": shape, "data_offsets": [0, size]}
         with target.open("wb") as writer:
-            writer.write(struct.pack("<Q", len(text)) + text)
+            written = write_header(writer, header.get("__metadata__"), entries)
             for part, entry in kept:
                 _copy_part(reader, writer, entry, base, part)
-    return [part.name for part, _ in kept], offset
+    return [part.name for part, _ in kept], written
 
 
 def write_checkpoint(source: Path, target: Path, change: Change, config: dict[str, Any]) -> None:
@@ -192,6 +202,11 @@ def stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         with path.open("rb") as file:
             header, _ = read_header(file, path)
         yield from ((name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all stored tensors; reads headers only."""
+    return {name for name, _ in stored_shapes(folder)}
 
 
 def matrices(folder: Path) -> set[str]:

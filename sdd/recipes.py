@@ -1,13 +1,13 @@
 """The map of the house: a composed config becomes a graph of recipes.
 
-teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; any of them -> evaluated. What
-is in a key and what is not is decided here and nowhere else. Knows nothing of how anything is computed; reads only
-configs, digests and row counts.
+teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; tuned ones -> merged; any of
+them -> evaluated. What is in a key and what is not is decided here and nowhere else. Knows nothing of how anything is
+computed; reads only configs, digests and row counts.
 """
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,19 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from sdd import models
 from sdd.allowed import build
 from sdd.channels import SDM, ChannelCriterion, TaylorWidth
-from sdd.config import CHOICES, check_pruning
+from sdd.config import CHOICES, MERGE_SETTINGS, check_pruning
 from sdd.data import Example
 from sdd.errors import NotFetched, UserError
 from sdd.hub import checkpoint_folder
 from sdd.prompts import PLAIN_TEMPLATE
-from sdd.pruning import check_names, count_parameters, matrices
+from sdd.pruning import check_names, count_parameters, matrices, tensor_names
 from sdd.repair import check_repairable, cuts_of
 from sdd.store import Recipe, canonical, digest_of
 from sdd.width import Share, sizes_of
 
 T = TypeVar("T")
 
-VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "evaluated": 1}
+VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "merged": 1, "evaluated": 1}
 """Raised when the way a stage computes changes its content."""
 
 STAND_IN = "not fetched: "
@@ -57,16 +57,26 @@ def _given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _floats(value: Any) -> Any:
+    """The value with integers as floats, containers included, so that 1 and 1.0 are one setting."""
+    if isinstance(value, dict):
+        return {str(key): _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, int) else value
+
+
 class Recipes:
     """The recipes that one config stands for.
 
     `sources` maps the digests that they name to paths on this machine, `texts` to calibration texts. In a dry run
-    nothing is fetched: what is not here has a stand-in for its digest.
+    nothing is fetched: what is not here has a stand-in for its digest. `students` are the recipes of those to merge.
     """
 
-    def __init__(self, config: DictConfig, digest_memory: Path) -> None:
+    def __init__(self, config: DictConfig, digest_memory: Path, students: "Sequence[Recipes]" = ()) -> None:
         self.config = config
         self.digest_memory = digest_memory
+        self.students = list(students)
         self.sources: dict[str, Path] = {}
         self.texts: dict[str, list[str]] = {}
         self._task_files: dict[str, Path] | None = None
@@ -374,13 +384,17 @@ class Recipes:
         Recipes name what lies on the hub without asking it; this is where it is asked.
         """
         missing = list(missing)
+        for student in self.students:
+            own = {recipe.address for recipe in student.tuned().walk()}
+            student.read_data(recipe for recipe in missing if recipe.address in own)
+            self.texts |= student.texts
         stages = {recipe.stage for recipe in missing}
-        if stages & {"rewrites", "targets"}:
+        if stages & {"rewrites", "targets"} and not self.students:
             examples = self._dataset.examples()
             if "tuned" in stages:
                 self._check_rows(len(examples))
                 self._check_lengths(examples)
-        if any("texts" in recipe.spec for recipe in missing):
+        if any("texts" in recipe.spec for recipe in missing) and not self.students:
             self.texts[self._calibration_spec["texts"]] = self._calibration.texts()
         if "evaluated" in stages and stages != {"evaluated"} and self.config.evaluation.suite != "tiny":
             self._benchmark.check(self._task_files)
@@ -531,8 +545,62 @@ class Recipes:
                     f"adapter.targets: no linear layer {target}; choose [all-linear] or from {', '.join(known)}"
                 )
 
+    def merged(self) -> Recipe:
+        merge = OmegaConf.to_container(self.config.merge, resolve=True)
+        assert isinstance(merge, dict)
+        inputs = {}
+        for number, student in enumerate(self.students):
+            inputs[f"student{number}"] = self._of_student(number, student)
+            self.sources |= student.sources
+        self._check_students(inputs)
+        spec: dict[str, Any] = {"method": merge["method"]}
+        for key in MERGE_SETTINGS[merge["method"]]:
+            spec[key] = _floats(merge[key]) if key != "weights" else _floats(merge[key] or [1] * len(inputs))
+        if "t" in spec:
+            self._check_kinds(spec["t"])
+        datasets = dict.fromkeys(recipe.labels["dataset"] for recipe in inputs.values())
+        return self._recipe("merged", spec, inputs, {"dataset": "+".join(datasets), "merge": merge["method"]})
+
+    def _of_student(self, number: int, student: "Recipes") -> Recipe:
+        try:
+            if student.config.finetune.mode == "none":
+                raise UserError("finetune=none tunes nothing; choose finetune=sft or finetune=self_distill")
+            if student.model_digest != self.model_digest:
+                raise UserError("it has another model; choose the model for the whole command")
+            return student.tuned()
+        except UserError as error:
+            raise UserError(f"merge.students[{number}]: {error}") from None
+
+    def _check_students(self, inputs: dict[str, Recipe]) -> None:
+        """Refuse students of different bases, and one student twice."""
+        seen: dict[str, str] = {}
+        first = inputs["student0"].inputs.get("pruned")
+        for name, recipe in inputs.items():
+            number, base = name.removeprefix("student"), recipe.inputs.get("pruned")
+            if base != first:
+                stands = [f"pruned/{one.address}" if one else "the unpruned model" for one in (first, base)]
+                raise UserError(
+                    f"merge.students[{number}] stands on {stands[1]}, [0] on {stands[0]}; merge students of one base"
+                )
+            if recipe.address in seen:
+                raise UserError(
+                    f"merge.students[{number}] is the same student as [{seen[recipe.address]}] "
+                    f"(tuned/{recipe.address}); choose another, for example by its seed"
+                )
+            seen[recipe.address] = number
+
+    def _check_kinds(self, t: Any) -> None:
+        names: set[str] = self._known(lambda: tensor_names(self.model_folder), set())
+        parts = {part for name in names for part in name.split(".")}
+        for kind in t if isinstance(t, dict) and parts else ():
+            if kind != "default" and kind not in parts:
+                known = ", ".join(sorted(part for part in parts - {"weight"} if not part.isdigit()))
+                raise UserError(f"merge.t: no kind of tensor {kind}; choose default or from {known}")
+
     def student(self) -> Recipe | None:
-        """What is evaluated: the tuned student, the pruned one, or None for the unpruned model itself."""
+        """What is evaluated: merged, tuned or pruned; None for the unpruned model itself."""
+        if self.config.merge.method != "none":
+            return self.merged()
         return self.pruned() if self.config.finetune.mode == "none" else self.tuned()
 
     def evaluated(self) -> Recipe:

@@ -14,6 +14,7 @@ _STAGES = {
     "rewrites": ("rows", True),
     "targets": ("rows", False),
     "tuned": ("tuned", True),
+    "merged": ("merged", False),
     "evaluated": ("evaluated", True),
 }
 """Stage -> (module, whether it continues from partial work)."""

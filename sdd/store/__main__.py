@@ -46,7 +46,8 @@ def differences(store: Store, one: str, other: str, where: str = "") -> Iterator
         if x is None or y is None:
             yield {"where": f"{prefix}{name}", "a": x, "b": y}
         else:
-            yield from differences(store, x, y, prefix)
+            several = "" if a["stage"] != "merged" else f"{name}."  # inputs of one stage, told apart by name
+            yield from differences(store, x, y, prefix + several)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -185,7 +185,8 @@ ELSEWHERE = {
     *("model.path", "model.revision", "teacher.path", "teacher.revision", "metric._target_", "calibration._target_"),
     *(f"{group}.hub.{key}" for group in ("calibration", "dataset") for key in HUB),
     *("calibration.seed", "dataset.fields", "calibration.path", "dataset._target_", "dataset.path", "engine._target_"),
-    *("evaluation.suite", "merge.method"),
+    "evaluation.suite",
+    *(f"merge.{key}" for key in ("method", "students", "t", "space", "weights", "density")),  # test_merged_students.py
     *("evaluation.data_dir", "evaluation.num_fewshot"),  # tests/system/test_benchmark.py
 }
 """Settings with tests of their own below, or with one value so far."""

@@ -27,6 +27,10 @@ NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
     ("calibration", "local"): ["calibration.path=texts.jsonl"],
     ("dataset", "local"): ["dataset.path=rows.jsonl"],
+    **{
+        ("merge", method): ["merge.students=[['seed=1'],['seed=2']]"]
+        for method in ("slerp", "linear", "task_arithmetic", "ties")
+    },
 }
 GROUPS = {
     *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),

@@ -13,7 +13,7 @@ LAYERS = (
     | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export", "card", "plan"},
-    {"app", "sweep"},
+    {"app", "sweep", "students"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 DIGESTS = {"digest_of", "file_digest", "remembered_digest", "canonical"}

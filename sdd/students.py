@@ -1,0 +1,75 @@
+"""The students that `merge.students` names: each a list of overrides, composed by Hydra over those of the command line.
+
+A student's config is the one that `train.py` would have with these overrides and no merge, so that it is the same work.
+It passes the same checks as every config: the allow-list in Hydra's loader, then `check_values`. Where and how things
+run is said once, for the whole command.
+"""
+
+import re
+from typing import Any
+
+import yaml
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdd.config import check_values
+from sdd.errors import UserError
+
+NOT_OF_A_STUDENT = ("hydra", "merge", "evaluation", "trainer", "logger", "paths", "store", "dry_run")
+"""Groups that say nothing of how a student is made."""
+
+
+def quoted(word: str) -> str:
+    """A word of the command line, with quotes around every override within `merge.students`, as Hydra needs them.
+
+    `merge.students=[[dataset=tiny_math],[seed=1]]` reads as one would write it in a YAML file. Any other word, and what
+    is no list of lists there, is left to Hydra.
+    """
+    key, separator, value = word.partition("=")
+    if key.lstrip("+") != "merge.students" or not separator:
+        return word
+    try:
+        choices = yaml.safe_load(f"[{value}]")
+    except yaml.YAMLError:
+        return word
+    if not all(isinstance(found, list) and all(isinstance(one, list) for one in found) for found in choices):
+        return word
+    return f"{key}={','.join(map(_written, choices))}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return str(QuotedString(text=str(value), quote=Quote.single).with_quotes())
+
+
+def composed_students(config: DictConfig) -> list[tuple[DictConfig, list[str]]]:
+    """Each student's config, checked, and the overrides that make it; none without a merge. Call it within a job."""
+    if config.merge.method == "none":
+        return []
+    return [_composed(list(overrides), f"merge.students[{n}]") for n, overrides in enumerate(config.merge.students)]
+
+
+def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
+    asked = HydraConfig.get()
+    words = [*(word for word in asked.overrides.task if _group(word) != "merge"), *overrides]
+    searched = [word for word in asked.overrides.hydra if word.startswith("hydra.searchpath=")]
+    try:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if _group(override.key_or_group) in NOT_OF_A_STUDENT:
+                raise UserError(f"{override.input_line} says nothing of a student; give it for the whole command")
+        config: DictConfig = compose(asked.job.config_name, [*searched, *words, "merge=none"])
+        OmegaConf.resolve(config)
+        check_values(config)
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    return config, words
+
+
+def _group(override: str) -> str:
+    return str(re.split(r"[./@=]", override.lstrip("+~"))[0])
