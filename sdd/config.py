@@ -203,6 +203,33 @@ class Evaluation:
 
 
 @dataclass
+class Analysis:
+    """What is measured of a student besides its scores: `speculative`, `shift` or `cost`.
+
+    The prompts are the first `num_prompts` of the held-out rows of the dataset, or of another one (`prompts`).
+    `repeats` rounds of timings are taken, none with 0, at those draft lengths that `timed_lengths` names. `embedder` is
+    a sentence-transformers model. `context`, `prompt_tokens` and `new_tokens` are what costs are counted and timed at.
+    """
+
+    kind: str = "none"
+    prompts: Dataset | None = None
+    num_prompts: int | None = None
+    max_new_tokens: int = 96
+    dtype: str = "float32"
+    temperature: float = 1.0
+    draft_lengths: list[int] = field(default_factory=lambda: list(range(1, 9)))
+    timed_lengths: list[int] = field(default_factory=lambda: [3])
+    timed_prompts: int = 4
+    repeats: int = 3
+    embedder: str | None = None
+    embedder_revision: str | None = None
+    context: int = 256
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batch_size: int = 8
+
+
+@dataclass
 class Trainer:
     """Where training and inference run; never part of a result. `micro_batch_tokens` bounds padded tokens a pass.
 
@@ -248,6 +275,7 @@ class Config:
     engine: dict[str, Any] = field(default_factory=dict)
     merge: Merge = field(default_factory=Merge)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    analysis: Analysis = field(default_factory=Analysis)
     trainer: Trainer = field(default_factory=Trainer)
     logger: dict[str, Any] = field(default_factory=dict)
     study: dict[str, Any] = field(default_factory=dict)
@@ -269,6 +297,8 @@ CHOICES = {
     "pruning.ratio_of": ("all", "mlp"),
     "merge.method": ("none", "slerp", "linear", "task_arithmetic", "ties"),
     "evaluation.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "analysis.kind": ("none", "speculative", "shift", "cost"),
+    "analysis.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.attention": ("eager", "sdpa", "flash_attention_2"),
     "store.missing": ("build", "raise"),
@@ -292,6 +322,14 @@ AT_LEAST = {
     "evaluation.num_fewshot": 0,
     "evaluation.batch_size": 1,
     "evaluation.max_new_tokens": 1,
+    "analysis.num_prompts": 1,
+    "analysis.max_new_tokens": 1,
+    "analysis.timed_prompts": 1,
+    "analysis.repeats": 0,
+    "analysis.context": 1,
+    "analysis.prompt_tokens": 1,
+    "analysis.new_tokens": 1,
+    "analysis.batch_size": 1,
     "trainer.devices": 1,
     "trainer.threads": 1,
     "trainer.micro_batch_tokens": 1,
@@ -312,6 +350,7 @@ WITHIN = {
     "finetune.weight_decay": (0.0, 10.0),
     "finetune.clip_norm": (1e-6, 1e6),
     "adapter.dropout": (0.0, 0.99),
+    "analysis.temperature": (1e-3, 100.0),
     "engine.temperature": (0.0, 100.0),
     "engine.top_p": (1e-6, 1.0),
     **{
@@ -320,7 +359,7 @@ WITHIN = {
         for key, limits in {"first_cut": (0.0, 0.99), "alpha": (0.0, 1.0), "temperature": (1e-3, 100.0)}.items()
     },
 }
-NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks")
+NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks", "analysis.draft_lengths")
 MERGE_SETTINGS = {
     "slerp": ("t", "space"),
     "linear": ("weights",),
@@ -383,6 +422,13 @@ def check_values(config: DictConfig) -> None:
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
     _check_merge(config.merge)
+    for key in ("draft_lengths", "timed_lengths"):
+        if any(length < 1 for length in config.analysis[key]):
+            raise UserError(f"analysis.{key}={list(config.analysis[key])} must be tokens to draft, each at least 1")
+    if not set(config.analysis.timed_lengths) <= set(config.analysis.draft_lengths):
+        raise UserError("analysis.timed_lengths must be among analysis.draft_lengths")
+    if config.analysis.prompts is not None:
+        _check_rows(config.analysis.prompts, "analysis.prompts")
     _check_rows(config.dataset, "dataset")
     for name, part in config.dataset.parts.items():
         _check_rows(part, f"dataset.parts.{name}")

@@ -8,7 +8,7 @@ so that a row's sample does not depend on its batch. Knows nothing of what the t
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +26,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """`finish`: "stop" (the model ended its turn), "length" (cut at the limit) or "too_long" (never asked)."""
+    """`finish`: "stop" (the model ended its turn), "length" (cut at the limit) or "too_long" (never asked).
+
+    `tokens` are the ids that it said, the one that ended its turn among them, as far as the engine knows them.
+    """
 
     id: str
     text: str
     finish: str
+    tokens: tuple[int, ...] = field(default=(), compare=False)
 
 
 class Engine(Protocol):
@@ -73,10 +77,12 @@ class HFEngine:
         }
 
     def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
-        self.tokenizer = load_tokenizer(folder)
-        self.system_prompt = system_prompt
+        self.take(load_model(folder, dtype, device), load_tokenizer(folder), system_prompt, batch_size)
+
+    def take(self, model: Any, tokenizer: Any, system_prompt: str | None, batch_size: int) -> None:
+        """Use a model that is open already."""
+        self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
         self.batch_size = self.batch_size or batch_size
-        self.model = load_model(folder, dtype, device)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in an order of the engine's choosing; match them by id."""
@@ -121,7 +127,8 @@ class HFEngine:
         for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
             end = next((at for at, token in enumerate(generated) if token in stops), None)
             text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
-            yield Completion(request.id, text, "length" if end is None else "stop")
+            said = generated if end is None else generated[: end + 1]
+            yield Completion(request.id, text, "length" if end is None else "stop", tuple(said))
 
 
 class GumbelNoise:

@@ -257,6 +257,40 @@ class Counts:
             work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens, merged=merged
         )
 
+    def _answered(self, recipe: Recipe) -> Estimate:
+        work = self._work(self.kept if recipe.inputs else self.shape.blocks, recipe.spec["dtype"])
+        new, batch = recipe.spec["max_new_tokens"], self.config.trainer.inference_batch_size
+        return estimates.rewrites(work, recipe.spec["held_out"], self.prompt, new, batch)
+
+    def _surprisals(self, recipe: Recipe) -> Estimate:
+        return self._shown(recipe, 2 * self.rows, self.prompt + self.answer)
+
+    def _drafted(self, recipe: Recipe) -> Estimate:
+        settings, answered = self.config.analysis, recipe.inputs["answers"].spec
+        shown = self._shown(recipe, 3 * answered["held_out"], self.prompt + answered["max_new_tokens"])
+        work = self._work(self.shape.blocks, recipe.spec["dtype"])
+        rounds = settings.repeats * settings.timed_prompts * 2 * (1 + len(settings.timed_lengths))
+        seconds, _ = work.generation(rounds, self.prompt, settings.max_new_tokens, 1) if rounds else (0.0, 0.0)
+        return Estimate(shown.seconds + seconds, 2 * shown.memory, shown.disk)
+
+    def _shifted(self, recipe: Recipe) -> Estimate:
+        answered = recipe.inputs["answers"].spec
+        shown = self._shown(recipe, 2 * answered["held_out"], self.prompt + answered["max_new_tokens"])
+        return Estimate(shown.seconds, 2 * shown.memory, shown.disk)
+
+    def _measured(self, recipe: Recipe) -> Estimate:
+        settings, work = self.config.analysis, self._work(self.shape.blocks, recipe.spec["dtype"])
+        sizes = settings.prompt_tokens, settings.new_tokens
+        spent = [work.generation(batch, *sizes, batch) for batch in (1, settings.batch_size)]
+        seconds = 2 * (settings.repeats + 1) * sum(each for each, _ in spent)
+        return Estimate(2 * work.opening + seconds, 2 * work.weights + 2 * max(held for _, held in spent), 1e4)
+
+    def _shown(self, recipe: Recipe, rows: int, length: float) -> Estimate:
+        """Passes of the unpruned model over given answers, without gradients."""
+        work, batch = self._work(self.shape.blocks, recipe.spec["dtype"]), self.config.trainer.inference_batch_size
+        held = work.weights + work.activations(batch * length) + work.logits(512)
+        return Estimate(work.opening + work.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows)
+
 
 def requirements(shape: Shape) -> list[str]:
     """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""

@@ -1,12 +1,15 @@
 """The map of the house: a composed config becomes a graph of recipes.
 
 teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; tuned ones -> merged; any of
-them -> evaluated. What is in a key and what is not is decided here and nowhere else. Knows nothing of how anything is
-computed; reads only configs, digests and row counts.
+them -> evaluated, or analysed: answered (by teacher and student) -> drafted, shifted; targets -> surprisals -> shifted;
+measured. What is in a key and what is not is decided here and nowhere else. Knows nothing of how anything is computed;
+reads only configs, digests and row counts.
 """
 
 import dataclasses
 import importlib.metadata
+import importlib.util
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,12 +27,16 @@ from sdd.hub import checkpoint_folder
 from sdd.prompts import PLAIN_TEMPLATE
 from sdd.pruning import check_names, count_parameters, matrices, tensor_names
 from sdd.repair import check_repairable, cuts_of
+from sdd.shift import embedder_digest, embedder_folder
 from sdd.store import Recipe, canonical, digest_of
 from sdd.width import Share, sizes_of
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "merged": 1, "evaluated": 1}
+VERSIONS |= {"answered": 1, "surprisals": 1, "drafted": 1, "shifted": 1, "measured": 1}
 """Raised when the way a stage computes changes its content."""
 
 STAND_IN = "not fetched: "
@@ -342,23 +349,25 @@ class Recipes:
 
     @cached_property
     def _dataset(self) -> Any:
-        dataset = self.config.dataset
+        return self._source(self.config.dataset)
+
+    def _source(self, dataset: DictConfig) -> Any:
         if not dataset.parts:
-            return self._rows(dataset, dataset.num_rows)
+            return self._rows(dataset, dataset.seed, dataset.num_rows)
         return build(
             {"_target_": dataset._target_},
-            parts={name: partial(self._rows, part) for name, part in dataset.parts.items()},
+            parts={name: partial(self._rows, part, dataset.seed) for name, part in dataset.parts.items()},
             weights={name: part.weight for name, part in dataset.parts.items()},
             num_rows=dataset.num_rows,
         )
 
-    def _rows(self, rows: DictConfig, num_rows: int | None) -> Any:
+    def _rows(self, rows: DictConfig, seed: int, num_rows: int | None) -> Any:
         """A source of rows as the config describes it."""
         return build(
             {"_target_": rows._target_},
             path=rows.path,
             num_rows=num_rows,
-            seed=self.config.dataset.seed,
+            seed=seed,
             families=None if rows.families is None else list(rows.families),
             **_given(hub=_hub(rows.hub), fields=None if rows.fields is None else dict(rows.fields)),
         )
@@ -389,6 +398,8 @@ class Recipes:
             student.read_data(recipe for recipe in missing if recipe.address in own)
             self.texts |= student.texts
         stages = {recipe.stage for recipe in missing}
+        if "answered" in stages:
+            self._check_held_out(len(self._prompts.examples()))
         if stages & {"rewrites", "targets"} and not self.students:
             examples = self._dataset.examples()
             if "tuned" in stages:
@@ -622,11 +633,15 @@ class Recipes:
         return self._recipe("evaluated", spec, {"model": student}, student.labels)
 
     def _evaluation_dtype(self) -> str:
-        if self.config.evaluation.dtype != "auto":
-            return str(self.config.evaluation.dtype)
+        return self._dtype("evaluation")
+
+    def _dtype(self, node: str) -> str:
+        """The dtype that a node of the config names, or the checkpoint's own."""
+        if self.config[node].dtype != "auto":
+            return str(self.config[node].dtype)
         dtype = str(self.sizes.get("dtype") or self.sizes.get("torch_dtype") or "float32")
         if dtype not in CHOICES["model.dtype"]:
-            raise UserError(f"evaluation.dtype=auto, but the checkpoint is in {dtype}; set evaluation.dtype")
+            raise UserError(f"{node}.dtype=auto, but the checkpoint is in {dtype}; set {node}.dtype")
         return dtype
 
     def _embedded_tasks(self) -> dict[str, Any]:
@@ -666,12 +681,117 @@ class Recipes:
         shown = {"asked": self._benchmark.names, "num_fewshot": settings.num_fewshot}
         return {"tasks": self._benchmark.digests(), "data": data, **shown}
 
+    # ---- what is measured besides ------------------------------------------------------------------------------
+
+    @cached_property
+    def _prompts(self) -> Any:
+        """The source of the prompts: the dataset itself, or another one."""
+        other = self.config.analysis.prompts
+        return self._dataset if other is None else self._source(other)
+
+    @cached_property
+    def _prompts_spec(self) -> dict[str, Any]:
+        if self.config.analysis.prompts is None:
+            return self._dataset_spec
+        self.sources |= self._prompts.sources()
+        return {"_target_": self.config.analysis.prompts._target_, **self._prompts.spec()}
+
+    @property
+    def _held_out(self) -> int:
+        """How many prompts: those that no student is trained on, or as many as are asked for."""
+        asked = self.config.analysis.num_prompts
+        return int(self.config.finetune.validation_rows if asked is None else asked)
+
+    def _check_held_out(self, num_examples: int) -> None:
+        """Refuse prompts that are not there, or not held out."""
+        held_out, validation = self._held_out, self.config.finetune.validation_rows
+        if held_out < 1:
+            raise UserError("finetune.validation_rows=0 holds no prompt out; raise it, or set analysis.prompts")
+        if held_out > num_examples:
+            raise UserError(f"analysis.num_prompts={held_out}, but the dataset has {num_examples} rows; ask for fewer")
+        if self.config.analysis.prompts is None and held_out > validation:
+            raise UserError(
+                f"analysis.num_prompts={held_out}, but finetune.validation_rows={validation} are held out; "
+                "ask for fewer, or hold out more"
+            )
+
+    def answered(self, student: Recipe | None) -> Recipe:
+        """The greedy answers of a student, or of the unpruned model (None), to the held-out prompts."""
+        if (rows := self._prompts.known_rows()) is not None:
+            self._check_held_out(rows)
+        spec = {
+            "dataset": self._prompts_spec,
+            "held_out": self._held_out,
+            "system_prompt": self.config.dataset.system_prompt,
+            "dtype": self._dtype("analysis"),
+            "max_new_tokens": self.config.analysis.max_new_tokens,
+            "max_prompt_tokens": self.config.engine.get("max_prompt_tokens", 1024),
+            **self._plain_template(self.model_digest),
+        }
+        labels = {"dataset": (self.config.analysis.prompts or self.config.dataset).name}
+        if student is None:
+            return self._recipe("answered", spec | {"model": self.model_digest}, {}, labels)
+        return self._recipe("answered", spec, {"model": student}, labels)
+
+    def surprisals(self) -> Recipe:
+        """What the unpruned model makes of the targets, whoever wrote them."""
+        spec = {
+            "model": self.model_digest,
+            "dtype": self._dtype("analysis"),
+            "system_prompt": self.config.dataset.system_prompt,
+            "max_length": self.config.finetune.max_length,
+            **self._plain_template(self.model_digest),
+        }
+        return self._recipe("surprisals", spec, {"targets": self.targets()}, self._labels)
+
+    def analysed(self) -> Recipe:
+        """The artifact of the analysis that the config asks for."""
+        settings, student = self.config.analysis, self.student()
+        if student is None:
+            raise UserError(
+                f"analysis={settings.kind} compares a student with the unpruned model; add for example pruning=n2"
+            )
+        spec: dict[str, Any] = {"dtype": self._dtype("analysis")}
+        if settings.kind == "cost":
+            spec["model"] = self.model_digest
+            spec |= {key: settings[key] for key in ("context", "prompt_tokens", "new_tokens", "batch_size", "repeats")}
+            return self._recipe("measured", spec, {"model": student}, student.labels)
+        inputs = {"model": student, "answers": self.answered(None)}
+        labels = student.labels | {"prompts": inputs["answers"].labels["dataset"]}
+        if settings.kind == "speculative":
+            spec |= {"draft_lengths": sorted(set(settings.draft_lengths)), "temperature": settings.temperature}
+            spec["repeats"] = settings.repeats
+            if settings.repeats:
+                spec |= {"timed_lengths": list(settings.timed_lengths), "timed_prompts": settings.timed_prompts}
+            return self._recipe("drafted", spec, inputs, labels)
+        inputs["responses"] = self.answered(student)
+        if student.stage == "tuned":
+            inputs["surprisals"] = self.surprisals()
+        return self._recipe("shifted", spec | self._embedder(), inputs, labels)
+
+    def _embedder(self) -> dict[str, str]:
+        """The embedder's digest for the key; nothing where there is none, or nothing to open it with."""
+        path, revision = self.config.analysis.embedder, self.config.analysis.embedder_revision
+        if path is None:
+            return {}
+        if importlib.util.find_spec("sentence_transformers") is None:
+            log.info("no embedding similarity: it needs sentence-transformers; run: pip install 'sdd[shift]'")
+            return {}
+        folder = embedder_folder(path, revision, fetch=not self.config.dry_run)
+        if folder is None:
+            return {"embedder": f"{STAND_IN}{path}@{revision}"}
+        digest = embedder_digest(folder, self.digest_memory)
+        self.sources[digest] = folder
+        return {"embedder": digest}
+
     # ---- what a script asks for --------------------------------------------------------------------------------
 
     def wanted(self, script: str) -> Recipe | None:
         """The artifact that a script is asked for; None where that is the unpruned model itself."""
         if script == "train":
             return self.student()
+        if script == "evaluate" and self.config.analysis.kind != "none":
+            return self.analysed()
         asked = {"prune": self.pruned, "generate": self.targets, "evaluate": self.evaluated}
         return asked[script]()  # type: ignore[operator,no-any-return]
 

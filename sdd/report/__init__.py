@@ -4,8 +4,8 @@
 
 Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
 `library` and `collect` (artifacts to runs), `arms` (runs to arms), `intervals` (the statistics), `measures` and
-`contrasts` (arms to numbers), `tables`, `latex`, `plots` and `page` (numbers to files). Imports are deferred, so that
-`--help` answers at once.
+`contrasts` (arms to numbers), `analyses` (what was measured besides), `tables`, `latex`, `plots` and `page` (numbers to
+files). Imports are deferred, so that `--help` answers at once.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     Each artifact is read together with the root that holds it (`<root>/evaluated/<address>`); `artifacts` is one more
     root to look for the unpruned model's scores and for inputs. `out/table.md` is what a person wants to see printed.
     """
+    from sdd.report.analyses import write_analyses
     from sdd.report.arms import build_arms
     from sdd.report.collect import collect
     from sdd.report.contrasts import compare
@@ -36,6 +37,7 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     out.mkdir(parents=True, exist_ok=True)
     write_tables(study, out)
     write_latex(study, out)
+    write_analyses(study, library, out)
     write_plots(study, out)
     write_page(study, library, out)
     return out

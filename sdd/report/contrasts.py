@@ -27,7 +27,7 @@ class Study:
     notes: list[str] = field(default_factory=list)
 
 
-def _pairs(comparison: Comparison) -> list[tuple[Arm, Arm]]:
+def pairs(comparison: Comparison) -> list[tuple[Arm, Arm]]:
     """Each tuned arm with the model it was tuned from, and with the tuned arms before it of that base and dataset."""
     untuned = {arm.run.base: arm for arm in comparison.arms if not arm.tuned}
     tuned = [arm for arm in comparison.arms if arm.tuned]
@@ -106,7 +106,7 @@ def compare(arms: list[Arm], notes: list[str]) -> Study:
         comparison = compare_items([arm for arm in arms if arm.run.comparison == key], notes)
         measures = Measures(comparison)
         rows += [row_of(arm, measures) for arm in comparison.arms]
-        for a, b in _pairs(comparison):
+        for a, b in pairs(comparison):
             contrasts += _contrast(a, b, measures, notes)
         comparisons.append(comparison)
         bases = {arm.run.base for arm in comparison.arms if not arm.tuned}

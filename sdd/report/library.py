@@ -14,7 +14,10 @@ from typing import Any
 from sdd.errors import UserError
 
 MAKING = ("command", "config", "commit", "seconds", "created")
-STAGES = ("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated")
+STAGES = (
+    *("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated"),
+    *("answered", "surprisals", "drafted", "shifted", "measured"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class Library:
         return self._known[address]
 
     def evaluated(self) -> list[Artifact]:
-        manifests = (path for root in self.roots for path in sorted(root.glob("evaluated/*/manifest.json")))
+        return self.of_stages(["evaluated"])
+
+    def of_stages(self, stages: Iterable[str]) -> list[Artifact]:
+        folders = [root / stage for root in self.roots for stage in stages]
+        manifests = (path for folder in folders for path in sorted(folder.glob("*/manifest.json")))
         return [read_artifact(path.parent) for path in manifests]
 
     def upstream(self, artifact: Artifact) -> list[Artifact]:

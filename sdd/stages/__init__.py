@@ -16,6 +16,11 @@ _STAGES = {
     "tuned": ("tuned", True),
     "merged": ("merged", False),
     "evaluated": ("evaluated", True),
+    "answered": ("answered", True),
+    "surprisals": ("shifted", False),
+    "drafted": ("drafted", False),
+    "shifted": ("shifted", False),
+    "measured": ("measured", False),
 }
 """Stage -> (module, whether it continues from partial work)."""
 

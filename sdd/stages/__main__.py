@@ -2,7 +2,8 @@
 
     python -m sdd.stages rerun ADDRESS [--artifacts DIR] [--source DIGEST=PATH]
 
-Exit code 0 if every file is identical, 1 if one differs. Its inputs are taken from the store as they are.
+Exit code 0 if every file is identical, 1 if one differs. Its inputs are taken from the store as they are. Timings are
+no content and are not compared.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from sdd.errors import UserError
 from sdd.stages import builds
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
-from sdd.store import Recipe, Store, file_digest, read_manifest
+from sdd.store import TIMINGS, Recipe, Store, file_digest, read_manifest
 
 
 def recipe_of(store: Store, manifest: dict[str, Any]) -> Recipe:
@@ -74,7 +75,7 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
         builds(runtime)[recipe.stage].function(recipe, inputs, fresh)
         recorded: dict[str, str] = manifest["files"]
         differing = []
-        for name in sorted(recorded):
+        for name in sorted(set(recorded) - {TIMINGS}):
             path = fresh / name
             if not path.is_file():
                 differing.append(f"not made: {name}")

@@ -1,11 +1,12 @@
 """Open what an artifact holds as one stock model: a checkpoint, or a base with its adapter merged in."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from sdd import models
 from sdd.adapters import merged
-from sdd.stages.runtime import Runtime
+from sdd.stages.runtime import Runtime, read_jsonl
 from sdd.store import read_manifest
 
 
@@ -17,18 +18,35 @@ def base_folder(tuned: Path, runtime: Runtime) -> Path:
     return runtime.source(manifest["spec"]["model"], "model")
 
 
+def checkpoint_of(folder: Path, runtime: Runtime) -> Path:
+    """The checkpoint whose shape an artifact's model has, and whose tokenizer goes with it."""
+    if (folder / "checkpoint").is_dir():
+        return folder / "checkpoint"
+    return base_folder(folder, runtime) if (folder / "adapter").is_dir() else folder
+
+
+def trained_prompts(folder: Path) -> set[str]:
+    """The prompts that a student, or any that it was merged from, was trained on; none for one that was not."""
+    manifest = read_manifest(folder)
+    root = folder.parent.parent
+    if manifest["stage"] != "tuned":
+        parents = [root / "tuned" / address for address in manifest["inputs"].values()]
+        return set().union(*(trained_prompts(parent) for parent in parents if parent.is_dir()))
+    drawn = set(json.loads((folder / "rows.json").read_text())["ids"])
+    targets = root / "targets" / str(manifest["inputs"]["targets"]) / "train.jsonl"
+    return {row["prompt"] for row in read_jsonl(targets) if row["id"] in drawn}
+
+
 def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]:
     """The model of an artifact in `dtype`, adapter merged, and the folder of its tokenizer.
 
     The adapter is merged in float32 before any cast, so that a small update is not rounded away twice; one trained on
     a base in 4 bits is merged into the base as it was before.
     """
-    if (folder / "checkpoint").is_dir():
-        folder = folder / "checkpoint"
+    base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
-        return models.load_model(folder, dtype, runtime.device, runtime.attention), folder
+        return models.load_model(base, dtype, runtime.device, runtime.attention), base
     import torch
 
-    base = base_folder(folder, runtime)
     model = models.load_model(base, "float32", runtime.device, runtime.attention)
     return merged(model, folder / "adapter").to(getattr(torch, dtype)).eval(), base

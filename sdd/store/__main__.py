@@ -3,7 +3,7 @@
 python -m sdd.store --artifacts artifacts list
 python -m sdd.store verify                 # every file against its recorded digest
 python -m sdd.store explain A B            # why two addresses differ
-python -m sdd.store prune [--yes]          # what no evaluated artifact needs; deletes only with --yes
+python -m sdd.store prune [--yes]          # what no result needs; deletes only with --yes
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store.store import Store, files_of, read_manifest
+from sdd.store.store import RESULTS, Store, files_of, read_manifest
 
 
 def differences(store: Store, one: str, other: str, where: str = "") -> Iterator[dict[str, Any]]:
@@ -61,10 +61,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def unneeded(store: Store) -> list[Path]:
-    """Complete artifacts that no evaluated artifact stands on."""
+    """Complete artifacts that no result (evaluated, drafted, ...) stands on."""
     manifests = {manifest["address"]: manifest for manifest in store.manifests()}
     needed: set[str] = set()
-    queue = [address for address, manifest in manifests.items() if manifest["stage"] == "evaluated"]
+    queue = [address for address, manifest in manifests.items() if manifest["stage"] in RESULTS]
     while queue:
         address = queue.pop()
         if address not in needed:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     explain = commands.add_parser("explain", parents=[common], help="why two addresses differ")
     explain.add_argument("a")
     explain.add_argument("b")
-    prune = commands.add_parser("prune", parents=[common], help="delete what no evaluated artifact needs")
+    prune = commands.add_parser("prune", parents=[common], help="delete what no result needs")
     prune.add_argument("--yes", action="store_true", help="really delete")
     arguments = parser.parse_args(argv)
     try:

@@ -28,7 +28,14 @@ from sdd.store.recipe import Recipe, address_of
 
 log = logging.getLogger(__name__)
 
-STAGES = ("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated")
+STAGES = (
+    *("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated"),
+    *("answered", "surprisals", "drafted", "shifted", "measured"),
+)
+RESULTS = ("evaluated", "drafted", "shifted", "measured")
+"""Stages whose artifacts are asked for in themselves; others are kept for these."""
+TIMINGS = "timings.json"
+"""File of an artifact that says what the machine took that built it: no content of the recipe."""
 SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
@@ -69,6 +76,7 @@ class Store:
             if missing == "raise" and not self.has(upstream):
                 script = {"scores": "prune.py", "pruned": "prune.py", "rewrites": "generate.py"}
                 script |= {"targets": "generate.py", "tuned": "train.py", "merged": "train.py"}
+                script |= {"answered": "evaluate.py", "surprisals": "evaluate.py"}
                 raise UserError(
                     f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
                     f"build it with: python {script[upstream.stage]} and the same settings"

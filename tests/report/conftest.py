@@ -124,6 +124,12 @@ class Artifacts:
         return scores
 
 
+@pytest.fixture(scope="session")
+def artifacts_at() -> type[Artifacts]:
+    """Writes artifacts under the root that it is given."""
+    return Artifacts
+
+
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     return Artifacts(tmp_path / "artifacts")

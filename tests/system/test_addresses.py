@@ -141,6 +141,10 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("evaluation.chat_template", False, {"evaluated"}, [], {}),
 ]
 
+ANALYSIS = {"kind", "prompts", "num_prompts", "max_new_tokens", "dtype", "temperature", "draft_lengths", "repeats"}
+ANALYSIS |= {"timed_lengths", "timed_prompts", "embedder", "embedder_revision", "context", "prompt_tokens"}
+ANALYSIS |= {"new_tokens", "batch_size"}
+
 NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("trainer.accelerator", "gpu", [], {}),
     ("model.shape", {"num_hidden_layers": 3}, [], {}),
@@ -188,6 +192,7 @@ ELSEWHERE = {
     "evaluation.suite",
     *(f"merge.{key}" for key in ("method", "students", "t", "space", "weights", "density")),  # test_merged_students.py
     *("evaluation.data_dir", "evaluation.num_fewshot"),  # tests/system/test_benchmark.py
+    *(f"analysis.{key}" for key in ANALYSIS),  # tests/system/test_analyses.py
 }
 """Settings with tests of their own below, or with one value so far."""
 

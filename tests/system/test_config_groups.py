@@ -34,7 +34,7 @@ NEEDS = {
 }
 GROUPS = {
     *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),
-    *("repair", "trainer", "logger", "experiment"),
+    *("repair", "analysis", "trainer", "logger", "experiment"),
 }
 PASSED = {
     "dataset": {"path", "num_rows", "seed", "families", "hub"},
@@ -143,7 +143,7 @@ def test_first_option_of_each_group_is_the_default(composed: Any) -> None:
     choices = composed().hydra.runtime.choices
     first = {"model": "tiny", "metric": "angular", "calibration": "tiny", "pruning": "n2", "dataset": "tiny_math"}
     first |= {"finetune": "self_distill", "adapter": "lora", "engine": "hf", "merge": "none", "evaluation": "tiny"}
-    first |= {"repair": "none", "trainer": "cpu", "logger": "csv", "experiment": None}
+    first |= {"repair": "none", "analysis": "none", "trainer": "cpu", "logger": "csv", "experiment": None}
     assert {group: choices[group] for group in first} == first
     assert set(first) == GROUPS
 

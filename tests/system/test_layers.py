@@ -10,6 +10,7 @@ LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "estimates"}
+    | {"forcing", "speculative", "shift", "costs"}
     | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export", "card", "plan"},

@@ -1,0 +1,163 @@
+"""Analyses of the students that the report shows, put side by side: `analyses.json`, for programs.
+
+    {"arms": [...], "contrasts": [...]}
+
+A record an arm, kind of analysis, and setting of it:
+
+    arm, kind (speculative, shift, cost), prompts_of (a dataset's name; null for cost), settings, seeds, addresses
+    prompts             how many every seed has
+    measures            name -> {"mean", "low", "high", "by_seed"}: 95% intervals over seeds, then prompts
+    results             what the artifacts state, a seed each (acceptance by draft length; histogram, targets; costs)
+    timings             what was measured when each was built, with the machine; null where nothing was
+
+A contrast is a minus b of a measure, paired by seed and prompt as in `contrasts`. Every measure is a ratio of sums over
+prompts (accepted tokens / tokens, nats / tokens, ...), recomputed from the records of single prompts. A prompt that
+not every seed has is left out.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdd.report.arms import Arm
+from sdd.report.contrasts import Study, pairs
+from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
+from sdd.report.library import Artifact, Library, read_artifact, read_json
+
+KINDS = {"drafted": "speculative", "shifted": "shift", "measured": "cost"}
+RESULT = {"drafted": "drafted.json", "shifted": "shift.json", "measured": "costs.json"}
+
+Rows = dict[str, dict[str, Any]]
+"""A seed's records by the prompt's id."""
+
+
+@dataclass
+class Analysis:
+    """One kind of analysis of one arm: an artifact and its prompts' records a seed."""
+
+    arm: Arm
+    kind: str
+    setting: str
+    seeds: list[int]
+    artifacts: list[Artifact]
+    rows: list[Rows]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Ids of the prompts that every seed has."""
+        return sorted(set.intersection(*(set(rows) for rows in self.rows))) if self.rows else []
+
+
+def _sums(kind: str, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What one prompt adds to the numerator and to the denominator of every measure."""
+    tokens = row["tokens"]
+    if kind == "shift":
+        found = {"kl": (row["kl"] * tokens, tokens)}
+        return found | ({"similarity": (row["similarity"], 1.0)} if "similarity" in row else {})
+    found = {"acceptance_rate": (row["matched"], tokens)}
+    found["sampling_acceptance"] = (row["sampling_acceptance"] * tokens, tokens)
+    for length, counts in row["lengths"].items():
+        found[f"block_efficiency@{length}"] = (tokens, counts["passes"])
+        found[f"mean_accepted_length@{length}"] = (counts["accepted"], counts["passes"])
+    return found
+
+
+def values(analysis: Analysis, prompts: list[str]) -> dict[str, Array]:
+    """Resampled measures, (1 + R, S): the same draws of prompts for every arm that has them."""
+    sums = [[_sums(analysis.kind, rows[prompt]) for prompt in prompts] for rows in analysis.rows]
+    found = {}
+    for name in sums[0][0] if sums and prompts else ():
+        table = np.array([[row[name] for row in rows] for rows in sums], dtype=np.float64)
+        above, below = (item_means(table[:, :, part], f"prompts {analysis.kind}") for part in (0, 1))
+        found[name] = ratio(above, below)
+    return found
+
+
+def _rows(artifact: Artifact) -> Rows:
+    path = artifact.path / "prompts.jsonl"
+    if not path.is_file():
+        return {}
+    return {str(row["id"]): row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+
+def find(arms: list[Arm], library: Library) -> list[Analysis]:
+    """The analyses of the arms' students, by arm, kind and setting."""
+    of_model: dict[str, list[Artifact]] = {}
+    for artifact in library.of_stages(KINDS):
+        of_model.setdefault(artifact.inputs.get("model", ""), []).append(artifact)
+    found: dict[tuple[str, str, str], Analysis] = {}
+    for arm in arms:
+        for run in arm.runs:
+            model = read_artifact(run.path).inputs.get("model")
+            for artifact in of_model.get(model or "", []):
+                kind = KINDS[artifact.stage]
+                setting = json.dumps([artifact.version, artifact.spec, artifact.inputs.get("answers")], sort_keys=True)
+                analysis = found.setdefault((arm.name, kind, setting), Analysis(arm, kind, setting, [], [], []))
+                if artifact.address not in {other.address for other in analysis.artifacts}:
+                    analysis.artifacts.append(artifact)
+                    analysis.seeds += [] if run.seed is None else [run.seed]
+                    if kind != "cost":
+                        analysis.rows.append(_rows(artifact))
+    return list(found.values())
+
+
+def _record(analysis: Analysis) -> dict[str, Any]:
+    first = analysis.artifacts[0]
+    measures = {}
+    for name, resampled in values(analysis, analysis.prompts).items():
+        spread = interval(over_seeds(resampled, analysis.seeds))
+        if spread is not None:
+            measures[name] = spread | {"by_seed": resampled[0].tolist()}
+    timings = [artifact.path / "timings.json" for artifact in analysis.artifacts]
+    return {
+        "arm": analysis.arm.name,
+        "kind": analysis.kind,
+        "prompts_of": first.labels.get("prompts"),
+        "settings": first.spec,
+        "seeds": analysis.seeds,
+        "prompts": len(analysis.prompts),
+        "measures": measures,
+        "results": [read_json(artifact.path / RESULT[artifact.stage]) for artifact in analysis.artifacts],
+        "timings": [read_json(path) if path.is_file() else None for path in timings],
+        "addresses": [artifact.address for artifact in analysis.artifacts],
+    }
+
+
+def _contrasts(a: Analysis, b: Analysis) -> Iterator[dict[str, Any]]:
+    """a minus b by every measure, on the seeds and prompts that both have."""
+    seeds = sorted(set(a.seeds) & set(b.seeds)) if a.seeds and b.seeds else a.seeds or b.seeds
+    prompts = sorted(set(a.prompts) & set(b.prompts))
+    if (a.seeds and b.seeds and not seeds) or not prompts:
+        return
+
+    def paired(analysis: Analysis, resampled: Array) -> Array:
+        columns = [analysis.seeds.index(seed) for seed in seeds] if analysis.seeds else [0]
+        return over_seeds(resampled[:, columns], seeds)
+
+    left, right = values(a, prompts), values(b, prompts)
+    for name in left:
+        spread = interval(paired(a, left[name]) - paired(b, right[name])) if name in right else None
+        if spread is not None:
+            names = {"a": a.arm.name, "b": b.arm.name, "kind": a.kind, "measure": name}
+            what = {"prompts_of": a.artifacts[0].labels.get("prompts"), "prompts": len(prompts), "seeds": seeds}
+            yield {**names, **spread, **what}
+
+
+def write_analyses(study: Study, library: Library, out: Path) -> None:
+    """Write `analyses.json`, unless no student of the study was analysed."""
+    found = find(list(study.arms.values()), library)
+    if not found:
+        return
+    contrasts = []
+    for comparison in study.comparisons:
+        for a, b in pairs(comparison):
+            left = [each for each in found if each.arm is a and each.kind != "cost"]
+            right = {(each.kind, each.setting): each for each in found if each.arm is b}
+            both = [(each, right[each.kind, each.setting]) for each in left if (each.kind, each.setting) in right]
+            contrasts += [contrast for one, other in both for contrast in _contrasts(one, other)]
+    content = {"arms": [_record(analysis) for analysis in found], "contrasts": contrasts}
+    (out / "analyses.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

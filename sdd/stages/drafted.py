@@ -1,0 +1,157 @@
+"""Stage `drafted`: the student drafts for the unpruned model, over that model's own answers to held-out prompts.
+
+`drafted.json` and `prompts.jsonl` follow from the recipe on any machine (in float32). `timings.json` is what the
+machine that built the artifact took; it names that machine, is no content of the recipe, and is taken once, when the
+artifact is built: another folder of artifacts takes it anew. Prompts that the student was trained on are left out.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sdd import costs, speculative
+from sdd.errors import UserError
+from sdd.prompts import stop_ids
+from sdd.speculative import Generated, Passes
+from sdd.stages.answered import answer_rows, open_both, read_answers
+from sdd.stages.runtime import Runtime, write_json, write_jsonl
+from sdd.stages.student import trained_prompts
+from sdd.store import TIMINGS, Recipe
+
+log = logging.getLogger(__name__)
+
+
+def build_drafted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`drafted.json`, `prompts.jsonl` from which it can be recomputed, and `timings.json`."""
+    spec, asked = recipe.spec, recipe.inputs["answers"].spec
+    left_out = trained_prompts(inputs["model"])
+    answers = read_answers(inputs["answers"], left_out)
+    if not answers:
+        raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
+    teacher, student, tokenizer = open_both(runtime, recipe, inputs, asked["model"])
+    rows = answer_rows(tokenizer, answers, asked["system_prompt"])
+    batch = runtime.inference_batch_size
+    matches = speculative.greedy_matches(student, rows, batch)
+    sampled = speculative.sampling_acceptance(teacher, student, rows, batch, spec["temperature"])
+    records = [
+        record_of(answer, row, spec["draft_lengths"]) | {"sampling_acceptance": fmean(accepted)}
+        for answer, row, accepted in zip(answers, matches, sampled, strict=True)
+    ]
+    write_jsonl(folder / "prompts.jsonl", records)
+    result = summary(records)
+    write_json(folder / "drafted.json", result)
+    log.info("accepted: %.1f%% of the unpruned model's tokens", 100 * result["acceptance_rate"])
+    if spec["repeats"]:
+        stops = stop_ids(tokenizer, teacher.generation_config)
+        prompts = [prompt for prompt, _ in rows[: spec["timed_prompts"]]]
+        timings = _timings(teacher, student, prompts, stops, spec, asked["max_new_tokens"], runtime.device, result)
+        write_json(folder / TIMINGS, timings)
+
+
+def record_of(answer: dict[str, Any], matches: Sequence[bool], draft_lengths: Sequence[int]) -> dict[str, Any]:
+    """One prompt: where the student says what the unpruned model says ("1"), and the passes at every draft length."""
+    lengths = {}
+    for length in draft_lengths:
+        counts = asdict(speculative.simulate(matches, length, answer["finish"] == "stop"))
+        lengths[str(length)] = {key: counts[key] for key in ("passes", "drafted", "accepted")}
+    text = "".join("1" if match else "0" for match in matches)
+    return {"id": answer["id"], "tokens": len(text), "matched": text.count("1"), "matches": text, "lengths": lengths}
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All prompts together, by draft length."""
+    tokens = sum(record["tokens"] for record in records)
+    lengths = {}
+    for length in records[0]["lengths"]:
+        counts = sum((Passes(record["tokens"], **record["lengths"][length]) for record in records), Passes())
+        lengths[length] = {
+            "mean_accepted_length": counts.mean_accepted_length,
+            "block_efficiency": counts.block_efficiency,
+            "accepted_share": counts.accepted_share,
+            "passes": counts.passes,
+        }
+    return {
+        "prompts": len(records),
+        "tokens": tokens,
+        "acceptance_rate": sum(record["matched"] for record in records) / tokens,
+        "sampling_acceptance": sum(record["sampling_acceptance"] * record["tokens"] for record in records) / tokens,
+        "lengths": lengths,
+    }
+
+
+def _timings(
+    teacher: Any,
+    student: Any,
+    prompts: list[list[int]],
+    stops: list[int],
+    spec: dict[str, Any],
+    new_tokens: int,
+    device: str,
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """Assisted against plain generation by transformers, batch 1, in turns, and what the cost model says of it."""
+    lengths, repeats, opened = spec["timed_lengths"], spec["repeats"], {"teacher": teacher, "student": student}
+    ways: list[int | None] = [None, *lengths]
+    runs: dict[tuple[str, int | None], list[list[Generated]]] = {}
+    for repeat in range(repeats + 1):  # the first round, of one prompt, warms up
+        for number, prompt in enumerate(prompts if repeat else prompts[:1]):
+            for kind, way in product(("greedy", "sampling"), ways):
+                draft = None if way is None else (student, way)
+                sampled = (spec["temperature"], number) if kind == "sampling" else None
+                one = speculative.generate(teacher, prompt, stops, new_tokens, draft, sampled)
+                if repeat:
+                    runs.setdefault((kind, way), [[] for _ in range(repeats)])[repeat - 1].append(one)
+    context = round(fmean(len(prompt) for prompt in prompts) + result["tokens"] / result["prompts"] / 2)
+    shown = {"teacher": ("teacher", 1), "student": ("student", 1)}
+    shown |= {f"verification {length}": ("teacher", length + 1) for length in lengths}
+    seconds = costs.step_seconds(opened, shown, context, 10 * repeats, device)
+    ratio = seconds["student"] / seconds["teacher"]
+    predicted = {}
+    for length in lengths:
+        independent = speculative.expected_block_efficiency(result["acceptance_rate"], length)
+        counted = result["lengths"][str(length)]["block_efficiency"]
+        verification = seconds[f"verification {length}"] / seconds["teacher"]
+        predicted[str(length)] = {
+            "independent": speculative.predicted_speedup(independent, length, ratio),
+            "counted": speculative.predicted_speedup(counted, length, ratio),
+            "counted_with_verification": speculative.predicted_speedup(counted, length, ratio, verification),
+            "verification_in_steps": verification,
+        }
+    return {
+        "machine": costs.machine(device, spec["dtype"]),
+        "prompts": len(prompts),
+        "context": context,
+        "step_seconds": {name: seconds[name] for name in ("teacher", "student")},
+        "step_ratio": ratio,
+        "predicted_speedup": predicted,
+        **{kind: _speeds(kind, runs, lengths) for kind in ("greedy", "sampling")},
+    }
+
+
+def _speeds(kind: str, runs: dict[tuple[str, int | None], list[list[Generated]]], lengths: list[int]) -> dict[str, Any]:
+    """Tokens a second of plain and assisted generation, by draft length."""
+
+    def speeds(way: int | None) -> list[float]:
+        return [sum(len(one.tokens) for one in r) / sum(one.seconds for one in r) for r in runs[kind, way]]
+
+    plain = speeds(None)
+    found: dict[str, Any] = {"plain": {"tokens_per_second": costs.spread(plain)}, "assisted": {}}
+    for length in lengths:
+        assisted, outputs = speeds(length), runs[kind, length][0]
+        record = {
+            "tokens_per_second": costs.spread(assisted),
+            "speedup": costs.spread([a / b for a, b in zip(assisted, plain, strict=True)]),
+            "block_efficiency": sum(len(one.tokens) for one in outputs) / sum(one.passes for one in outputs),
+        }
+        if kind == "greedy":
+            same = [a.tokens == b.tokens for a, b in zip(outputs, runs[kind, None][0], strict=True)]
+            record["identical"] = fmean(same)
+            if not all(same):
+                differing = f"{len(same) - sum(same)} of {len(same)} outputs differ from plain decoding"
+                log.warning("draft length %d: %s, by rounding; none does in float32", length, differing)
+        found["assisted"][str(length)] = record
+    return found
