@@ -133,7 +133,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), CHANGES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("key", "value", "expected"), CHANGES, ids=[change[0] for change in CHANGES])
 def test_settings_in_the_keys(key: str, value: Any, expected: set[str], addresses: Addresses) -> None:
     for kind in KINDS:
         group = f"analysis={kind}"
