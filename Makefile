@@ -5,10 +5,13 @@ ARGS ?=
 DEMO := outputs/demo
 SIZES ?= none,n2,n4,n6
 SEEDS ?= 0,1,2,3,4
+MERGED ?= 0,1
+ANALYSED ?= 0,1,2
+STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 WORKERS ?= 2
 
-.PHONY: env demo test lint clean
+.PHONY: env demo criteria test lint clean
 
 env: .venv/.made
 
@@ -18,14 +21,26 @@ env: .venv/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-# The whole story on the embedded model: the unpruned model, the cut at several sizes, then every way of fine-tuning at
-# its tuned learning rate over five seeds. The picks are one and the same rate, so this is also the comparison at a fixed
+# The whole story on the embedded model: the unpruned model, the cut at several sizes, every way of fine-tuning at its
+# tuned learning rate over five seeds, two students merged, and how far SFT and self-distillation moved the student and
+# how well it drafts for its teacher. The picks are one and the same rate, so this is also the comparison at a fixed
 # rate. Everything is cached in artifacts/.
 demo: env
 	rm -rf $(DEMO)/jobs
 	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
 	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct hydra.sweep.dir=$(DEMO)/jobs/other $(ARGS)
+	$(EVALUATE) seed=$(MERGED) finetune=self_distill merge=slerp 'merge.students=$(STUDENTS)' \
+	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)
+	$(EVALUATE) seed=$(ANALYSED) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
+	    hydra.sweep.dir=$(DEMO)/jobs/analysed $(ARGS)
 	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
+
+# What should be cut, and how: the studies whose tables are in LOG.md. Not part of any test; hours on two cores.
+criteria: env
+	$(BIN)/python evaluate.py -m experiment=criteria hydra.sweep.dir=outputs/criteria/jobs/blocks $(ARGS)
+	$(BIN)/python evaluate.py -m experiment=criteria_width hydra.sweep.dir=outputs/criteria/jobs/channels $(ARGS)
+	$(BIN)/python -m sdd.report outputs/criteria/jobs --out outputs/criteria
 
 lint: env
 	$(BIN)/ruff check .
