@@ -125,9 +125,11 @@ def test_every_study_of_the_paper_composes_with_every_option_it_sweeps_over(comp
         header = (CONF / "experiment" / f"{option}.yaml").read_text()
         assert f"experiment={option}" in header and "Costs" in header
         config = composed(f"experiment={option}")
-        params = config.hydra.sweeper.params or {}
-        for word in [f"{key}={value}" for key, values in params.items() for value in _split(values)]:
-            chosen = composed(f"experiment={option}", word)
+        swept = {key: _split(values) for key, values in (config.hydra.sweeper.params or {}).items()}
+        for turn in range(max(map(len, swept.values()), default=0)):  # every option once, several of them together
+            chosen = composed(
+                f"experiment={option}", *(f"{key}={v[min(turn, len(v) - 1)]}" for key, v in swept.items())
+            )
             del chosen.hydra
             check_values(chosen)
     table = composed("experiment=paper/main_table").hydra.sweeper.params
