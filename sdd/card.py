@@ -185,6 +185,7 @@ def _repaired(facts: dict[str, Any]) -> str:
 TARGETS = {
     "self_distill": "answers that the unpruned model itself rewrote (self-data distillation, arXiv 2410.09982)",
     "sft": "the dataset's own reference answers",
+    "logit_distill": "the dataset's own reference answers, towards the teacher's probabilities of every next token",
     "gold": "reference answers in the unpruned model's own register",
 }
 

@@ -127,12 +127,18 @@ class Dataset(Rows):
 class Finetune:
     """`mode` says whose answers are the targets; the rest is the recipe of the optimisation.
 
+    `gold_share` leaves the reference in place for that share of rows; `noise_share` puts another row's rewrite into
+    that share of the kept ones. `ce_share` and `temperature` belong to `logit_distill`: the weight of the
+    cross-entropy beside the divergence from the teacher, and what both distributions are softened by.
     `batch_size` is the global batch in rows; `validation_rows` are held out before `num_rows` are drawn.
     """
 
     mode: str = "self_distill"
     select: bool = True
     gold_share: float = 0.0
+    noise_share: float = 0.0
+    ce_share: float = 0.0
+    temperature: float = 1.0
     epochs: int = 2
     learning_rate: float = 1e-3
     batch_size: int = 32
@@ -290,7 +296,7 @@ class Config:
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "repair.method": ("none", "ridge"),
-    "finetune.mode": ("self_distill", "sft", "gold", "none"),
+    "finetune.mode": ("self_distill", "sft", "gold", "logit_distill", "none"),
     "finetune.precision": ("32", "bf16"),
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
@@ -346,6 +352,9 @@ AT_LEAST = {
 }
 WITHIN = {
     "finetune.gold_share": (0.0, 1.0),
+    "finetune.noise_share": (0.0, 1.0),
+    "finetune.ce_share": (0.0, 1.0),
+    "finetune.temperature": (1e-2, 100.0),
     "finetune.warmup_share": (0.0, 1.0),
     "finetune.weight_decay": (0.0, 10.0),
     "finetune.clip_norm": (1e-6, 1e6),

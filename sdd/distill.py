@@ -6,7 +6,7 @@ shrinks: a refused rewrite leaves the reference in place. Knows nothing of the s
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,12 @@ class Selection:
         text, own = rewrite.casefold(), f"{prompt}\n{reference}".casefold()
         if any(phrase.casefold() in text and phrase.casefold() not in own for phrase in self.leak_phrases):
             return "leak"
-        expected = extract(reference, self.rule)
-        if expected is not None:
-            found = extract(rewrite, self.rule)
-            if found is None or not equal(found, expected):
-                return "answer"
-        return None
+        return "answer" if self.agrees(rewrite, reference) is False else None
+
+    def agrees(self, text: str, reference: str) -> bool | None:
+        """Whether both reach the same final answer; None where the reference has none."""
+        expected, found = extract(reference, self.rule), extract(text, self.rule)
+        return None if expected is None else found is not None and equal(found, expected)
 
 
 def rewrite_rows(
@@ -97,3 +97,27 @@ def choose_target(row: dict[str, Any], selection: Selection | None, gold_share: 
         "source": "rewrite" if taken else "reference",
         "reason": reason,
     }
+
+
+def with_noise(
+    rows: Sequence[dict[str, Any]], share: float, selection: Callable[[dict[str, Any]], Selection], seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of `choose_target`, with another row's kept rewrite in place of that share of the kept ones.
+
+    The answer is then wrong and still in the teacher's own words: final answers differ, or where there are none, the
+    texts. Rows are drawn by id and donors do not depend on the share, so that a larger share adds to a smaller one.
+    `selection` gives a row's own, by whose rule answers are compared. A row without any such donor stays as it is.
+    """
+    order = [at for at, row in enumerate(rows) if row["source"] == "rewrite"]
+    random.Random(f"donors {seed}").shuffle(order)
+    noisy = list(rows)
+    for place, at in enumerate(order):
+        row, rule = rows[at], selection(rows[at])
+        if random.Random(f"noise {seed} {row['id']}").random() >= share:
+            continue
+        for donor in (rows[other] for other in order[place + 1 :] + order[:place]):
+            agrees = rule.agrees(donor["target"], row["reference"])
+            if donor["target"] != row["target"] and not agrees:
+                noisy[at] = row | {"target": donor["target"], "reason": "noise"}
+                break
+    return noisy

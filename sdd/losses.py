@@ -1,7 +1,13 @@
 """Losses as functions of tensors. Sums, not means: the caller divides by the token count of the whole global batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 256
+"""Positions whose logits are there at once: 131 MB a float32 tensor at a vocabulary of 128,256."""
 
 
 def target_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -23,3 +29,25 @@ def distillation_slope(student: Tensor, teacher: Tensor | None, targets: Tensor,
         slope.sub_(soft, alpha=alpha)
         hard.fill_(alpha - 1)
     return slope.scatter_add_(1, targets[:, None], hard)
+
+
+def forward_kl_sum(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Summed KL(teacher || student) in nats, in float32: (N, V), (N, V) -> (). Zero at equality and for N = 0.
+
+    Both are softened by `temperature`, and the sum is multiplied by its square, so that gradients keep their size
+    (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    """
+    assert logits.shape == teacher_logits.shape, f"student {logits.shape}, teacher {teacher_logits.shape}"
+    student, teacher = ((each.float() / temperature).log_softmax(-1) for each in (logits, teacher_logits))
+    kl = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    return kl * temperature**2
+
+
+def summed_in_chunks(loss: Callable[..., Tensor], *parts: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Sum of `loss(*parts)` over chunks of the parts' first axis, all of one length N >= 0: -> ().
+
+    What `loss` makes on the way, such as logits, is dropped after each chunk and made again in the backward pass.
+    """
+    pieces = zip(*(part.split(chunk) for part in parts), strict=True)
+    losses = [checkpoint(loss, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(losses).sum()

@@ -18,7 +18,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sdd.adapters import causal_lm
-from sdd.losses import target_loss_sum
+from sdd.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 from sdd.models import decoder, head_logits
 
 VALIDATIONS = 4
@@ -82,11 +82,45 @@ def padded(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Te
 
 
 def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
-    """Summed loss over the rows' target tokens, and their number; logits at target positions only."""
+    """Summed cross-entropy over the rows' target tokens, and their number; logits at target positions only."""
     ids, mask, labels = padded(rows, device)
-    hidden = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     at = labels[:, 1:] != -100
-    return target_loss_sum(head_logits(model, hidden[:, :-1][at]), labels[:, 1:][at]), int(at.sum())
+    return target_loss_sum(head_logits(model, _states(model, ids, mask, at)), labels[:, 1:][at]), int(at.sum())
+
+
+def _states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    """The states from which the tokens chosen by `at`, (B, T - 1), are predicted: -> (N, hidden)."""
+    hidden: Tensor = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[:, :-1][at]
+
+
+@dataclass(frozen=True)
+class LogitDistillation:
+    """The loss of logit distillation, in place of `loss_sum`: ce_share * CE + (1 - ce_share) * KL(teacher || student).
+
+    Taken at every target token. The frozen teacher reads the same rows in the same step, in its own dtype, so that
+    nothing is cached. It is no part of the module in training, of its optimiser or of its checkpoints. Beside the
+    student there are the teacher's weights, its states of one micro-batch, and both models' logits of one chunk.
+    """
+
+    teacher: Any
+    temperature: float = 1.0
+    ce_share: float = 0.0
+
+    def __call__(self, model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
+        ids, mask, labels = padded(rows, device)
+        at = labels[:, 1:] != -100
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            taught = _states(self.teacher, ids, mask, at)
+
+        def loss(hidden: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+            logits = head_logits(model, hidden)
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+                teacher_logits = head_logits(self.teacher, taught)
+            kl = (1 - self.ce_share) * forward_kl_sum(logits, teacher_logits, self.temperature)
+            return kl + self.ce_share * target_loss_sum(logits, targets) if self.ce_share else kl
+
+        return summed_in_chunks(loss, _states(model, ids, mask, at), taught, labels[:, 1:][at]), int(at.sum())
 
 
 def target_tokens(rows: Sequence[TrainingRow]) -> int:
@@ -94,7 +128,10 @@ def target_tokens(rows: Sequence[TrainingRow]) -> int:
 
 
 class StudentModule(pl.LightningModule):
-    """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`."""
+    """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`.
+
+    `loss` is `loss_sum` or another function of the same signature.
+    """
 
     def __init__(
         self,
@@ -105,6 +142,7 @@ class StudentModule(pl.LightningModule):
         optimisation: Optimisation,
         micro_batch_tokens: int,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        loss: Callable[..., tuple[Tensor, int]] = loss_sum,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -113,7 +151,7 @@ class StudentModule(pl.LightningModule):
         self.rows, self.plan, self.validation = rows, plan, validation
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
-        self.on_step = on_step
+        self.on_step, self.loss = on_step, loss
 
     @property
     def causal_lm(self) -> Any:
@@ -135,7 +173,7 @@ class StudentModule(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens, total = target_tokens(rows), 0.0
         for micro in micro_batches(rows, self.micro_batch_tokens):
-            loss, _ = loss_sum(self.causal_lm, micro, self.device)
+            loss, _ = self.loss(self.causal_lm, micro, self.device)
             self.manual_backward(loss / max(tokens, 1))
             total += float(loss.detach())
         self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
@@ -159,11 +197,11 @@ class StudentModule(pl.LightningModule):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean loss per target token of the held-out rows, in nats."""
+        """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
         self.student.eval()
         total, tokens = 0.0, 0
         for micro in micro_batches(self.validation, self.micro_batch_tokens):
-            loss, count = loss_sum(self.causal_lm, micro, self.device)
+            loss, count = self.loss(self.causal_lm, micro, self.device)
             total, tokens = total + float(loss), tokens + count
         self.student.train()
         return total / max(tokens, 1)

@@ -405,6 +405,8 @@ class Recipes:
             if "tuned" in stages:
                 self._check_rows(len(examples))
                 self._check_lengths(examples)
+        if any("distillation" in recipe.spec for recipe in missing):
+            self._check_vocabulary()
         if any("texts" in recipe.spec for recipe in missing) and not self.students:
             self.texts[self._calibration_spec["texts"]] = self._calibration.texts()
         if "evaluated" in stages and stages != {"evaluated"} and self.config.evaluation.suite != "tiny":
@@ -445,7 +447,7 @@ class Recipes:
             raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
         if finetune.mode == "gold" and not self._dataset.has_gold:
             raise UserError("finetune=gold needs answers in the teacher's own register; this dataset has none")
-        if finetune.mode in ("sft", "gold"):
+        if finetune.mode in ("sft", "gold", "logit_distill"):
             spec = {"mode": finetune.mode, "dataset": self._dataset_spec}
             return self._recipe("targets", spec, {}, self._labels)
         spec = {
@@ -453,6 +455,7 @@ class Recipes:
             **self._selection(),
             "select": finetune.select,
             "gold_share": finetune.gold_share,
+            **({"noise_share": finetune.noise_share} if finetune.noise_share else {}),
         }
         return self._recipe("targets", spec, {"rewrites": self.rewrites()}, self._labels)
 
@@ -465,7 +468,7 @@ class Recipes:
         self._check_adapter()
         settings = OmegaConf.to_container(finetune, resolve=True)
         assert isinstance(settings, dict)
-        for key in ("mode", "select", "gold_share", "precision"):
+        for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "temperature", "precision"):
             settings.pop(key)
         spec = {
             "adapter": self._adapter_spec(),
@@ -476,6 +479,13 @@ class Recipes:
             "seed": self.config.seed,
             **self._plain_template(self.model_digest),
         }
+        if finetune.mode == "logit_distill":
+            spec["distillation"] = {
+                "teacher": self.teacher_digest,
+                "dtype": self.config.model.dtype,
+                "temperature": finetune.temperature,
+                "ce_share": finetune.ce_share,
+            }
         if spec["adapter"].get("dropout", 0) > 0:
             spec["micro_batch_tokens"] = self.config.trainer.micro_batch_tokens  # dropout's draws follow the passes
         inputs = {"targets": self.targets()}
@@ -517,7 +527,7 @@ class Recipes:
         tokenizer = models.load_tokenizer(self.model_folder)
         shortest = None
         for example in examples:
-            target = {"sft": example.reference, "gold": example.gold}.get(finetune.mode) or ""
+            target = {"self_distill": "", "gold": example.gold}.get(finetune.mode, example.reference) or ""
             length = len(training_ids(tokenizer, example.prompt, target, system_prompt)[0])
             if length <= finetune.max_length:
                 return
@@ -526,6 +536,20 @@ class Recipes:
             f"finetune.max_length={finetune.max_length} is shorter than every row of the dataset; the shortest has "
             f"{shortest} tokens{' without its answer' if finetune.mode == 'self_distill' else ''}, raise it"
         )
+
+    def _check_vocabulary(self) -> None:
+        """Refuse a teacher whose probabilities are not over the student's own tokens."""
+        if self.teacher_digest == self.model_digest:
+            return
+        model, teacher = self.model_folder, self.sources[self.teacher_digest]
+        sizes = [models.read_config(folder)["vocab_size"] for folder in (teacher, model)]
+        same = sizes[0] == sizes[1]
+        if not same or models.load_tokenizer(teacher).get_vocab() != models.load_tokenizer(model).get_vocab():
+            what = f"{sizes[0]} tokens and the model's {sizes[1]}" if not same else "other tokens than the model's"
+            raise UserError(
+                f"teacher.path={self.config.teacher.path}: its vocabulary has {what}, and logit distillation compares "
+                "token by token; choose a teacher of the same family, or finetune=self_distill"
+            )
 
     def _check_adapter(self) -> None:
         adapter, pruning = self.config.adapter, self.config.pruning

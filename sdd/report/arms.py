@@ -14,11 +14,13 @@ from typing import Any
 
 from sdd.report.collect import Run
 
-MODES = ("teacher", "pruned", "sft", "self_distill", "gold", "merged")
+MODES = ("teacher", "pruned", "sft", "logit_distill", "self_distill", "gold", "merged")
 ALWAYS = ("pruning.repair", "finetune.learning_rate", "adapter.rank")
 """Settings named whenever they differ; others only where two arms would share a name."""
 COLUMNS = ("kind", "finetune", "metric", "pruning", "dataset", "merge")
 DIGEST = re.compile(r"[0-9a-f]{12,}")
+LONG = 60
+"""Characters of a setting that a name has room for."""
 SELECTION = re.compile(r"targets\.(dataset.*|num_rows)")
 """Settings of the targets that mean the same whoever wrote the answers."""
 
@@ -53,13 +55,15 @@ class Arm:
 
 
 def text_of(value: Any) -> str:
-    """A setting as short text: digests cut to 8 digits, lists joined."""
+    """A setting as short text: digests cut to 8 digits, templates to their beginning and end, lists joined."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
         return "+".join(text_of(each) for each in value)
-    text = str(value)
-    return text[:8] if DIGEST.fullmatch(text) else text
+    text = " ".join(str(value).split())
+    if DIGEST.fullmatch(text):
+        return text[:8]
+    return text if len(text) <= LONG else f"{text[: LONG // 2]}...{text[-LONG // 2 :]}"
 
 
 def _same(value: Any) -> str:
@@ -76,6 +80,8 @@ def _scope(setting: str, arm: Arm) -> tuple[Any, ...] | None:
         return ("pruning", run.pruning, run.metric) if run.base else None
     if first in ("targets", "rewrites"):
         return ("targets", run.finetune, run.dataset) if arm.tuned else None
+    if first == "distillation":
+        return ("distillation", run.finetune, run.dataset) if arm.tuned else None
     if first in ("merge", "merged"):
         return ("merge", run.merge) if run.kind == "merged" else None
     return ("tuned",) if arm.tuned else None
@@ -174,14 +180,17 @@ def build_arms(runs: list[Run]) -> list[Arm]:
 
 
 def settings_differ(a: Arm, b: Arm) -> dict[str, list[Any]]:
-    """Settings of fine-tuning in which two arms differ, apart from who wrote the answers: name -> [of a, of b]."""
+    """Settings of fine-tuning in which two arms differ, name -> [of a, of b].
+
+    Who wrote the answers and how they are taught is what an arm is, and not among them.
+    """
     names = dict.fromkeys([*a.run.settings, *b.run.settings])
     found = {}
     for name in names:
         scopes = _scope(name, a), _scope(name, b)
         if None in scopes or scopes[0] == () or name.startswith(("merge", "pruned.", "evaluated.")):
             continue
-        across = SELECTION.fullmatch(name) or not name.startswith(("targets.", "rewrites."))
+        across = SELECTION.fullmatch(name) or not name.startswith(("targets.", "rewrites.", "distillation."))
         everywhere = name in a.run.settings and name in b.run.settings
         if scopes[0] != scopes[1] and not (across and everywhere):
             continue

@@ -2,9 +2,10 @@
 and an arm on a repaired model with the same on the model as it was cut.
 
 A difference is paired: the same resampled seeds and items enter both arms, so it is better known than two separate
-intervals suggest. It is always the later mode minus the earlier one (untuned, sft, self_distill, gold, merged). Pairs
-whose settings differ, apart from who wrote the answers, are kept and say in what they differ. The likelihood is
-contrasted over seeds alone, because its items are not on disk; with one seed it has no interval.
+intervals suggest. It is always the later mode minus the earlier one (untuned, sft, logit_distill, self_distill, gold,
+merged). Pairs whose settings differ, apart from who wrote the answers and how they are taught, are kept and say in
+what they differ. The likelihood is contrasted over seeds alone, because its items are not on disk; with one seed it has
+no interval.
 """
 
 from collections.abc import Callable

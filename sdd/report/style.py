@@ -21,6 +21,7 @@ MODES = {
     "teacher": ("#3A3A3A", "*", ""),
     "pruned": ("#8C8C8C", "s", ""),
     "sft": ("#0072B2", "o", "//"),
+    "logit_distill": ("#E69F00", "X", "++"),
     "self_distill": ("#D55E00", "^", ".."),
     "gold": ("#009E73", "D", "xx"),
     "merged": ("#CC79A7", "P", "\\\\"),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sdd.allowed import build
 from sdd.data import Example
 from sdd.data.mixture import part_of
-from sdd.distill import Selection, choose_target, rewrite_rows
+from sdd.distill import Selection, choose_target, rewrite_rows, with_noise
 from sdd.errors import UserError
 from sdd.prompts import rewrite_prompt
 from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
@@ -103,6 +103,8 @@ def build_targets(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], 
             choose_target(row, _selection(spec, row["id"]) if spec["select"] else None, spec["gold_share"])
             for row in read_jsonl(inputs["rewrites"] / "rewrites.jsonl")
         ]
+        if "noise_share" in spec:
+            rows = with_noise(rows, spec["noise_share"], lambda row: _selection(spec, row["id"]))
         dataset = recipe.inputs["rewrites"].spec["dataset"]
     else:
         dataset = spec["dataset"]

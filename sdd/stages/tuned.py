@@ -70,8 +70,9 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         models.recompute_activations(model)
+    loss = _loss(spec, runtime)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
-    history = _fit(student, training, validation, recipe, runtime, folder / SCRATCH)
+    history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
     save_student(student, folder, base, base_name)
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
@@ -95,6 +96,19 @@ def _dtype(spec: dict[str, Any]) -> str:
     return {"32": "float32", "bf16": "bfloat16"}[spec["precision"]]
 
 
+def _loss(spec: dict[str, Any], runtime: Runtime) -> Any:
+    """Cross-entropy on the targets, or with a teacher beside the student, its distribution at every target token."""
+    from sdd.module import LogitDistillation, loss_sum
+
+    if "distillation" not in spec:
+        return loss_sum
+    settings = spec["distillation"]
+    folder = runtime.source(settings["teacher"], "teacher")
+    teacher = models.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
+    models.check_logits(teacher)
+    return LogitDistillation(teacher, settings["temperature"], settings["ce_share"])
+
+
 def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[int] | None:
     """The blocks that the adapter goes into, by their place in the student; None for all."""
     scope = adapter.get("scope", "all")
@@ -109,7 +123,13 @@ def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[in
 
 
 def _fit(
-    student: Any, training: list[Any], validation: list[Any], recipe: Recipe, runtime: Runtime, scratch: Path
+    student: Any,
+    loss: Any,
+    training: list[Any],
+    validation: list[Any],
+    recipe: Recipe,
+    runtime: Runtime,
+    scratch: Path,
 ) -> list[dict[str, Any]]:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -139,7 +159,7 @@ def _fit(
             progress.set_postfix(loss=f"{logged['loss']:.4f}", refresh=False)
 
         module = StudentModule(
-            student, training, plan, validation, optimisation, runtime.micro_batch_tokens, on_step=on_step
+            student, training, plan, validation, optimisation, runtime.micro_batch_tokens, on_step=on_step, loss=loss
         )
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,

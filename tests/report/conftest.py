@@ -73,8 +73,8 @@ class Artifacts:
         files = {"summary.json": summary, "train.jsonl": as_lines(rows)}
         return self.put("targets", spec, inputs, labels={"dataset": dataset}, **files)
 
-    def tuned(self, pruned: str | None, targets: str, seed: int, rate: float = 3e-4, rank: int = 8) -> str:
-        spec = {"adapter": {"rank": rank, "alpha": 16}, "precision": "32", "seed": seed}
+    def tuned(self, pruned: str | None, targets: str, seed: int, rate: float = 3e-4, rank: int = 8, **more: Any) -> str:
+        spec = {"adapter": {"rank": rank, "alpha": 16}, "precision": "32", "seed": seed, **more}
         spec["finetune"] = {"learning_rate": rate, "epochs": 2, "batch_size": 16}
         inputs = {"targets": targets} | ({"pruned": pruned} if pruned else {})
         if not pruned:

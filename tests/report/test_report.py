@@ -178,6 +178,39 @@ def test_settings_name_the_arms_and_mark_the_contrasts(artifacts, tmp_path):
     assert one(contrasts, "sft lr=0.001", "sft lr=0.0003")["settings_differ"] == unlike["settings_differ"]
 
 
+def test_logit_distillation_is_an_arm_between_the_two_others(artifacts, tmp_path):
+    """What only it has (teacher, temperature) sets it apart from no other arm, but one of its own from the next."""
+    pruned = artifacts.pruned(4)
+    for mode in ("self_distill", "sft"):
+        artifacts.evaluated(artifacts.tuned(pruned, artifacts.targets(mode), 0), scores(add=HALF))
+    targets = artifacts.targets("logit_distill")
+    for temperature, right in ((1.0, 30), (2.0, 10)):
+        distillation = {"teacher": "m" * 20, "temperature": temperature, "ce_share": 0.0}
+        student = artifacts.tuned(pruned, targets, 0, distillation=distillation)
+        artifacts.evaluated(student, scores(add=[1] * right + [0] * (40 - right)))
+    rows, contrasts = report(artifacts, tmp_path / "out")
+    first, second = "logit_distill temperature=1", "logit_distill temperature=2"
+    assert list(rows) == ["sft", first, second, "self_distill"]
+    for a, b, mean in (("self_distill", first, -0.25), ("self_distill", second, 0.25), (first, "sft", 0.25)):
+        assert one(contrasts, a, b)["mean"] == pytest.approx(mean)
+        assert one(contrasts, a, b)["settings_differ"] == {}
+    assert one(contrasts, second, first)["settings_differ"] == {"distillation.temperature": [2.0, 1.0]}
+
+
+def test_a_long_setting_is_named_in_short(artifacts, tmp_path):
+    pruned = artifacts.pruned(4)
+    templates = ["Task: {prompt}\nReference answer: {reference}\n" + "Please answer it. " * 9 + end for end in "ab"]
+    for template in templates:
+        rewrites = artifacts.put("rewrites", {"teacher": "m" * 20, "template": template}, {})
+        files = {"summary.json": {"rows": 1, "reasons": {}}}
+        targets = artifacts.put("targets", {"mode": "self_distill"}, {"rewrites": rewrites}, **files)
+        artifacts.evaluated(artifacts.tuned(pruned, targets, 0), scores(add=HALF))
+    rows, _ = report(artifacts, tmp_path / "out")
+    names = [name.split("template=")[1] for name in rows]
+    assert len(set(names)) == 2
+    assert all(len(name) < 70 and "\n" not in name and name.startswith("Task: {prompt} Ref") for name in names)
+
+
 def test_number_of_rows_differs_across_modes(artifacts, tmp_path):
     pruned = artifacts.pruned(4)
     artifacts.evaluated(artifacts.tuned(pruned, artifacts.targets("sft"), 0), scores(add=HALF))

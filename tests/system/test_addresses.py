@@ -60,6 +60,7 @@ RANDOM = ["metric=random"]
 BY_TASK = {"metric.by": "task"}
 REPAIRED = ["repair=ridge"]
 SDM = ["metric=sdm", "pruning=mlp20"]
+LOGITS = ["finetune=logit_distill"]
 
 IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     # setting, another value, the first stages that change, groups and settings that both sides share
@@ -110,7 +111,12 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("model.dtype", "bfloat16", {"pruned"}, [*REPAIRED, "metric=last", "finetune=sft"], {}),
     ("finetune.select", False, {"targets"}, [], {}),
     ("finetune.gold_share", 0.5, {"targets"}, [], {}),
+    ("finetune.noise_share", 0.5, {"targets"}, [], {}),
     ("finetune.mode", "sft", {"targets"}, [], {}),
+    ("finetune.mode", "logit_distill", {"targets"}, [], {}),
+    ("finetune.ce_share", 0.5, {"tuned"}, LOGITS, {}),
+    ("finetune.temperature", 2.0, {"tuned"}, LOGITS, {}),
+    ("model.dtype", "bfloat16", {"tuned"}, [*LOGITS, "metric=last"], {}),
     ("finetune.epochs", 1, {"tuned"}, [], {}),
     ("finetune.learning_rate", 1e-4, {"tuned"}, [], {}),
     ("finetune.batch_size", 5, {"tuned"}, [], {}),
@@ -170,6 +176,11 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("dataset.answer_rule", "none", ["finetune=sft"], {}),
     ("finetune.select", False, ["finetune=sft"], {}),
     ("finetune.gold_share", 0.5, ["finetune=sft"], {}),
+    ("finetune.noise_share", 0.5, ["finetune=sft"], {}),
+    ("finetune.ce_share", 0.5, [], {}),
+    ("finetune.temperature", 2.0, [], {}),
+    ("dataset.template", "{prompt}", LOGITS, {}),
+    ("finetune.noise_share", 0.5, LOGITS, {}),
     ("engine.max_new_tokens", 5, ["finetune=sft"], {}),
     ("engine.temperature", 0.5, ["finetune=sft"], {}),
     ("calibration.num_texts", 5, RANDOM, {}),
@@ -365,6 +376,18 @@ def test_teacher_is_in_the_key_of_the_rewrites_alone(addresses: Addresses, moved
     _flip_weight(moved)
     assert changed(addresses(), addresses(values={"teacher.path": str(moved)})) == {"rewrites", *FOLLOWS["rewrites"]}
     assert addresses("finetune=sft", values={"teacher.path": str(moved)}) == addresses("finetune=sft")
+    distilled = addresses(*LOGITS, values={"teacher.path": str(moved)})
+    assert changed(addresses(*LOGITS), distilled) == {"tuned", "evaluated"}, "whose logits"
+
+
+def test_what_is_off_adds_nothing_to_a_key(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """Shares of nothing and the settings of another arm: addresses made before they existed are still good."""
+    wanted = Recipes(composed(), tmp_path).wanted("evaluate")
+    assert wanted is not None
+    by_stage = {recipe.stage: recipe.spec for recipe in wanted.walk()}
+    assert set(by_stage["targets"]) == {"mode", "rule", "leak_phrases", "select", "gold_share"}
+    assert not set(by_stage["tuned"]["finetune"]) & {"noise_share", "ce_share", "temperature"}
+    assert "distillation" not in by_stage["tuned"]
 
 
 # ---- spans and lists of blocks, data ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdd.allowed import ALLOWED_PLUGINS, ALLOWED_TARGETS, build, check_targets
 from sdd.app import config_folder
 from sdd.config import check_values
+from sdd.prompts import REWRITE_TEMPLATE
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(
@@ -134,6 +135,64 @@ def test_every_study_of_the_paper_composes_with_every_option_it_sweeps_over(comp
             check_values(chosen)
     table = composed("experiment=paper/main_table").hydra.sweeper.params
     assert [len(_split(table[key])) for key in ("model", "pruning", "dataset", "finetune")] == [2, 5, 4, 3]
+
+
+ABLATIONS = {
+    *("base", "rows", "size", "metric", "calibration", "adapter", "learning_rate", "epochs", "tries", "selection"),
+    *("gold_share", "template", "teacher", "reference_free", "noise", "logit_distill"),
+}
+
+
+def test_every_ablation_composes_with_every_option_it_sweeps_over_on_dev(composed: Any) -> None:
+    ablations = [option for group, option in OPTIONS if group == "experiment/ablations"]
+    assert {option.name for option in ablations} == ABLATIONS
+    for option in ablations:
+        header = (CONF / "experiment" / f"{option}.yaml").read_text()
+        assert f"experiment={option}" in header
+        assert "minutes on 2 cores" in header
+        own = OmegaConf.load(CONF / "experiment" / f"{option}.yaml").hydra.sweeper.params
+        words = {key: _split(values) for key, values in own.items() if key != "seed"}
+        for number in range(max([len(values) for key, values in words.items() if "." not in key], default=1)):
+            chosen = composed(
+                f"experiment={option}", *(f"{key}={values[-1 - number % len(values)]}" for key, values in words.items())
+            )
+            assert (chosen.evaluation.split, chosen.hydra.sweeper.params.seed) == ("dev", "0,1,2")
+            assert chosen.finetune.learning_rate > 0, "every arm has a tuned rate"
+            del chosen.hydra
+            check_values(chosen)
+
+
+def test_ablations_say_little_twice() -> None:
+    """No two of them have 70% of their lines in common, what every option begins with aside."""
+    usual = {
+        "# @package _global_",
+        "defaults:",
+        "- ablations/base",
+        "- _self_",
+        "hydra:",
+        "sweeper:",
+        "params:",
+        "#",
+        "",
+    }
+    lines = {
+        path.stem: {line.strip() for line in path.read_text().splitlines()} - usual
+        for path in (CONF / "experiment" / "ablations").glob("*.yaml")
+    }
+    for one, own in lines.items():
+        for other, others in lines.items():
+            assert one == other or len(own & others) < 0.7 * len(own), (one, other)
+
+
+def test_wordings_of_the_template_ablation(composed: Any) -> None:
+    """The first is the default's, so that it leads to the same addresses; the last hides the reference."""
+    assert composed("experiment=ablations/template").dataset.template == REWRITE_TEMPLATE
+    alone = composed("experiment=ablations/reference_free", "study.wording=alone")
+    assert alone.dataset.template == "{prompt}"
+    given = composed("experiment=ablations/teacher", "study.teacher=somewhere")
+    assert given.teacher.path == "somewhere"
+    strong = composed("experiment=ablations/adapter", "study.strength=r64")
+    assert (strong.adapter.rank, strong.adapter.alpha) == (64, 128)
 
 
 def _split(values: str) -> list[str]:

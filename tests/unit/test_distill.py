@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdd.data import Example
-from sdd.distill import Selection, choose_target, rewrite_rows
+from sdd.distill import Selection, choose_target, rewrite_rows, with_noise
 from sdd.engines import Completion, Request
 from sdd.prompts import LEAK_PHRASES
 
@@ -85,6 +85,59 @@ def test_gold_share_is_drawn_by_row() -> None:
     kept = [choose_target(r, SELECTION, 1.0) for r in rows]
     assert all(r["target"] == REFERENCE and r["source"] == "reference" for r in kept)
     assert {r["id"] for r in reversed(rows) if choose_target(r, SELECTION, 0.2)["reason"] == "gold_share"} == few
+
+
+# ---- noise --------------------------------------------------------------------------------------------------------
+
+
+def kept(count: int) -> list[dict[str, Any]]:
+    """Rows with kept rewrites, and one whose rewrite was refused; every third answer is the same."""
+    answers = [7 if number % 3 == 0 else 100 + number for number in range(count)]
+    rows = [
+        {"id": f"r{number}", "prompt": PROMPT, "reference": f"#### {answer}", "finish": "stop"}
+        | {"rewrite": f"That makes {answer}. ({number})\nThe answer is {answer}."}
+        for number, answer in enumerate(answers)
+    ]
+    rows.append({"id": "refused", "prompt": PROMPT, "reference": "#### 1", "rewrite": "", "finish": "stop"})
+    return [choose_target(each, SELECTION, 0.0) for each in rows]
+
+
+def noisy(rows: list[dict[str, Any]], share: float, selection: Selection = SELECTION) -> dict[str, dict[str, Any]]:
+    found = with_noise(rows, share, lambda row: selection)
+    assert [each["id"] for each in found] == [each["id"] for each in rows]
+    return {each["id"]: each for each in found if each["reason"] == "noise"}
+
+
+def test_noise_is_another_rows_rewrite_with_a_wrong_answer() -> None:
+    rows = kept(60)
+    texts = {each["target"]: each["id"] for each in rows}
+    found = noisy(rows, 1.0)
+    assert set(found) == {f"r{number}" for number in range(60)}, "what was refused stays a reference"
+    for id, each in found.items():
+        assert texts[each["target"]] not in (id, "refused")
+        assert SELECTION.agrees(each["target"], each["reference"]) is False
+        assert each["source"] == "rewrite"
+        original = next(row for row in rows if row["id"] == id)
+        assert each | {"target": "", "reason": ""} == original | {"target": "", "reason": ""}
+
+
+def test_a_larger_share_of_noise_adds_to_a_smaller_one() -> None:
+    rows = kept(400)
+    few, more = noisy(rows, 0.1), noisy(rows, 0.3)
+    assert 20 < len(few) < 65
+    assert 90 < len(more) < 150
+    assert few.items() <= more.items() <= noisy(rows, 1.0).items()
+    assert noisy(rows, 0.0) == {}
+    assert noisy(rows, 0.1) == few
+    assert rows == kept(400), "the rows given are left alone"
+
+
+def test_where_answers_cannot_be_compared_the_text_is_another() -> None:
+    rows = kept(12)
+    for id, each in noisy(rows, 1.0, Selection("none")).items():
+        assert each["target"] != next(row["target"] for row in rows if row["id"] == id)
+    alike = [each | {"id": f"a{number}"} for number, each in enumerate([rows[0]] * 3)]
+    assert noisy(alike, 1.0) == {}, "no row has a wrong answer for another"
 
 
 # ---- rewriting --------------------------------------------------------------------------------------------------

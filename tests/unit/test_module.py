@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sdd import models
+from sdd import losses, models
 from sdd.module import (
+    LogitDistillation,
     Optimisation,
     StudentModule,
     TrainingRow,
@@ -122,6 +123,91 @@ def test_a_batch_without_targets_has_a_finite_loss_and_gradient(tiny_llama: Path
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in student.parameters() if p.grad is not None)
 
 
+# ---- logit distillation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(sharded_llama: Path) -> Any:
+    """Another random model over the same vocabulary."""
+    return models.load_model(sharded_llama, "float32").requires_grad_(False)
+
+
+def direct_loss(model: Any, teacher: Any, rows: Sequence[TrainingRow], temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student) summed over target tokens, from both models' own logits of every position."""
+    ids, mask, labels = padded(rows)
+    at = labels[:, 1:] != -100
+    p, q = (
+        (each(input_ids=ids, attention_mask=mask).logits[:, :-1][at] / temperature).softmax(-1)
+        for each in (teacher, model)
+    )
+    return (p * (p.log() - q.log())).sum() * temperature**2
+
+
+@pytest.mark.parametrize(("temperature", "ce_share"), [(1.0, 0.0), (2.0, 0.0), (1.0, 0.3), (1.0, 1.0)])
+def test_logit_distillation_is_the_formula_on_target_tokens(
+    temperature: float, ce_share: float, tiny_llama: Path, teacher: Any, rows: list[TrainingRow]
+) -> None:
+    """Value and gradient; LoRA's first matrix would have no gradient at the start, so it has been moved."""
+    student = adapted(tiny_llama)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    loss, count = LogitDistillation(teacher, temperature, ce_share)(student.get_base_model(), rows)
+    assert count == target_tokens(rows)
+    expected = (1 - ce_share) * direct_loss(student, teacher, rows, temperature)
+    expected = expected + ce_share * own_loss(student, rows) * count
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() > 10
+    for found, own in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        assert torch.allclose(found, own, rtol=1e-3, atol=1e-3)
+        assert float(own.abs().max()) > 1e-2
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(model: Any, rows: list[TrainingRow]) -> None:
+    assert float(LogitDistillation(model)(model, rows)[0]) == pytest.approx(0, abs=1e-4)
+
+
+def test_logits_of_both_models_are_there_for_one_chunk_of_target_tokens_only(
+    model: Any, teacher: Any, rows: list[TrainingRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses.summed_in_chunks, "__kwdefaults__", {"chunk": 16})
+    shapes: list[int] = []
+    hooks = [
+        each.lm_head.register_forward_pre_hook(lambda module, given: shapes.append(len(given[0])))
+        for each in (model, teacher)
+    ]
+    with torch.no_grad():
+        LogitDistillation(teacher)(model, rows)
+    for hook in hooks:
+        hook.remove()
+    assert max(shapes) == 16
+    assert sum(shapes) == 2 * target_tokens(rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_teacher_is_frozen_and_no_part_of_the_module(
+    tiny_llama: Path, teacher: Any, rows: list[TrainingRow]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    plan = [[0, 1, 2], [3, 4, 5]]
+    module, gradients = trained(tiny_llama, rows, plan, validation=rows[:2], loss=LogitDistillation(teacher))
+    assert len(gradients) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(p.grad is not None for p in teacher.parameters())
+    assert set(module.state_dict()) == {f"student.{name}" for name in module.student.state_dict()}
+    fresh = adapted(tiny_llama)
+    per_token = float(direct_loss(fresh, teacher, rows[:3])) / target_tokens(rows[:3])
+    assert module.history[0]["loss"] == pytest.approx(per_token, rel=1e-4)
+    after = float(direct_loss(module.student.eval(), teacher, rows[:2])) / target_tokens(rows[:2])
+    assert module.history[-1]["validation_loss"] == pytest.approx(after, rel=1e-4)
+    masked = [TrainingRow([1, 5, 6], 3)]
+    loss, count = LogitDistillation(teacher)(fresh.get_base_model(), masked)
+    assert (loss.item(), count) == (0.0, 0)
+    loss.backward()
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +233,12 @@ def trained(
     dropout: float = 0.0,
     learning_rate: float = 1e-2,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    loss: Any = loss_sum,
 ) -> tuple[StudentModule, list[dict[str, torch.Tensor]]]:
     gradients = Gradients()
     optimisation = Optimisation(learning_rate, 0.0, 0.25, clip_norm, seed, len(plan), len(plan))
     module = StudentModule(
-        adapted(folder, dropout), rows, plan, validation, optimisation, micro_batch_tokens, on_step=on_step
+        adapted(folder, dropout), rows, plan, validation, optimisation, micro_batch_tokens, on_step=on_step, loss=loss
     )
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -144,13 +144,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "quantisation", "recompute"),
-    [(3, None, False), (5, None, False), (5, "nf4", True)],
+    ("killed_at", "quantisation", "recompute", "distilled"),
+    [(3, None, False, False), (5, None, False, False), (5, "nf4", True, False), (5, None, True, True)],
 )
 def test_a_resumed_run_is_bit_exact(
     killed_at: int,
     quantisation: str | None,
     recompute: bool,
+    distilled: bool,
+    sharded_llama: Path,
     inputs: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,9 +163,11 @@ def test_a_resumed_run_is_bit_exact(
     """
     if quantisation:
         pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
-    runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=recompute)
+    runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=recompute, sources={"teacher's": sharded_llama})
     asked = recipe(dropout=0.2)
     asked = dataclasses.replace(asked, spec=asked.spec | {"base_quantisation": quantisation})
+    if distilled:
+        asked.spec["distillation"] = {"teacher": "teacher's", "dtype": "float32", "temperature": 2.0, "ce_share": 0.5}
     whole = tune(tmp_path / "whole", inputs, asked, runtime)
     taken: list[int] = []
     record = StudentModule._record
@@ -179,6 +183,10 @@ def test_a_resumed_run_is_bit_exact(
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         tune(tmp_path / "broken", inputs, asked, runtime)
     assert not (tmp_path / "broken" / "adapter").exists()
+    (saved,) = (tmp_path / "broken" / SCRATCH).glob("*.ckpt")
+    kept = torch.load(saved, weights_only=False)
+    assert kept["state_dict"]
+    assert all("lora_" in name for name in kept["state_dict"]), "the base and the teacher are not saved again"
     resumed = tune(tmp_path / "broken", inputs, asked, runtime)
     assert taken == [*range(1, killed_at + 1), *range(killed_at, STEPS + 1)], "it did not go on from its checkpoint"
     assert same(resumed, whole)

@@ -1,0 +1,83 @@
+"""The arm that is taught logits, from the command line to its evaluation, and noise in the rewrites."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import artifacts_of, run
+
+from sdd.stages.__main__ import main as stages
+from sdd.stages.runtime import read_jsonl
+
+QUICK = ["metric=last", "pruning=n1", "finetune.epochs=1", "finetune=logit_distill"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workplace")
+
+
+@pytest.mark.parametrize("words", [["finetune.ce_share=0.2"], ["adapter=full", "finetune.learning_rate=1e-4"]])
+def test_taught_made_again_and_told(
+    words: list[str], small: list[str], workplace: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run("train", *small, *QUICK, *words, cwd=workplace)
+    manifest = json.loads((outcome.path / "manifest.json").read_text())
+    distillation = manifest["spec"]["distillation"]
+    assert (distillation["dtype"], distillation["temperature"]) == ("float32", 1.0)
+    assert distillation["ce_share"] == (0.2 if words[0] == "finetune.ce_share=0.2" else 0.0)
+    targets = workplace / "artifacts" / "targets" / manifest["inputs"]["targets"]
+    rows = list(read_jsonl(targets / "train.jsonl"))
+    assert {(row["source"], row["reason"]) for row in rows} == {("reference", "logit_distill")}
+    assert all(row["target"] == row["reference"] for row in rows)
+    assert "rewrites" not in {made["stage"] for made in artifacts_of(workplace / "artifacts").values()}
+    capsys.readouterr()
+    source = ["--source", f"{distillation['teacher']}={checkpoint}", "--artifacts", str(workplace / "artifacts")]
+    assert stages(["rerun", outcome.path.name, *source]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == "identical\n"
+
+
+def test_the_same_rows_as_sft(small: list[str], workplace: Path) -> None:
+    taught, tuned = (
+        run("train", *small, *QUICK, f"finetune={mode}", cwd=workplace) for mode in ("logit_distill", "sft")
+    )
+    ids = [json.loads((outcome.path / "rows.json").read_text())["ids"] for outcome in (taught, tuned)]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 12
+
+
+@pytest.mark.parametrize("what", ["size", "tokens"])
+def test_a_teacher_of_another_vocabulary_is_refused_before_any_work(
+    what: str, small: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    if what == "size":
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    else:
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        (first, a), (second, b) = list(vocabulary.items())[-2:]
+        vocabulary |= {first: b, second: a}
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    outcome = run("train", *small, *QUICK, f"teacher.path={other}", cwd=tmp_path)
+    assert outcome.code == 2
+    (error,) = outcome.errors
+    assert error.startswith(f"error: teacher.path={other}: its vocabulary has ")
+    assert ("tokens and the model's" in error) is (what == "size")
+    assert not list((tmp_path / "artifacts").glob("[a-z]*/*/manifest.json"))
+
+
+def test_noise_reaches_the_targets(small: list[str], copied: Path) -> None:
+    """Without selection every rewrite of the random model is kept that has text; a third of them changes hands."""
+    words = ["finetune.select=false", "finetune.noise_share=0.3"]
+    clean, noisy = (
+        list(read_jsonl(run("generate", *small, *more, cwd=copied).path / "train.jsonl")) for more in (words[:1], words)
+    )
+    changed = [(before, after) for before, after in zip(clean, noisy, strict=True) if before != after]
+    assert 20 < len(changed) < 65
+    for before, after in changed:
+        assert (after["reason"], after["source"]) == ("noise", "rewrite")
+        assert after["target"] != before["target"]
+        assert after["target"] in {row["target"] for row in clean}
