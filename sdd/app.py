@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sdd
 from sdd.allowed import check_targets
-from sdd.config import Config, check_values
+from sdd.config import Config, check_values, plain
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
 from sdd.students import composed_students, quoted
@@ -148,7 +148,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     from sdd.store import Store
 
     root = Path(config.paths.artifacts).expanduser().absolute()
-    store = Store(root, provenance(script, HydraConfig.get().overrides.task, _plain(config)))
+    store = Store(root, provenance(script, HydraConfig.get().overrides.task, plain(config)))
     students = composed_students(config)
     recipes = Recipes(config, root / ".digests", [Recipes(student, root / ".digests") for student, _ in students])
     wanted = recipes.wanted(script)
@@ -170,17 +170,11 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
         if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
             for student, (own, words) in zip(recipes.students, students, strict=True):
-                Store(root, provenance("train", words, _plain(own))).ensure(student.tuned(), how)
+                Store(root, provenance("train", words, plain(own))).ensure(student.tuned(), how)
         store.ensure(wanted, how, config.store.missing)
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    composed = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(composed, dict)
-    return {str(key): node for key, node in composed.items()}
 
 
 def print_plan(wanted: Any, recipes: Any, store: Any) -> list[dict[str, Any]]:
@@ -232,8 +226,6 @@ def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
 
         if not torch.cuda.is_available():
             raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
-    logger = OmegaConf.to_container(config.logger, resolve=True)
-    assert isinstance(logger, dict)
     return Runtime(
         sources=recipes.sources,
         texts=recipes.texts,
@@ -243,7 +235,7 @@ def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
         **Runtime.sizes(config),
         checkpoint_every=trainer.checkpoint_every,
         gradient_checkpointing=trainer.gradient_checkpointing,
-        logger={str(key): value for key, value in logger.items()},
+        logger=plain(config.logger),
         run_folder=run_folder,
     )
 
