@@ -11,13 +11,14 @@ files). Imports are deferred, so that `--help` answers at once.
 from pathlib import Path
 
 
-def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | None:
-    """Write the report of the evaluated artifact folders into `out` and return it; None if there are none.
+def write_report(asked: list[Path], artifacts: Path, out: Path) -> Path | None:
+    """Write the report of the evaluated ones among the artifact folders into `out`; None if there are none.
 
-    Each artifact is read together with the root that holds it (`<root>/evaluated/<address>`); `artifacts` is one more
-    root to look for the unpruned model's scores and for inputs. `out/table.md` is what a person wants to see printed.
+    Each artifact is read together with the root that holds it (`<root>/<stage>/<address>`), in which analyses of its
+    students are found too; `artifacts` is one more root to look for the unpruned model's scores and for inputs.
+    `out/table.md` is what a person wants to see printed.
     """
-    from sdd.report.analyses import write_analyses
+    from sdd.report.analyses import analyse, write_analyses
     from sdd.report.arms import build_arms
     from sdd.report.collect import collect
     from sdd.report.contrasts import compare
@@ -27,9 +28,10 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     from sdd.report.plots import write_plots
     from sdd.report.tables import write_tables
 
+    evaluated = [path for path in asked if path.parent.name == "evaluated"]
     if not evaluated:
         return None
-    library = Library([*(path.parent.parent for path in evaluated), artifacts])
+    library = Library([*(path.parent.parent for path in asked), artifacts])
     runs, notes = collect(evaluated, library)
     if not runs:
         return None
@@ -37,9 +39,10 @@ def write_report(evaluated: list[Path], artifacts: Path, out: Path) -> Path | No
     out.mkdir(parents=True, exist_ok=True)
     write_tables(study, out)
     write_latex(study, out)
-    write_analyses(study, library, out)
+    analyses = analyse(study, library)
+    write_analyses(analyses, out)
     write_plots(study, out)
-    write_page(study, library, out)
+    write_page(study, library, analyses, out)
     return out
 
 

@@ -13,15 +13,16 @@ BUILD_ONE = "run `python evaluate.py` first, or give another folder"
 
 
 def report(folders: list[Path], out: Path) -> Path:
-    """Find the evaluated artifacts of the folders and write their report."""
+    """Find the evaluated artifacts of the folders, with the analyses that a sweep asked for, and write their report."""
     from sdd.report import write_report
-    from sdd.report.library import find_evaluated
+    from sdd.report.library import find_analyses, find_evaluated
 
     evaluated = [path for folder in folders for path in find_evaluated(folder)]
     names = ", ".join(str(folder) for folder in folders)
     if not evaluated:
         raise UserError(f"no evaluated artifacts in {names}; {BUILD_ONE}")
-    written = write_report(evaluated, evaluated[0].parent.parent, out)
+    analyses = [path for folder in folders for path in find_analyses(folder)]
+    written = write_report([*evaluated, *analyses], evaluated[0].parent.parent, out)
     if written is None:
         raise UserError(f"no evaluated artifact in {names} can be read together with its inputs; {BUILD_ONE}")
     return written

@@ -1,10 +1,11 @@
 """Analyses of the students that the report shows, put side by side: `analyses.json`, for programs.
 
-    {"arms": [...], "contrasts": [...]}
+    {"arms": [...], "contrasts": [...], "forgetting": [...]}
 
 A record an arm, kind of analysis, and setting of it:
 
     arm, kind (speculative, shift, cost), prompts_of (a dataset's name; null for cost), settings, seeds, addresses
+    answers             address of the unpruned model's answers; null for cost
     prompts             how many every seed has
     measures            name -> {"mean", "low", "high", "by_seed"}: 95% intervals over seeds, then prompts
     results             what the artifacts state, a seed each (acceptance by draft length; histogram, targets; costs)
@@ -12,7 +13,7 @@ A record an arm, kind of analysis, and setting of it:
 
 A contrast is a minus b of a measure, paired by seed and prompt as in `contrasts`. Every measure is a ratio of sums over
 prompts (accepted tokens / tokens, nats / tokens, ...), recomputed from the records of single prompts. A prompt that
-not every seed has is left out.
+not every seed has is left out. `forgetting` is `sdd.report.forgetting`'s.
 """
 
 import json
@@ -25,6 +26,7 @@ import numpy as np
 
 from sdd.report.arms import Arm
 from sdd.report.contrasts import Study, pairs
+from sdd.report.forgetting import against_forgetting
 from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
 from sdd.report.library import Artifact, Library, read_artifact, read_json
 
@@ -63,18 +65,21 @@ def _sums(kind: str, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     for length, counts in row["lengths"].items():
         found[f"block_efficiency@{length}"] = (tokens, counts["passes"])
         found[f"mean_accepted_length@{length}"] = (counts["accepted"], counts["passes"])
+        found[f"accepted_share@{length}"] = (counts["accepted"], counts["drafted"])
     return found
 
 
 def values(analysis: Analysis, prompts: list[str]) -> dict[str, Array]:
     """Resampled measures, (1 + R, S): the same draws of prompts for every arm that has them."""
     sums = [[_sums(analysis.kind, rows[prompt]) for prompt in prompts] for rows in analysis.rows]
-    found = {}
-    for name in sums[0][0] if sums and prompts else ():
-        table = np.array([[row[name] for row in rows] for rows in sums], dtype=np.float64)
-        above, below = (item_means(table[:, :, part], f"prompts {analysis.kind}") for part in (0, 1))
-        found[name] = ratio(above, below)
-    return found
+    names = list(sums[0][0]) if sums and prompts else []
+    if not names:
+        return {}
+    table = np.array([[[row[name] for row in rows] for rows in sums] for name in names], dtype=np.float64)
+    parts = np.moveaxis(table, 3, 0)  # (2, names, S, prompts)
+    means = item_means(parts.reshape(-1, len(prompts)), f"prompts {analysis.kind}")
+    above, below = np.moveaxis(means.reshape(-1, *parts.shape[:3]), 1, 0)
+    return {name: ratio(above[:, place], below[:, place]) for place, name in enumerate(names)}
 
 
 def _rows(artifact: Artifact) -> Rows:
@@ -117,6 +122,7 @@ def _record(analysis: Analysis) -> dict[str, Any]:
         "arm": analysis.arm.name,
         "kind": analysis.kind,
         "prompts_of": first.labels.get("prompts"),
+        "answers": first.inputs.get("answers"),
         "settings": first.spec,
         "seeds": analysis.seeds,
         "prompts": len(analysis.prompts),
@@ -143,15 +149,15 @@ def _contrasts(a: Analysis, b: Analysis) -> Iterator[dict[str, Any]]:
         spread = interval(paired(a, left[name]) - paired(b, right[name])) if name in right else None
         if spread is not None:
             names = {"a": a.arm.name, "b": b.arm.name, "kind": a.kind, "measure": name}
-            what = {"prompts_of": a.artifacts[0].labels.get("prompts"), "prompts": len(prompts), "seeds": seeds}
+            first = a.artifacts[0]
+            what = {"prompts_of": first.labels.get("prompts"), "prompts": len(prompts), "seeds": seeds}
+            what |= {"answers": first.inputs.get("answers"), "settings": first.spec}
             yield {**names, **spread, **what}
 
 
-def write_analyses(study: Study, library: Library, out: Path) -> None:
-    """Write `analyses.json`, unless no student of the study was analysed."""
+def analyse(study: Study, library: Library) -> dict[str, list[dict[str, Any]]]:
+    """What `analyses.json` holds; lists are empty where no student of the study was analysed."""
     found = find(list(study.arms.values()), library)
-    if not found:
-        return
     contrasts = []
     for comparison in study.comparisons:
         for a, b in pairs(comparison):
@@ -159,5 +165,11 @@ def write_analyses(study: Study, library: Library, out: Path) -> None:
             right = {(each.kind, each.setting): each for each in found if each.arm is b}
             both = [(each, right[each.kind, each.setting]) for each in left if (each.kind, each.setting) in right]
             contrasts += [contrast for one, other in both for contrast in _contrasts(one, other)]
-    content = {"arms": [_record(analysis) for analysis in found], "contrasts": contrasts}
-    (out / "analyses.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    records = [_record(analysis) for analysis in found]
+    return {"arms": records, "contrasts": contrasts, "forgetting": against_forgetting(study, records)}
+
+
+def write_analyses(analyses: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Write `analyses.json`, unless there are none."""
+    if analyses["arms"]:
+        (out / "analyses.json").write_text(json.dumps(analyses, indent=1) + "\n", encoding="utf-8")

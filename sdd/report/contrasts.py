@@ -98,6 +98,17 @@ def _contrast(a: Arm, b: Arm, measures: Measures, notes: list[str]) -> list[dict
     ]
 
 
+def changes(study: Study, comparison: Comparison) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each fine-tuned arm its differences to the model before fine-tuning, by measure."""
+    bases = {arm.run.base: arm.name for arm in comparison.arms if not arm.tuned}
+    before = {arm.name: bases.get(arm.run.base) for arm in comparison.arms if arm.tuned}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in study.contrasts:
+        if before.get(row["a"]) == row["b"]:
+            found.setdefault(row["a"], {})[row["measure"]] = row
+    return found
+
+
 def compare(arms: list[Arm], notes: list[str]) -> Study:
     """Rows and contrasts of all arms, each comparison (unpruned model and evaluation) on its own."""
     comparisons: list[Comparison] = []

@@ -18,6 +18,7 @@ STAGES = (
     *("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated"),
     *("answered", "surprisals", "drafted", "shifted", "measured"),
 )
+ANALYSES = ("drafted", "shifted", "measured")
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,20 @@ def find_evaluated(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is not a folder; give a folder of artifacts or the folder of a sweep")
     if (folder / "evaluated").is_dir():
         return [path.parent for path in sorted(folder.glob("evaluated/*/manifest.json"))]
+    return _asked_for(folder, ("evaluated",))
+
+
+def find_analyses(folder: Path) -> list[Path]:
+    """Folders of analyses that the jobs of a sweep asked for; those of an artifacts folder are found with it."""
+    return [] if (folder / "evaluated").is_dir() else _asked_for(folder, ANALYSES)
+
+
+def _asked_for(folder: Path, stages: tuple[str, ...]) -> list[Path]:
+    """What the jobs of a sweep recorded, as far as it is of these stages."""
     paths = []
     for file in sorted(folder.glob("**/result.json")):
         result = read_json(file)
-        if not isinstance(result, dict) or result.get("stage") != "evaluated" or "path" not in result:
+        if not isinstance(result, dict) or result.get("stage") not in stages or "path" not in result:
             continue
         path = Path(result["path"])
         if not (path / "manifest.json").is_file():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sdd.report.analyses import analyse
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.contrasts import compare
@@ -21,7 +22,8 @@ LIMIT = 6_000_000
 def subject_of(root: Path) -> Subject:
     library = Library([root])
     runs, notes = collect(find_evaluated(root), library)
-    return Subject(compare(build_arms(runs), notes), library)
+    study = compare(build_arms(runs), notes)
+    return Subject(study, library, analyse(study, library))
 
 
 def anchors(subject: Subject) -> list[str]:

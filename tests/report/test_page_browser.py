@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdd.report.analyses import analyse
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.contrasts import compare
@@ -52,7 +53,8 @@ def file(shared_study: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text(path.read_text().replace("add 1?", json.dumps(HOSTILE)[1:-1]))
     library = Library([root])
     runs, notes = collect(find_evaluated(root), library)
-    write_page(compare(build_arms(runs), notes), library, folder)
+    study = compare(build_arms(runs), notes)
+    write_page(study, library, analyse(study, library), folder)
     return folder / "report.html"
 
 

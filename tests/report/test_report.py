@@ -32,7 +32,7 @@ def drawn() -> None:
 def only_drawn_if_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("sdd.report.plots.write_plots", lambda study, out: None)
-    monkeypatch.setattr("sdd.report.page.write_page", lambda study, library, out: None)
+    monkeypatch.setattr("sdd.report.page.write_page", lambda *parts: None)
 
 
 def report(artifacts: Any, out: Path, evaluated: list[Path] | None = None) -> tuple[dict[str, Any], list[Any]]:

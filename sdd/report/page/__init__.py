@@ -1,6 +1,6 @@
 """`report.html`: the study as one page that opens from disk, without a network and without a server.
 
-    sections        functions of the study (`words`, `charts`, `heat_map`, `samples`); what finds nothing is absent
+    sections        functions of the study, a file a kind; what finds nothing is absent
     page.html       the templates; they escape every value, since prompts and answers may hold anything
     page.js         sorts, filters, draws the charts and browses the samples
     Vega            drawn by the library's own script, copied into the page
@@ -19,7 +19,7 @@ from typing import Any
 
 from sdd.report.contrasts import Study
 from sdd.report.library import Library
-from sdd.report.page import charts, heat_map, samples, words
+from sdd.report.page import charts, costs, heat_map, merging, samples, shift, speculative, words
 from sdd.report.page.marks import dark_palette
 from sdd.report.page.section import FOLDER, Section, Subject, render
 
@@ -29,7 +29,10 @@ SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (
     words.differences,
     charts.retention,
     charts.gain,
-    charts.cost,
+    merging.merging,
+    costs.cost,
+    speculative.speculative,
+    shift.shift,
     charts.scaling,
     heat_map.redundancy,
     samples.answers,
@@ -50,9 +53,9 @@ def vega() -> str:
     return script
 
 
-def write_page(study: Study, library: Library, out: Path) -> None:
-    """Write `report.html` of a study into a folder."""
-    (out / "report.html").write_text(page(Subject(study, library)), encoding="utf-8")
+def write_page(study: Study, library: Library, analyses: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Write `report.html` of a study and the analyses of its students into a folder."""
+    (out / "report.html").write_text(page(Subject(study, library, analyses)), encoding="utf-8")
 
 
 def page(subject: Subject) -> str:

@@ -7,15 +7,21 @@ import json
 from typing import Any
 
 from sdd.report.arms import Arm, text_of
+from sdd.report.contrasts import changes as of_contrasts
 from sdd.report.measures import trained_tasks
-from sdd.report.page.marks import INTERVAL, Look, curves_of, finished, in_percent, record_of, rows_of_chart, tooltip_of
+from sdd.report.page.marks import (
+    INTERVAL,
+    Look,
+    curves_of,
+    finished,
+    in_percent,
+    record_of,
+    rows_of_chart,
+    series_of,
+    tooltip_of,
+)
 from sdd.report.page.section import Chart, Section, Subject
 from sdd.report.selection import labels
-
-
-def _series(groups: dict[str, list[Arm]]) -> dict[str, float]:
-    """How far each series is moved sideways, in steps about zero, so that whiskers do not cover each other."""
-    return {name: number - (len(groups) - 1) / 2 for number, name in enumerate(groups)}
 
 
 def retention(subject: Subject) -> Section | None:
@@ -39,7 +45,7 @@ def retention(subject: Subject) -> Section | None:
             blocks=arm.run.blocks_removed,
             **in_percent(subject.rows[arm.name]["retention"]["ratio_of_means"]),
         )
-        for name, aside in _series(groups).items()
+        for name, aside in series_of(groups).items()
         for arm in groups[name]
     ]
     sizes = sorted({record["blocks"] for record in records})
@@ -61,20 +67,9 @@ def retention(subject: Subject) -> Section | None:
     )
 
 
-def _changes(subject: Subject) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each fine-tuned arm its differences to the model before fine-tuning, by measure."""
-    bases = {arm.run.base: arm.name for arm in subject.comparison.arms if not arm.tuned}
-    before = {arm.name: bases.get(arm.run.base) for arm in subject.comparison.arms if arm.tuned}
-    changes: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in subject.study.contrasts:
-        if before.get(row["a"]) == row["b"]:
-            changes.setdefault(row["a"], {})[row["measure"]] = row
-    return changes
-
-
 def gain(subject: Subject) -> Section | None:
     """What fine-tuning changed, task by task, and on tasks trained on against the others."""
-    changes = _changes(subject)
+    changes = of_contrasts(subject.study, subject.comparison)
     arms = [arm for arm in subject.comparison.arms if arm.name in changes]
     if not arms:
         return None
@@ -159,42 +154,6 @@ def _gain_and_forgetting(subject: Subject, arms: list[Arm], changes: dict[str, d
     )
     note = "Up: gained on what was trained on. Left of the dashed line: forgot something else."
     return Chart("gain-forgetting", "Gain against forgetting", note, finished(chart, records, 380))
-
-
-def cost(subject: Subject) -> Section | None:
-    """Quality against the share of FLOPs that pruning saves."""
-    import altair as alt
-
-    groups: dict[str, list[Arm]] = {}
-    for arm in subject.comparison.arms:
-        row = subject.rows[arm.name]
-        if (row["retention"] or {}).get("ratio_of_means") and row["flops_saved"] is not None:
-            groups.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
-    saved = [subject.rows[arm.name]["flops_saved"] for arms in groups.values() for arm in arms]
-    if len(set(saved)) < 2:
-        return None
-    step = min(1.2, 6 / len(groups)) * (max(saved) - min(saved))
-    records = []
-    for name, aside in _series(groups).items():
-        for arm in sorted(groups[name], key=lambda arm: subject.rows[arm.name]["flops_saved"]):
-            row = subject.rows[arm.name]
-            size = "unknown" if row["parameters"] is None else f"{row['parameters']:,}"
-            values = {"series": name, "saved": 100 * row["flops_saved"], "parameters": size}
-            x = values["saved"] + (0.0 if arm.mode == "teacher" else step * aside)
-            records.append(record_of(subject, arm, **values, x=x, **in_percent(row["retention"]["ratio_of_means"])))
-    look = Look(list(groups), [arms[0].mode for arms in groups.values()])
-    axis = alt.Axis(grid=False, tickCount=8)
-    x = alt.X(
-        "x:Q", title="FLOPs saved (removed / all parameters), %", axis=axis, scale=alt.Scale(nice=False, padding=18)
-    )
-    chart = curves_of(look, x, "retention, %", ("saved", "FLOPs saved, %"), ("parameters", "parameters"))
-    note = "FLOPs saved as the paper counts them; series stand side by side where they would cover each other."
-    return Section(
-        "cost",
-        "Cost against quality",
-        "What a smaller model costs in quality. Parameters are in the table and in the tooltips.",
-        [Chart("cost", "Retention against FLOPs saved", note, finished(chart, records, 400))],
-    )
 
 
 def _companions(arms: list[Arm], setting: str) -> set[str]:

@@ -15,10 +15,11 @@ MOST_LABELLED_BLOCKS = 14
 def _used_scores(subject: Subject) -> dict[str, tuple[Artifact, dict[str, dict[str, Any]]]]:
     """Scores by address, each with `pruning.json` of the pruned models that were cut by them."""
     found: dict[str, tuple[Artifact, dict[str, dict[str, Any]]]] = {}
-    for arm in subject.arms:
-        pruned = subject.library.get(arm.run.base or "")
-        scores = subject.library.get(pruned.inputs.get("scores", "")) if pruned else None
-        if pruned and scores and (scores.path / "scores.json").is_file():
+    bases = [subject.library.get(arm.run.base or "") for arm in subject.arms]
+    upstream = [artifact for base in bases if base for artifact in subject.library.upstream(base)]
+    for pruned in (artifact for artifact in upstream if artifact.stage == "pruned"):
+        scores = subject.library.get(pruned.inputs.get("scores", ""))  # a repaired model has none: that below it has
+        if scores and (scores.path / "scores.json").is_file():
             cuts = found.setdefault(scores.address, (scores, {}))[1]
             cuts[pruned.address] = read_json(pruned.path / "pruning.json")
     return found
@@ -26,15 +27,15 @@ def _used_scores(subject: Subject) -> dict[str, tuple[Artifact, dict[str, dict[s
 
 def redundancy(subject: Subject) -> Section | None:
     """The heat map of every criterion by which blocks were removed, with what was removed."""
-    charts: list[Chart] = []
-    used = list(_used_scores(subject).values())
-    for scores, cuts in used:
-        content = read_json(scores.path / "scores.json")
-        if "distance" in content and len(charts) < MOST_HEAT_MAPS:
-            charts.append(_heat_map(scores, content, list(cuts.values())))
+    used = [(scores, read_json(scores.path / "scores.json"), cuts) for scores, cuts in _used_scores(subject).values()]
+    blocks = [each for each in used if "distance" in each[1]]  # others score channels within blocks
+    charts = [_heat_map(scores, content, list(cuts.values())) for scores, content, cuts in blocks[:MOST_HEAT_MAPS]]
     if not charts:
         return None
-    more = f" {len(used) - len(charts)} more criteria are not drawn." if len(used) > len(charts) else ""
+    more = f" {len(blocks) - len(charts)} more criteria are not drawn." if len(blocks) > len(charts) else ""
+    channels = [content["metric"] for _, content, _ in used if "distance" not in content]
+    if channels:
+        more += f" Criteria of channels, which score no blocks, have no map: {', '.join(dict.fromkeys(channels))}."
     lead = "The score of removing blocks l to l + n - 1, for every first block l and number n: the darker, the less "
     lead += f"the model changes.{more}"
     return Section("redundancy", "Which blocks are redundant", lead, charts)
@@ -45,11 +46,17 @@ def _heat_map(scores: Artifact, content: dict[str, Any], cuts: Iterable[dict[str
 
     removed = [cut["removed_blocks"] for cut in cuts if cut.get("removed_blocks")]
     spans = {(len(blocks), blocks[0]): blocks for blocks in removed}
+    rows, steps = content["distance"], content.get("steps")
+    if steps:  # block by block: row n has the scores from which the n-th was chosen
+        rows = {str(number): step["scores"] for number, step in enumerate(steps, 1)}
+        most = max(map(len, removed), default=0)
+        spans = {(number, step["removed"]): [step["removed"]] for number, step in enumerate(steps[:most], 1)}
     labelled = content["num_blocks"] <= MOST_LABELLED_BLOCKS
     records = []
-    for size, row in content["distance"].items():
-        order = sorted(range(len(row)), key=lambda start: row[start])
-        for start, score in enumerate(row):
+    for size, row in rows.items():
+        order = sorted((start for start in range(len(row)) if row[start] is not None), key=lambda start: row[start])
+        for start in sorted(order):
+            score = row[start]
             blocks = spans.get((int(size), start))
             records.append(
                 {
@@ -57,13 +64,14 @@ def _heat_map(scores: Artifact, content: dict[str, Any], cuts: Iterable[dict[str
                     "size": int(size),
                     "score": score,
                     "text": f"{score:.2f}".removeprefix("0"),
-                    "share": order.index(start) / max(1, len(row) - 1),
+                    "share": order.index(start) / max(1, len(order) - 1),
                     "removed": ", ".join(map(str, blocks)) if blocks else "",
                     "href": f"#artifact-{scores.address}",
                     "address": scores.address,
                 }
             )
-    x = alt.X("first:O", title="first removed block", axis=alt.Axis(labelAngle=0, grid=False, labelOverlap=True))
+    first = "block" if steps else "first removed block"
+    x = alt.X("first:O", title=first, axis=alt.Axis(labelAngle=0, grid=False, labelOverlap=True))
     y = alt.Y("size:O", title="blocks removed", sort="descending", axis=alt.Axis(grid=False, labelOverlap=True))
     colour = alt.Color(
         "share:Q",
@@ -71,7 +79,7 @@ def _heat_map(scores: Artifact, content: dict[str, Any], cuts: Iterable[dict[str
         scale=alt.Scale(domain=[0, 1], range=["#0B3C5D", "#5A8FB0", "#C9D9E3", "#F3EFE6"]),
         legend=alt.Legend(values=[0, 1], labelExpr="datum.value == 0 ? 'most redundant' : 'least'", gradientLength=150),
     )
-    titles = {"first": "first removed block", "size": "blocks removed", "removed": "removed", "address": "scores"}
+    titles = {"first": first, "size": "blocks removed", "removed": "removed", "address": "scores"}
     tooltip = [alt.Tooltip(name, type="nominal", title=title) for name, title in titles.items()]
     tooltip.insert(2, alt.Tooltip("score:Q", format=".4f", title="score"))
     dark = alt.condition("datum.share < 0.45", alt.value("white"), alt.value("#222222"))
@@ -95,7 +103,9 @@ def _heat_map(scores: Artifact, content: dict[str, Any], cuts: Iterable[dict[str
         else "blocks were removed from here, not only in a span"
     )
     note = f"Coloured by rank among spans of one size; scores from {texts}. Outlined: {cut}."
-    height = (24 if labelled else 12) * len(content["distance"])
+    if steps:
+        note = f"Row n: the scores, from {texts}, by which the n-th block was chosen. Outlined: what was removed."
+    height = (24 if labelled else 12) * len(rows)
     least = 70 + (30 if labelled else 12) * content["num_blocks"]
     name = f"redundancy-{scores.address}"
     return Chart(name, f"Redundancy by {content['metric']}", note, finished(chart, records, height, least))

@@ -46,16 +46,16 @@ def in_percent(value: dict[str, Any]) -> dict[str, float]:
 
 
 def record_of(subject: Subject, arm: Arm, **values: Any) -> dict[str, Any]:
+    """A row of a chart; `evaluated` may be given as what else the arm's numbers are from."""
     seeds = ", ".join(map(str, arm.seeds)) or "none"
-    addresses = " ".join(run.address for run in arm.runs)
-    link = f"#{subject.anchors[arm.name]}"
-    return {"arm": arm.name, **values, "seeds": seeds, "evaluated": addresses, "href": link}
+    about = {"seeds": seeds, "evaluated": " ".join(run.address for run in arm.runs)}
+    return {"arm": arm.name, **about, **values, "href": f"#{subject.anchors[arm.name]}"}
 
 
 class Look:
-    """Encodings of the series of a chart: one legend of colour, marker and dash."""
+    """Encodings of the series of a chart: one legend of colour, marker and dash, unless an axis names the series."""
 
-    def __init__(self, series: list[str], modes: list[str]) -> None:
+    def __init__(self, series: list[str], modes: list[str], legend: bool = True) -> None:
         import altair as alt
 
         found = looks(modes)
@@ -64,18 +64,19 @@ class Look:
         def scale(values: list[Any]) -> Any:
             return alt.Scale(domain=series, range=values)
 
-        self.colour = alt.Color("series:N", title=None, scale=scale([look.colour for look in found]))
-        self.shape = alt.Shape("series:N", title=None, scale=scale([SYMBOLS[look.marker] for look in found]))
+        kept: dict[str, Any] = {"title": None} if legend else {"legend": None}
+        self.colour = alt.Color("series:N", scale=scale([look.colour for look in found]), **kept)
+        self.shape = alt.Shape("series:N", scale=scale([SYMBOLS[look.marker] for look in found]), **kept)
         self.dash = alt.StrokeDash("series:N", title=None, scale=scale(dashes))
 
 
-def tooltip_of(*first: tuple[str, str]) -> list[Any]:
+def tooltip_of(*first: tuple[str, str], form: str = ".1f") -> list[Any]:
     import altair as alt
 
-    fields = [("arm", "arm"), *first, ("seeds", "seeds"), ("evaluated", "evaluated")]
+    fields = [("arm", "arm"), *first, ("seeds", "seeds"), ("evaluated", "artifacts")]
     numeric = {"mean", "low", "high", "change", "saved", "across", "across_low", "across_high"}
     return [
-        alt.Tooltip(name, type="quantitative", format=".1f", title=title)
+        alt.Tooltip(name, type="quantitative", format=form, title=title)
         if name in numeric
         else alt.Tooltip(name, type="nominal", title=title)
         for name, title in fields
@@ -100,7 +101,7 @@ def rows_of_chart() -> Any:
     return alt.Chart(alt.NamedData("rows"))
 
 
-def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str]) -> Any:
+def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str], form: str = ".1f") -> Any:
     """Lines, whiskers and markers of `mean`, `low` and `high` over x."""
     import altair as alt
 
@@ -115,6 +116,11 @@ def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str]) -> Any:
             color=look.colour,
             shape=look.shape,
             href="href:N",
-            tooltip=tooltip_of(*about, ("mean", title), *INTERVAL),
+            tooltip=tooltip_of(*about, ("mean", title), *INTERVAL, form=form),
         ),
     )
+
+
+def series_of(groups: dict[str, Any]) -> dict[str, float]:
+    """How far each series is moved sideways, in steps about zero, so that whiskers do not cover each other."""
+    return {name: number - (len(groups) - 1) / 2 for number, name in enumerate(groups)}

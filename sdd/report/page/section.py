@@ -49,6 +49,8 @@ class Subject:
 
     study: Study
     library: Library
+    analyses: dict[str, list[dict[str, Any]]]
+    """As `sdd.report.analyses.analyse` returns it."""
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:

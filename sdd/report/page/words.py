@@ -6,9 +6,9 @@ from typing import Any
 from sdd.report.arms import COLUMNS, DIGEST, Arm, text_of
 from sdd.report.collect import flatten, spans
 from sdd.report.library import STAGES, Artifact
-from sdd.report.measures import Comparison
+from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.section import Section, Subject, render
-from sdd.report.tables import METHOD, evaluation_of, nats, pairs_of, percent
+from sdd.report.tables import METHOD, evaluation_of, pairs_of
 
 MOST_CONTRASTS = 300
 MOST_VALUES = 12
@@ -84,53 +84,20 @@ def compared(subject: Subject) -> Section:
     )
 
 
-def _cell(value: dict[str, Any] | None, in_nats: bool = False, signed: bool = False) -> dict[str, Any]:
-    """A number with its interval as text, and the number itself to sort by."""
-    if not value:
-        return {"text": "–", "span": "", "order": None, "sure": ""}
-    mean, _, span = (nats if in_nats else percent)(value, signed).partition(" ")
-    apart = value["low"] is not None and (value["low"] > 0 or value["high"] < 0)
-    sure = ("above" if value["mean"] > 0 else "below") if signed and apart else ""
-    return {"text": mean, "span": span, "order": value["mean"], "sure": sure}
-
-
-def _plain(text: str, order: float | None) -> dict[str, Any]:
-    return {"text": text, "span": "", "order": order, "sure": ""}
-
-
 def _arm_cells(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     retention = row["retention"] or {}
     return {
-        "average": _cell(row["average"]),
-        "retention": _cell(retention.get("ratio_of_means")),
-        "mean of ratios": _cell(retention.get("mean_of_ratios")),
-        "trained on": _cell(row["trained_on"]),
-        "not trained on": _cell(row["not_trained_on"]),
-        "nll": _cell(row["nll"], in_nats=True),
-        "parameters": _plain("–" if row["parameters"] is None else f"{row['parameters']:,}", row["parameters"]),
-        "FLOPs saved": _plain(
+        "average": cell(row["average"]),
+        "retention": cell(retention.get("ratio_of_means")),
+        "mean of ratios": cell(retention.get("mean_of_ratios")),
+        "trained on": cell(row["trained_on"]),
+        "not trained on": cell(row["not_trained_on"]),
+        "nll": cell(row["nll"], 3, 1),
+        "parameters": plain("–" if row["parameters"] is None else f"{row['parameters']:,}", row["parameters"]),
+        "FLOPs saved": plain(
             "–" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}", row["flops_saved"]
         ),
     }
-
-
-def _columns(lines: list[dict[str, Any]]) -> list[str]:
-    """Columns in which any line has a number."""
-    names = dict.fromkeys(name for line in lines for name in line["cells"])
-    return [name for name in names if any(line["cells"][name]["order"] is not None for line in lines)]
-
-
-def _lines(subject: Subject, comparison: Comparison, cells: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "arm": arm.name,
-            "anchor": subject.anchors[arm.name],
-            "seeds": spans(arm.seeds) or "–",
-            "cells": cells(subject.rows[arm.name]),
-            **dimensions(arm),
-        }
-        for arm in comparison.arms
-    ]
 
 
 def arms_table(subject: Subject) -> Section:
@@ -140,10 +107,10 @@ def arms_table(subject: Subject) -> Section:
         about = evaluation_of(comparison)
         for title, cells in (
             (f"Arms ({about})", _arm_cells),
-            ("Tasks", lambda row: {task.replace("_", " "): _cell(value) for task, value in row["tasks"].items()}),
+            ("Tasks", lambda row: {task.replace("_", " "): cell(value) for task, value in row["tasks"].items()}),
         ):
-            lines = _lines(subject, comparison, cells)
-            tables.append({"title": title, "lines": lines, "columns": _columns(lines)})
+            lines = [line_of(subject, arm, cells(subject.rows[arm.name])) for arm in comparison.arms]
+            tables.append(table(title, lines))
     body = render("table.html", tables=tables)
     return Section("table", "Arms", f"{METHOD} Every number leads to the artifacts behind it.", body=body)
 
@@ -156,8 +123,9 @@ def differences(subject: Subject) -> Section | None:
     titles = {"trained_on": "trained on", "not_trained_on": "not trained on"}
     lines = []
     for (a, b), by in list(pairs.items())[:MOST_CONTRASTS]:
-        shown = ("average", "trained_on", "not_trained_on", "retention", "nll")
-        cells = {titles.get(name, name): _cell(by.get(name), name == "nll", signed=True) for name in shown}
+        shown = ("average", "trained_on", "not_trained_on", "retention")
+        cells = {titles.get(name, name): cell(by.get(name), signed=True) for name in shown}
+        cells["nll"] = cell(by.get("nll"), 3, 1, signed=True)
         seeds = spans(by["average"]["seeds"]) or "–"
         lines.append(
             {"a": a, "b": b, "anchors": (subject.anchors[a], subject.anchors[b]), "seeds": seeds, "cells": cells}
@@ -167,7 +135,7 @@ def differences(subject: Subject) -> Section | None:
         "The first arm minus the second on the same seeds and items, in percentage points (nll: nats per token, lower "
         f"is better). ▲ and ▼: the 95% interval leaves out zero. Arms here differ in who wrote the targets only.{more}"
     )
-    body = render("contrasts.html", lines=lines, columns=_columns(lines))
+    body = render("contrasts.html", title="Scores", lines=lines, columns=columns(lines))
     return Section("differences", "Paired differences", lead, body=body)
 
 
@@ -184,8 +152,15 @@ def provenance(subject: Subject) -> Section:
             chain = sorted(upstream, key=lambda artifact: -STAGES.index(artifact.stage))
             command = evaluated.record.get("command", "") if evaluated else ""
             runs.append({"seed": run.seed, "chain": chain, "command": command})
+        analyses: list[Artifact] = []
+        for record in subject.analyses["arms"]:
+            if record["arm"] == arm.name:
+                analyses += [artifact for address in record["addresses"] if (artifact := subject.library.get(address))]
+        for analysis in analyses:
+            every |= {artifact.address: artifact for artifact in subject.library.upstream(analysis)}
         differs = {name: text_of(value) for name, value in arm.differs.items()}
-        own = {"name": arm.name, "anchor": subject.anchors[arm.name], "runs": runs, "differs": differs}
+        own: dict[str, Any] = {"name": arm.name, "anchor": subject.anchors[arm.name], "runs": runs, "differs": differs}
+        own["analyses"] = analyses
         arms.append({**own, **dimensions(arm)})
     artifacts = sorted(every.values(), key=lambda artifact: (STAGES.index(artifact.stage), artifact.address))
     lead = (
