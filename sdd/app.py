@@ -30,7 +30,7 @@ from sdd.allowed import check_targets
 from sdd.config import Config, check_values, plain
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
-from sdd.students import composed_students, quoted
+from sdd.students import COMPOSING, composed_students, quoted
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         try:
             check_targets(config)
         except UserError as error:
-            if HydraConfig.initialized():  # a job composes a student; its failures are recorded, and a sweep goes on
+            if COMPOSING.get():  # a student of a job, whose failures are recorded, so that a sweep goes on
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(USER) from None

@@ -6,6 +6,7 @@ run is said once, for the whole command.
 """
 
 import re
+from contextvars import ContextVar
 from typing import Any
 
 import yaml
@@ -19,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdd.config import check_values
 from sdd.errors import UserError
+
+COMPOSING: ContextVar[bool] = ContextVar("composing a student", default=False)
+"""Whether a job composes a student, whose mistakes are the job's."""
 
 NOT_OF_A_STUDENT = ("hydra", "merge", "evaluation", "trainer", "logger", "paths", "store", "dry_run")
 """Groups that say nothing of how a student is made."""
@@ -58,6 +62,7 @@ def composed_students(config: DictConfig) -> list[tuple[DictConfig, list[str]]]:
 def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
     asked = HydraConfig.get()
     words = [*(word for word in asked.overrides.task if _group(word) != "merge"), *overrides]
+    within = COMPOSING.set(True)
     searched = [word for word in asked.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:
         for override in OverridesParser.create().parse_overrides(overrides):
@@ -68,6 +73,8 @@ def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
         check_values(config)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    finally:
+        COMPOSING.reset(within)
     return config, words
 
 
