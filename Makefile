@@ -11,7 +11,7 @@ STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 WORKERS ?= 2
 
-.PHONY: env demo criteria test lint clean
+.PHONY: env arms demo criteria test lint clean
 
 env: .venv/.made
 
@@ -21,14 +21,18 @@ env: .venv/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
+# The first half of the demo: the unpruned model, the cut at several sizes, every way of fine-tuning.
+arms: env
+	rm -rf $(DEMO)/jobs
+	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
+	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
+
 # The whole story on the embedded model: the unpruned model, the cut at several sizes, every way of fine-tuning at its
 # tuned learning rate over five seeds, two students merged, and how far SFT and self-distillation moved the student and
 # how well it drafts for its teacher. The picks are one and the same rate, so this is also the comparison at a fixed
 # rate. Everything is cached in artifacts/.
-demo: env
-	rm -rf $(DEMO)/jobs
-	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
-	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+demo: arms
 	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct hydra.sweep.dir=$(DEMO)/jobs/other $(ARGS)
 	$(EVALUATE) seed=$(MERGED) finetune=self_distill merge=slerp 'merge.students=$(STUDENTS)' \
 	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)

@@ -54,7 +54,7 @@ def used(folder: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_disk_then_room_again(small: list[str], study: Path, small_disk: Path, tmp_path: Path) -> None:
     """Room is given out a little at a time, so that the disk fills up in every stage on the way."""
     words = [*small, f"paths.artifacts={small_disk}"]
