@@ -154,14 +154,17 @@ def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]
         kept.sort(key=lambda pair: pair[1]["data_offsets"][0])
         if not kept:
             return [], 0
+        metadata = header.get("__metadata__")
+        del header  # of large checkpoints it is megabytes
         entries: Header = {}
         for part, entry in kept:
             begin, end = entry["data_offsets"]
             shape = part.shape(entry["shape"])
             size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
-            entries[part.name] = {**entry, "shape": shape, "data_offsets": [0, size]}
+            entries[part.name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [0, size]}
         with target.open("wb") as writer:
-            written = write_header(writer, header.get("__metadata__"), entries)
+            written = write_header(writer, metadata, entries)
+            del entries
             for part, entry in kept:
                 _copy_part(reader, writer, entry, base, part)
     return [part.name for part, _ in kept], written

@@ -171,7 +171,6 @@ def test_every_number_leads_to_its_command(study):
     assert "<pre>seed: 0\n</pre>" in html
 
 
-@pytest.mark.long
 def test_page_of_200_runs_is_small(artifacts):
     artifacts.evaluated(None, artifacts.draw(1.5, 1, 300))
     number = 0

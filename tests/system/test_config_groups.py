@@ -143,7 +143,6 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.long
 def test_every_ablation_composes_with_every_option_it_sweeps_over_on_dev(composed: Any) -> None:
     ablations = [option for group, option in OPTIONS if group == "experiment/ablations"]
     assert {option.name for option in ablations} == ABLATIONS
