@@ -44,7 +44,8 @@ demo: arms
 criteria: env
 	$(BIN)/python evaluate.py -m experiment=criteria hydra.sweep.dir=outputs/criteria/jobs/blocks $(ARGS)
 	$(BIN)/python evaluate.py -m experiment=criteria_width hydra.sweep.dir=outputs/criteria/jobs/channels $(ARGS)
-	$(BIN)/python -m sdd.report outputs/criteria/jobs --out outputs/criteria
+	$(BIN)/python -m sdd.report outputs/criteria/jobs --out outputs/criteria \
+	    --baseline metric=taylor_width --baseline metric=sdm --baseline metric=angular
 
 lint: env
 	$(BIN)/ruff check .

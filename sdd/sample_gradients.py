@@ -14,6 +14,7 @@ Knows nothing of Hydra or the store.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def coupled_saliency(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> 
     total = gradients[0].float() * weights[0].float()
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
         total.addcmul_(gradient.float(), weight.float())
-    return total.abs_().mean(dim=1)
+    summed: Tensor = torch.linalg.vector_norm(total, ord=1, dim=1)
+    return summed.div_(total.shape[1])
 
 
 def channel_importance(
@@ -118,7 +120,8 @@ def _slope_of_states(
     """The gradient of the sum of the samples' losses with respect to `states`, (B, T, H); a few tokens at a time."""
     slope = torch.zeros_like(states)
     at = [(row, token) for row, length in enumerate(lengths) for token in range(length - 1)]
-    step = max(1, HEAD_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    most = max(1, HEAD_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    step = ceil(len(at) / ceil(len(at) / most))  # equal chunks: a short last one would multiply matrices less well
     alpha, t = (0.0, 1.0) if distillation is None else (distillation.alpha, distillation.t)
     for first in range(0, len(at), step):
         row, token = torch.tensor(at[first : first + step], device=states.device).unbind(1)

@@ -3,19 +3,21 @@
     python -m sdd.report FOLDER [FOLDER ...] --out DIR
 
 Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
-`library` and `collect` (artifacts to runs), `arms` (runs to arms), `intervals` (the statistics), `measures` and
-`contrasts` (arms to numbers), `analyses` (what was measured besides), `tables`, `latex`, `plots` and `page` (numbers to
-files). Imports are deferred, so that `--help` answers at once.
+`library` and `collect` (artifacts to runs), `arms` and `pairing` (runs to arms, and which of them are contrasted),
+`intervals` (the statistics), `measures` and `contrasts` (arms to numbers), `analyses` (what was measured besides),
+`tables`, `latex`, `plots` and `page` (numbers to files). Imports are deferred, so that `--help` answers at once.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def write_report(asked: list[Path], artifacts: Path, out: Path) -> Path | None:
+def write_report(asked: list[Path], artifacts: Path, out: Path, baselines: Sequence[str] = ()) -> Path | None:
     """Write the report of the evaluated ones among the artifact folders into `out`; None if there are none.
 
     Each artifact is read together with the root that holds it (`<root>/<stage>/<address>`), in which analyses of its
     students are found too; `artifacts` is one more root to look for the unpruned model's scores and for inputs.
+    `baselines` (`metric=magnitude`) ask for contrasts besides those that are always made.
     `out/table.md` is what a person wants to see printed.
     """
     from sdd.report.analyses import analyse, write_analyses
@@ -35,7 +37,7 @@ def write_report(asked: list[Path], artifacts: Path, out: Path) -> Path | None:
     runs, notes = collect(evaluated, library)
     if not runs:
         return None
-    study = compare(build_arms(runs), notes)
+    study = compare(build_arms(runs), notes, baselines)
     out.mkdir(parents=True, exist_ok=True)
     write_tables(study, out)
     write_latex(study, out)

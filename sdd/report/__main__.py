@@ -1,10 +1,11 @@
-"""The command `python -m sdd.report FOLDER [FOLDER ...] --out DIR`.
+"""The command `python -m sdd.report FOLDER [FOLDER ...] --out DIR [--baseline SETTING=VALUE ...]`.
 
 The table goes to stderr; the folder of the report is the last line of stdout.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdd.errors import UserError
@@ -12,7 +13,7 @@ from sdd.errors import UserError
 BUILD_ONE = "run `python evaluate.py` first, or give another folder"
 
 
-def report(folders: list[Path], out: Path) -> Path:
+def report(folders: list[Path], out: Path, baselines: Sequence[str] = ()) -> Path:
     """Find the evaluated artifacts of the folders, with the analyses that a sweep asked for, and write their report."""
     from sdd.report import write_report
     from sdd.report.library import find_analyses, find_evaluated
@@ -22,7 +23,7 @@ def report(folders: list[Path], out: Path) -> Path:
     if not evaluated:
         raise UserError(f"no evaluated artifacts in {names}; {BUILD_ONE}")
     analyses = [path for folder in folders for path in find_analyses(folder)]
-    written = write_report([*evaluated, *analyses], evaluated[0].parent.parent, out)
+    written = write_report([*evaluated, *analyses], evaluated[0].parent.parent, out, baselines)
     if written is None:
         raise UserError(f"no evaluated artifact in {names} can be read together with its inputs; {BUILD_ONE}")
     return written
@@ -37,9 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         "folders", nargs="+", type=Path, metavar="FOLDER", help="a folder of artifacts, or the folder of a sweep"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the report")
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="also contrast every arm with the one that has this value and is otherwise the same, such as "
+        "metric=magnitude or adapter.rank=16; may be given more than once",
+    )
     options = parser.parse_args(arguments)
     try:
-        written = report(options.folders, options.out)
+        written = report(options.folders, options.out, options.baseline)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

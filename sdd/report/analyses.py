@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from sdd.report.arms import Arm
-from sdd.report.contrasts import Study, pairs
+from sdd.report.contrasts import Study
 from sdd.report.forgetting import against_forgetting
 from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
 from sdd.report.library import Artifact, Library, read_artifact, read_json
@@ -159,12 +159,11 @@ def analyse(study: Study, library: Library) -> dict[str, list[dict[str, Any]]]:
     """What `analyses.json` holds; lists are empty where no student of the study was analysed."""
     found = find(list(study.arms.values()), library)
     contrasts = []
-    for comparison in study.comparisons:
-        for a, b in pairs(comparison):
-            left = [each for each in found if each.arm is a and each.kind != "cost"]
-            right = {(each.kind, each.setting): each for each in found if each.arm is b}
-            both = [(each, right[each.kind, each.setting]) for each in left if (each.kind, each.setting) in right]
-            contrasts += [contrast for one, other in both for contrast in _contrasts(one, other)]
+    for pair in study.pairs:
+        left = [each for each in found if each.arm is pair.a and each.kind != "cost"]
+        right = {(each.kind, each.setting): each for each in found if each.arm is pair.b}
+        both = [(each, right[each.kind, each.setting]) for each in left if (each.kind, each.setting) in right]
+        contrasts += [contrast for one, other in both for contrast in _contrasts(one, other)]
     records = [_record(analysis) for analysis in found]
     return {"arms": records, "contrasts": contrasts, "forgetting": against_forgetting(study, records)}
 

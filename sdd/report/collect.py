@@ -43,6 +43,7 @@ class Run:
     merge: str
     base: str | None
     cut: str | None
+    tuned: frozenset[str]  # addresses of what was fine-tuned on the way: one, or the students of a merge
     seed: int | None
     groups: frozenset[str] | None
     settings: dict[str, Any]
@@ -174,6 +175,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         merge=str(merged[0].spec.get("method", "merged")) if merged else "none",
         base=pruned[0].address if pruned else None,
         cut=pruned[0].inputs.get("pruned", pruned[0].address) if pruned else None,
+        tuned=frozenset(artifact.address for artifact in tuned),
         seed=next(iter(seeds)) if len(seeds) == 1 else None,
         groups=groups if any(each is not None for each in summaries) else None,
         settings=settings,

@@ -118,11 +118,17 @@ def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[lis
     return header, lines
 
 
-def _contrast_table(contrasts: list[dict[str, Any]]) -> list[str]:
-    header, lines = contrast_cells(contrasts)
-    more = len(lines) - MOST_CONTRASTS
-    shown = markdown(header, lines[:MOST_CONTRASTS]) if lines else []
-    return shown + ([f"\n{more} more in `contrasts.json`."] if more > 0 else [])
+def _contrast_tables(contrasts: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Titles and tables: what is always contrasted, then what each baseline asked for."""
+    found = []
+    for baseline in dict.fromkeys(["", *(row["baseline"] for row in contrasts)]):
+        header, lines = contrast_cells([row for row in contrasts if row["baseline"] == baseline])
+        most = len(lines) if baseline else MOST_CONTRASTS
+        shown = markdown(header, lines[:most]) if lines else []
+        if len(lines) > most:
+            shown.append(f"\n{len(lines) - most} more in `contrasts.json`.")
+        found.append((f"Differences to {baseline}, paired" if baseline else "Differences, paired", shown))
+    return found
 
 
 def evaluation_of(comparison: Comparison) -> str:
@@ -145,7 +151,7 @@ def table_markdown(study: Study) -> str:
             (f"Arms ({evaluation_of(comparison)})", markdown(*arm_cells(rows))),
             ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
             ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
-            ("Differences, paired", _contrast_table([row for row in study.contrasts if row["a"] in names])),
+            *_contrast_tables([row for row in study.contrasts if row["a"] in names]),
         ]
         for title, table in sections:
             if table:
