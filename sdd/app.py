@@ -130,7 +130,8 @@ def explained(error: Exception) -> tuple[int, str]:
     """(exit code, one line) for an exception; a full disk is the user's to mend, wherever it is noticed."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error) or "os error 28" in str(error):
-        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        path = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # a copy names both
+        where = f" at {path}" if path else ""
         return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
     if isinstance(error, UserError):
         return USER, " ".join(str(error).split())

@@ -38,6 +38,7 @@ TIMINGS = "timings.json"
 """File of an artifact that says what the machine took that built it: no content of the recipe."""
 SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
+MANIFEST = "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
 
 Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
@@ -62,7 +63,7 @@ class Store:
         return self.root / recipe.stage / recipe.address
 
     def has(self, recipe: Recipe) -> bool:
-        return (self.folder(recipe) / "manifest.json").is_file()
+        return (self.folder(recipe) / MANIFEST).is_file()
 
     def ensure(self, recipe: Recipe, builds: Mapping[str, Build], missing: str = "build") -> Path:
         """The folder of the artifact, built with all it needs if it is not there.
@@ -111,31 +112,19 @@ class Store:
         if partial.exists() and not build.resumable:
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)  # of a publication that was cut short
         started = time.time()
         log.info("building %s/%s", recipe.stage, recipe.address)
         try:
             build.function(recipe, inputs, partial)
+            manifest = self._manifest(recipe, partial, time.time() - started)
+            write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         except BaseException:
             nothing_kept = not build.resumable or not any((partial / SCRATCH).glob("*"))
             if nothing_kept:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(partial / SCRATCH, ignore_errors=True)
-        manifest = {
-            "stage": recipe.stage,
-            "address": recipe.address,
-            "version": recipe.version,
-            "spec": recipe.spec,
-            "inputs": {name: upstream.address for name, upstream in recipe.inputs.items()},
-            "labels": recipe.labels,
-            "files": {str(path.relative_to(partial)): file_digest(path) for path in files_of(partial)},
-            "seconds": round(time.time() - started, 3),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": current_commit(),
-            "versions": installed_versions(),
-            **self.provenance,
-        }
-        write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         share(partial)
         target = self.folder(recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +132,23 @@ class Store:
             shutil.rmtree(target)
         os.replace(partial, target)
         log.info("%s/%s built in %.1f s", recipe.stage, recipe.address, manifest["seconds"])
+
+    def _manifest(self, recipe: Recipe, partial: Path, seconds: float) -> dict[str, Any]:
+        files = [path for path in files_of(partial) if path.relative_to(partial).parts[0] != SCRATCH]
+        return {
+            "stage": recipe.stage,
+            "address": recipe.address,
+            "version": recipe.version,
+            "spec": recipe.spec,
+            "inputs": {name: upstream.address for name, upstream in recipe.inputs.items()},
+            "labels": recipe.labels,
+            "files": {str(path.relative_to(partial)): file_digest(path) for path in files},
+            "seconds": round(seconds, 3),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": current_commit(),
+            "versions": installed_versions(),
+            **self.provenance,
+        }
 
     # ---- looking at what is there ------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class Store:
             return ["changed manifest.json: it cannot be read"]
         if (folder.parent.name, folder.name) != (manifest["stage"], address):
             return [f"changed manifest.json: its recipe is {manifest['stage']}/{address}"]
-        present = {str(path.relative_to(folder)) for path in files_of(folder)} - {"manifest.json"}
+        present = {str(path.relative_to(folder)) for path in files_of(folder)} - {MANIFEST}
         problems = [f"missing {name}" for name in sorted(set(recorded) - present)]
         problems += [f"not in the manifest: {name}" for name in sorted(present - set(recorded))]
         for name in sorted(present & set(recorded)):
@@ -193,9 +199,9 @@ def share(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except ValueError:
-        raise UserError(f"{folder}/manifest.json is damaged; delete the folder and build it again") from None
+        raise UserError(f"{folder}/{MANIFEST} is damaged; delete the folder and build it again") from None
     return manifest
 
 

@@ -1,5 +1,6 @@
 """The store as its user meets it: list, verify, explain, prune, and what is said when something is missing."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -210,6 +211,33 @@ def test_failing_build_publishes_nothing(resumable: bool, kept: bool, tmp_path: 
     assert not store.has(RECIPE)
     assert artifacts_of(tmp_path) == {}
     assert (tmp_path / ".partial" / "scores" / RECIPE.address / SCRATCH / "chunk").exists() is kept
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_manifest_that_cannot_be_written_costs_only_what_cannot_be_continued(
+    resumable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        (folder / SCRATCH).mkdir(exist_ok=True)
+        (folder / SCRATCH / "chunk").write_text("done")
+        (folder / "scores.json").write_text("{}")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    store = Store(tmp_path)
+    partial = tmp_path / ".partial" / "scores" / RECIPE.address
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("sdd.store.store.write_atomically", full)
+        store.ensure(RECIPE, {"scores": Build(build, resumable)})
+    assert not store.has(RECIPE)
+    assert (partial / SCRATCH / "chunk").exists() is resumable
+    assert partial.exists() is resumable
+    (partial / "manifest.json").parent.mkdir(exist_ok=True)
+    (partial / "manifest.json").write_text("of a publication that was cut short")
+    folder = store.ensure(RECIPE, {"scores": Build(build, resumable)})
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "scores.json"}
+    assert store.verify(folder) == []
 
 
 def test_a_group_may_read_what_it_may_enter(tmp_path: Path) -> None:
