@@ -15,14 +15,18 @@ def target_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def distillation_slope(student: Tensor, teacher: Tensor | None, targets: Tensor, alpha: float, t: float) -> Tensor:
+def softened(logits: Tensor, t: float) -> Tensor:
+    """Probabilities at temperature t: (N, V) -> (N, V), float32."""
+    return torch.softmax(logits.float() / t, dim=-1)
+
+
+def distillation_slope(student: Tensor, soft: Tensor | None, targets: Tensor, alpha: float) -> Tensor:
     """The gradient of each token's loss with respect to the student's logits: (N, V), (N, V), (N,) -> (N, V), float32.
 
-    The loss is (1 - alpha) CE(targets || student) + alpha KL(softmax(teacher / t) || softmax(student)) (SDMPrune, arXiv
-    2506.11120), the temperature on the teacher's side only; its slope is p - (1 - alpha) onehot - alpha q. Without a
-    teacher, that of cross-entropy.
+    The loss is (1 - alpha) CE(targets || student) + alpha KL(soft || softmax(student)), where `soft` are the teacher's
+    probabilities at a temperature that is on its side only (SDMPrune, arXiv 2506.11120); its slope is p - (1 - alpha)
+    onehot - alpha q. Without a teacher, that of cross-entropy.
     """
-    soft = None if teacher is None else torch.softmax(teacher.float() / t, dim=-1)  # first: one matrix less at a time
     slope = torch.softmax(student.float(), dim=-1)
     hard = torch.full_like(slope[:, :1], -1.0)
     if soft is not None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sdd.architectures import MLP, mlp_layers, mlp_of
 from sdd.calibrate import length_batches
-from sdd.losses import distillation_slope
+from sdd.losses import distillation_slope, softened
 from sdd.models import blocks, decoder, head_logits
 
 HEAD_ELEMENTS = 1 << 22
@@ -122,18 +122,32 @@ def _slope_of_states(
     at = [(row, token) for row, length in enumerate(lengths) for token in range(length - 1)]
     most = max(1, HEAD_ELEMENTS // model.get_output_embeddings().weight.shape[0])
     step = ceil(len(at) / ceil(len(at) / most))  # equal chunks: a short last one would multiply matrices less well
-    alpha, t = (0.0, 1.0) if distillation is None else (distillation.alpha, distillation.t)
     for first in range(0, len(at), step):
         row, token = torch.tensor(at[first : first + step], device=states.device).unbind(1)
-        hidden = states[row, token].requires_grad_(True)
-        with torch.enable_grad():
-            logits = head_logits(model, hidden)
-        with torch.no_grad():
-            wanted = None if soft is None else head_logits(teacher, soft[row, token])
-            given = distillation_slope(logits.detach(), wanted, ids[row, token + 1], alpha, t)
-        (slope[row, token],) = torch.autograd.grad(logits, hidden, given.to(logits.dtype))
+        taught = None if soft is None else soft[row, token]
+        chosen = states[row, token], taught, ids[row, token + 1]
+        slope[row, token] = _slope_of_chunk(model, teacher, *chosen, distillation)
     counts = torch.tensor(lengths, device=states.device) - 1  # a sample's loss is its mean over tokens
     return slope.div_(counts[:, None, None])
+
+
+def _slope_of_chunk(
+    model: Any, teacher: Any, hidden: Tensor, taught: Tensor | None, targets: Tensor, distillation: Distillation | None
+) -> Tensor:
+    """The gradient of the summed losses of N tokens with respect to their states: (N, H), (N, H), (N,) -> (N, H).
+
+    At most three matrices of the size of the logits are there at once, and none of them outlives the call.
+    """
+    q, alpha = None, 0.0
+    if distillation is not None:
+        with torch.no_grad():
+            q, alpha = softened(head_logits(teacher, taught), distillation.t), distillation.alpha
+    hidden.requires_grad_(True)
+    with torch.enable_grad():
+        logits = head_logits(model, hidden)
+    with torch.no_grad():
+        given = distillation_slope(logits.detach(), q, targets, alpha).to(logits.dtype)
+    return torch.autograd.grad(logits, hidden, given)[0]
 
 
 class _Recorder:
