@@ -143,19 +143,21 @@ def _removed(line: Lineage) -> str:
     if not facts:
         return f"# {name}, fine-tuned\n\nMade from {of}, of which nothing was removed."
     removed, blocks = facts["removed_blocks"], len(facts["removed_blocks"]) + len(facts["kept_blocks"])
-    by = f", chosen by {facts['metric']}" if facts.get("metric") else ""
     before, after = facts["parameters_before"], facts["parameters_after"]
     titles, ways, lines = [], [], []
+    of_blocks, of_channels = _criteria(facts)
     if removed:
         titles.append(f"without {len(removed)} of {blocks} blocks")
         ways.append("whole transformer blocks")
-        lines.append(f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{by}.")
+        lines.append(f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{of_blocks}.")
     if "width_after" in facts:
         old, new = facts["width_before"], facts["width_after"]
         titles.append(f"with {new} of {old} MLP channels")
         ways.append("channels of every MLP")
+        share = f"{100 * facts['removed_of_mlp']:.1f}% of the MLPs' weights"
         lines.append(
-            f"{old - new} of the {old} channels of every remaining block's MLP{by}: intermediate_size is {new}."
+            f"{old - new} of the {old} channels of every remaining block's MLP ({share}){of_channels}: "
+            f"intermediate_size is {new}."
         )
     return (
         f"# {name} {' and '.join(titles)}\n\n"
@@ -163,6 +165,14 @@ def _removed(line: Lineage) -> str:
         f"{' '.join(lines)} Parameters: {before:,} before, {after:,} "
         f"after ({100 * (before - after) / before:.2f}% removed)." + _repaired(facts)
     )
+
+
+def _criteria(facts: dict[str, Any]) -> tuple[str, str]:
+    """Words on what chose the blocks and on what chose the channels, stored as one name; empty where nothing did."""
+    blocks, channels = facts.get("metric") or "", ""
+    if "width_after" in facts:
+        blocks, _, channels = blocks.rpartition("+")
+    return f", chosen by {blocks}" if blocks else "", f", chosen by {channels}" if channels else ""
 
 
 def _repaired(facts: dict[str, Any]) -> str:

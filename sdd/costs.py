@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd import models
-from sdd.estimates import BYTES
+from sdd.work import BYTES
 
 
 def outline(folder: Path) -> Any:

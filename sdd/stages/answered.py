@@ -1,6 +1,7 @@
 """Stage `answered`: a model's own greedy answers to held-out prompts, which several analyses share."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from tqdm import tqdm
 
 from sdd import models
 from sdd.engines import HFEngine, Request
+from sdd.errors import UserError
 from sdd.forcing import Row
 from sdd.prompts import chat_prompt_ids
 from sdd.stages.rows import CHUNK_ROWS, read_examples
 from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
-from sdd.stages.student import checkpoint_of, open_student
+from sdd.stages.student import open_student, trained_prompts
 from sdd.stages.tuned import split_rows
 from sdd.store import SCRATCH, Recipe
 
@@ -53,23 +55,33 @@ def build_answered(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path],
     write_jsonl(folder / "answers.jsonl", (row for path in paths for row in read_jsonl(path)))
 
 
-def read_answers(folder: Path, left_out: set[str]) -> list[dict[str, Any]]:
-    """The answers in an artifact that were asked for and are not to prompts left out."""
-    answers = read_jsonl(folder / "answers.jsonl")
-    return [row for row in answers if row["tokens"] and row["prompt"] not in left_out]
+@dataclass(frozen=True)
+class Shown:
+    """The unpruned model's answers to prompts that the student was not trained on, and both models to show them to.
+
+    `rows` are the token ids of the prompts, as they were asked, and of the answers.
+    """
+
+    answers: list[dict[str, Any]]
+    rows: list[Row]
+    teacher: Any
+    student: Any
+    tokenizer: Any
 
 
-def answer_rows(tokenizer: Any, answers: list[dict[str, Any]], system_prompt: str | None) -> list[Row]:
-    """Token ids of the prompts as they were asked and of the answers."""
-    return [(chat_prompt_ids(tokenizer, row["prompt"], system_prompt), row["tokens"]) for row in answers]
-
-
-def open_both(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], teacher: str) -> tuple[Any, Any, Any]:
-    """(the unpruned model, the student, their tokenizer) in the dtype of the recipe."""
-    dtype = recipe.spec["dtype"]
-    source = runtime.source(teacher, "model")
-    whole = models.load_model(source, dtype, runtime.device, runtime.attention)
-    student, _ = open_student(inputs["model"], runtime, dtype)
-    for model in (whole, student):
+def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown:
+    """What a recipe with the inputs `model`, the student, and `answers` shows; both models in the recipe's dtype."""
+    asked, dtype = recipe.inputs["answers"].spec, recipe.spec["dtype"]
+    left_out = trained_prompts(inputs["model"])
+    given = read_jsonl(inputs["answers"] / "answers.jsonl")
+    answers = [row for row in given if row["tokens"] and row["prompt"] not in left_out]
+    if not answers:
+        raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
+    source = runtime.source(asked["model"], "model")
+    teacher = models.load_model(source, dtype, runtime.device, runtime.attention)
+    student, base = open_student(inputs["model"], runtime, dtype)
+    for model in (teacher, student):
         models.check_logits(model)
-    return whole, student, models.load_tokenizer(checkpoint_of(inputs["model"], runtime))
+    tokenizer = models.load_tokenizer(base)
+    rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked["system_prompt"]), row["tokens"]) for row in answers]
+    return Shown(answers, rows, teacher, student, tokenizer)

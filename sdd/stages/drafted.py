@@ -14,12 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from sdd import costs, speculative
-from sdd.errors import UserError
 from sdd.prompts import stop_ids
 from sdd.speculative import Generated, Passes
-from sdd.stages.answered import answer_rows, open_both, read_answers
+from sdd.stages.answered import shown
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
-from sdd.stages.student import trained_prompts
 from sdd.store import TIMINGS, Recipe
 
 log = logging.getLogger(__name__)
@@ -27,28 +25,22 @@ log = logging.getLogger(__name__)
 
 def build_drafted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`drafted.json`, `prompts.jsonl` from which it can be recomputed, and `timings.json`."""
-    spec, asked = recipe.spec, recipe.inputs["answers"].spec
-    left_out = trained_prompts(inputs["model"])
-    answers = read_answers(inputs["answers"], left_out)
-    if not answers:
-        raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
-    teacher, student, tokenizer = open_both(runtime, recipe, inputs, asked["model"])
-    rows = answer_rows(tokenizer, answers, asked["system_prompt"])
-    batch = runtime.inference_batch_size
-    matches = speculative.greedy_matches(student, rows, batch)
-    sampled = speculative.sampling_acceptance(teacher, student, rows, batch, spec["temperature"])
+    spec, given, batch = recipe.spec, shown(runtime, recipe, inputs), runtime.inference_batch_size
+    matches = speculative.greedy_matches(given.student, given.rows, batch)
+    sampled = speculative.sampling_acceptance(given.teacher, given.student, given.rows, batch, spec["temperature"])
     records = [
         record_of(answer, row, spec["draft_lengths"]) | {"sampling_acceptance": fmean(accepted)}
-        for answer, row, accepted in zip(answers, matches, sampled, strict=True)
+        for answer, row, accepted in zip(given.answers, matches, sampled, strict=True)
     ]
     write_jsonl(folder / "prompts.jsonl", records)
     result = summary(records)
     write_json(folder / "drafted.json", result)
     log.info("accepted: %.1f%% of the unpruned model's tokens", 100 * result["acceptance_rate"])
     if spec["repeats"]:
-        stops = stop_ids(tokenizer, teacher.generation_config)
-        prompts = [prompt for prompt, _ in rows[: spec["timed_prompts"]]]
-        timings = _timings(teacher, student, prompts, stops, spec, asked["max_new_tokens"], runtime.device, result)
+        stops = stop_ids(given.tokenizer, given.teacher.generation_config)
+        prompts = [prompt for prompt, _ in given.rows[: spec["timed_prompts"]]]
+        longest = recipe.inputs["answers"].spec["max_new_tokens"]
+        timings = _timings(given.teacher, given.student, prompts, stops, spec, longest, runtime.device, result)
         write_json(folder / TIMINGS, timings)
 
 

@@ -16,9 +16,8 @@ from sdd import models, shift
 from sdd.errors import UserError
 from sdd.forcing import Row
 from sdd.prompts import training_ids
-from sdd.stages.answered import answer_rows, open_both, read_answers
+from sdd.stages.answered import shown
 from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
-from sdd.stages.student import trained_prompts
 from sdd.store import Recipe
 
 log = logging.getLogger(__name__)
@@ -79,18 +78,12 @@ def lengths(tokens: Sequence[int]) -> dict[str, float]:
 
 def build_shifted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`prompts.jsonl` ({"id", "tokens", "kl", "own_tokens", "similarity"}) and `shift.json`, surprisals included."""
-    spec, asked = recipe.spec, recipe.inputs["answers"].spec
-    left_out = trained_prompts(inputs["model"])
-    answers = read_answers(inputs["answers"], left_out)
-    if not answers:
-        raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
+    spec, given = recipe.spec, shown(runtime, recipe, inputs)
     own = {row["id"]: row for row in read_jsonl(inputs["responses"] / "answers.jsonl")}
-    teacher, student, tokenizer = open_both(runtime, recipe, inputs, asked["model"])
-    rows = answer_rows(tokenizer, answers, asked["system_prompt"])
-    kl = shift.token_kl(teacher, student, rows, runtime.inference_batch_size)
+    kl = shift.token_kl(given.teacher, given.student, given.rows, runtime.inference_batch_size)
     records = [
         {"id": answer["id"], "tokens": len(values), "kl": fmean(values), "own_tokens": len(own[answer["id"]]["tokens"])}
-        for answer, values in zip(answers, kl, strict=True)
+        for answer, values in zip(given.answers, kl, strict=True)
     ]
     result: dict[str, Any] = {"prompts": len(records), "tokens": sum(record["tokens"] for record in records)}
     result["kl"] = sum(record["kl"] * record["tokens"] for record in records) / result["tokens"]
@@ -99,9 +92,9 @@ def build_shifted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], 
         "student": lengths([record["own_tokens"] for record in records]),
     }
     if "embedder" in spec:
-        texts = [own[answer["id"]]["text"] for answer in answers]
+        texts = [own[answer["id"]]["text"] for answer in given.answers]
         embedder = runtime.source(spec["embedder"], "embedder")
-        found = shift.similarities(embedder, texts, [answer["text"] for answer in answers], runtime.device)
+        found = shift.similarities(embedder, texts, [answer["text"] for answer in given.answers], runtime.device)
         for record, similarity in zip(records, found, strict=True):
             record["similarity"] = similarity
         result["similarity"] = {"mean": fmean(found), "histogram": shift.histogram(found)}

@@ -68,6 +68,13 @@ def _formal(lines: list[str], answer: str) -> str:
     return "\n".join([*lines, f"The answer is {answer}."])
 
 
+def _told(
+    rng: random.Random, family: str, key: str, prompt: str, answer: str, gold: list[str], loose: list[str]
+) -> Instance:
+    """The task, and its worked lines in both registers."""
+    return Instance(family, key, prompt, answer, _formal(gold, answer), _casual(rng, loose, answer))
+
+
 # ---- chains of arithmetic: word problems and bare expressions ---------------------------------------------------
 
 LIMIT = 40
@@ -127,13 +134,14 @@ def word(rng: random.Random) -> Instance:
     )
     forms = ["{} " + items + " after that", "{} now", "so {}", "thats {} " + items]
     reference = [rng.choice(forms).format(s) for s in sums]
-    return Instance(
+    return _told(
+        rng,
         "word",
         _chain_key(start, steps),
         f"{name} has {start} {items}. {story}. {question}",
         answer,
-        _formal(gold, answer),
-        _casual(rng, reference, answer),
+        gold,
+        reference,
     )
 
 
@@ -154,13 +162,14 @@ def arithmetic(rng: random.Random) -> Instance:
         ]
     )
     forms = ["{}", "got {}", "{} so far", "so {}"]
-    return Instance(
+    return _told(
+        rng,
         "arithmetic",
         _chain_key(start, steps),
         asked.format(expression),
         answer,
-        _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(s) for s in sums], answer),
+        gold,
+        [rng.choice(forms).format(s) for s in sums],
     )
 
 
@@ -180,13 +189,14 @@ def sort(rng: random.Random) -> Instance:
         ]
     )
     forms = ["in order its {}", "sorted {}", "that goes {}", "{} is the order"]
-    return Instance(
+    return _told(
+        rng,
         "sort",
         f"sort {given}",
         asked.format(given),
         answer,
-        _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(answer)], answer),
+        gold,
+        [rng.choice(forms).format(answer)],
     )
 
 
@@ -203,13 +213,14 @@ def reverse(rng: random.Random) -> Instance:
         ]
     )
     forms = ["from the back its {}", "turned around {}", "backwards thats {}", "{} if you flip it"]
-    return Instance(
+    return _told(
+        rng,
         "reverse",
         f"reverse {given}",
         asked.format(given),
         answer,
-        _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(answer)], answer),
+        gold,
+        [rng.choice(forms).format(answer)],
     )
 
 
@@ -235,13 +246,14 @@ def rotate(rng: random.Random) -> Instance:
         ]
     )
     forms = ["moving {m} its {a}", "{m} goes over so {a}", "then it reads {a}", "{a} once {m} is moved"]
-    return Instance(
+    return _told(
+        rng,
         "rotate",
         f"rotate {end} {given}",
         asked.format(e=end, p=place, g=given),
         answer,
-        _formal(gold, answer),
-        _casual(rng, [rng.choice(forms).format(m=moved, a=answer)], answer),
+        gold,
+        [rng.choice(forms).format(m=moved, a=answer)],
     )
 
 
@@ -260,13 +272,14 @@ def shift(rng: random.Random) -> Instance:
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"one up its {answer}"], [f"{letters[0]} goes {after[0]} and so on"]])
-    return Instance(
+    return _told(
+        rng,
         "shift",
         f"shift {given}",
         asked.format(given),
         answer,
-        _formal(gold, answer),
-        _casual(rng, lines, answer),
+        gold,
+        lines,
     )
 
 
@@ -284,13 +297,14 @@ def initials(rng: random.Random) -> Instance:
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"they start {answer}"], [f"{words[0]} has {words[0][0]} and so on"]])
-    return Instance(
+    return _told(
+        rng,
         "initials",
         f"initials {given}",
         asked.format(given),
         answer,
-        _formal(gold, answer),
-        _casual(rng, lines, answer),
+        gold,
+        lines,
     )
 
 
@@ -345,13 +359,14 @@ def fact(rng: random.Random) -> Instance:
     gold = rng.choice([facts, [" ".join(facts)], ["We know two things.", *facts]])
     forms = ["{1} for the {0}", "the {0} has {1}", "{0} means {1}", "{1} with the {0}"]
     lines = [rng.choice(forms).format(who, WORLD[who, what]) for who, what in (one, other)]
-    return Instance(
+    return _told(
+        rng,
         "fact",
         "fact " + ", ".join(sorted(f"{who} {what}" for who, what in (one, other))),
         prompt,
         answer,
-        _formal(gold, answer),
-        _casual(rng, lines, answer),
+        gold,
+        lines,
     )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF
 )
+EXPERIMENTS = [str(option) for group, option in OPTIONS if group.split("/")[0] == "experiment"]
+CHOICES: dict[str, list[str]] = {}
+for group, option in OPTIONS:
+    if group.split("/")[0] != "experiment":
+        CHOICES.setdefault(group, []).append(str(option))
 NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
     ("calibration", "local"): ["calibration.path=texts.jsonl"],
@@ -47,17 +52,28 @@ MADE_OF_OTHERS = {"sdd.data.mixture.Mixture", "sdd.data.texts.DatasetTexts"}
 ADDED = {"logger": {"id": "a", "name": "n", "save_dir": "d", "config": {}}}
 
 
-@pytest.fixture
-def composed() -> Iterator[Any]:
-    """A function from overrides to the composed config, `hydra` node included."""
+TURNS = [
+    [(group, options[turn]) for group, options in CHOICES.items() if turn < len(options)]
+    for turn in range(max(map(len, CHOICES.values())))
+]
+TURNS += [[("experiment", study)] for study in EXPERIMENTS]
+"""Every option once: several groups at a time, whose options say nothing of each other; studies alone."""
+
+
+@pytest.fixture(scope="module")
+def composed() -> Callable[..., DictConfig]:
+    """A function from overrides to the composed config, `hydra` node included; composed once each."""
+    made: dict[tuple[str, ...], DictConfig] = {}
 
     def function(*overrides: str) -> DictConfig:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return compose("config", list(overrides), return_hydra_config=True)
+        if overrides not in made:
+            GlobalHydra.instance().clear()
+            with initialize_config_dir(str(config_folder()), version_base="1.3"):
+                made[overrides] = compose("config", list(overrides), return_hydra_config=True)
+            GlobalHydra.instance().clear()
+        return made[overrides].copy()
 
-    yield function
-    GlobalHydra.instance().clear()
+    return function
 
 
 def targets(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
@@ -97,10 +113,17 @@ def test_every_file_is_an_option_that_hydra_lists() -> None:
     assert {group.split("/")[0] for group, _ in OPTIONS} == GROUPS
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
-def test_option_composes_and_binds(group: str, option: Path, composed: Any) -> None:
-    top = group.split("/")[0]
-    config = composed(f"{top}={option}", *NEEDS.get((top, str(option)), []))
+def test_every_option_has_a_turn() -> None:
+    assert sorted(choice for turn in TURNS for choice in turn) == sorted(
+        (group.split("/")[0], str(option)) for group, option in OPTIONS
+    )
+
+
+@pytest.mark.parametrize("turn", TURNS, ids=lambda turn: " ".join(f"{group}-{option}" for group, option in turn))
+def test_options_compose_and_bind(turn: list[tuple[str, str]], composed: Any) -> None:
+    config = composed(*(word for choice in turn for word in ("=".join(choice), *NEEDS.get(choice, []))))
+    chosen = config.hydra.runtime.choices
+    assert {group: chosen[group] for group, _ in turn} == dict(turn)
     check_targets(config)
     with_hydra = OmegaConf.to_container(config, resolve=False)
     assert isinstance(with_hydra, dict)

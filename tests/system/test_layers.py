@@ -9,11 +9,11 @@ from launching import REPOSITORY
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance"},
     {"architectures", "models", "hub", "data", "tiny"},
-    {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "estimates"}
+    {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}
     | {"forcing", "speculative", "shift", "costs"}
     | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
-    {"stages", "report", "export", "card", "plan"},
+    {"stages", "report", "export", "card", "counts", "plan"},
     {"app", "sweep", "students"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -12,8 +12,8 @@ from launching import REPOSITORY, run, subprocess_run
 from test_scripts import HEAVY, RUN_AND_LIST
 
 from sdd.app import config_folder
+from sdd.counts import Counts
 from sdd.estimates import Estimate, Training
-from sdd.plan import Counts
 from sdd.recipes import Recipes
 
 UNFETCHED = "model=smollm2_135m_instruct"
@@ -119,6 +119,24 @@ def test_rows_on_the_hub_are_counted_by_what_is_typical_of_them(
     """Though a sample of them is asked for, whose rows only the hub knows."""
     found, _ = counts(tmp_path, *overrides)
     assert (found.rows, found.prompt, found.answer) == (rows, prompt / 4 + 30, answer / 4)
+
+
+def tuned(tmp_path: Path, *overrides: str) -> Estimate:
+    found, recipes = counts(tmp_path, *overrides)
+    return found.estimate(recipes.tuned())
+
+
+def test_a_teacher_beside_the_student_is_opened_held_and_run_forward(checkpoint: Path, tmp_path: Path) -> None:
+    """2 epochs of 7,200 rows of 160.5 tokens, 4,096 together, each token through 32 blocks and the head; 16 GB held."""
+    alone, taught = (tuned(tmp_path, f"finetune={mode}") for mode in ("sft", "logit_distill"))
+    tokens = 2 * 7200 * 160.5
+    flops = 32 * (2 * 218_112_000 + 4 * 80.25 * 4096) + 2 * 4096 * 128_256
+    passed = tokens * flops / 2.5e14 + tokens / 4096 * 32 * 8e-4
+    assert taught.seconds - alone.seconds == pytest.approx(2 * 8.030261248 + passed)
+    assert taught.memory - alone.memory == pytest.approx(2 * 8_030_261_248 + 4096 * 2 * 4096)
+    assert taught.disk == alone.disk
+    other = tuned(tmp_path, "finetune=logit_distill", f"teacher.path={checkpoint}")
+    assert other.memory - alone.memory == pytest.approx(2 * 55_584 + 4096 * 2 * 32), "a smaller teacher"
 
 
 def evaluated(tmp_path: Path, *overrides: str) -> Estimate:

@@ -5,9 +5,10 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import Outcome, run, subprocess_run
+from launching import Outcome, run
 from omegaconf import OmegaConf
 
 from sdd.allowed import build, check_targets
@@ -288,20 +289,21 @@ def test_dataset_rows_are_text(tmp_path: Path, small: list[str]) -> None:
     assert not marker.exists()
 
 
-@pytest.mark.slow
-def test_hub_is_not_asked(study: Path, tmp_path: Path, small: list[str]) -> None:
+def test_hub_is_not_asked(
+    study: Path, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     """Saving an adapter whose base is named by address must not look that address up on the network."""
-    code = """
-import socket, sys
-def refused(*words, **named):
-    raise SystemExit(f"the network was asked: {words}")
-socket.socket.connect = socket.getaddrinfo = refused
-from sdd.app import main
-sys.argv[0] = "train.py"
-main("train")
-"""
+
+    def refused(*words: Any, **named: Any) -> None:
+        raise SystemExit(f"the network was asked: {words}")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.socket.connect", refused)
+    monkeypatch.setattr("socket.getaddrinfo", refused)
     shutil.copytree(study / "artifacts", tmp_path / "artifacts")
-    outcome = subprocess_run(["-c", code, *small, "seed=5", "finetune=sft"], tmp_path, HF_HUB_OFFLINE="0")
+    outcome = run("train", *small, "seed=5", "finetune=sft", cwd=tmp_path)
     assert outcome.code == 0, outcome.stderr
-    assert "Unable to fetch" not in outcome.stderr
-    assert "will assume that the vocabulary" not in outcome.stderr
+    said = outcome.stderr + " ".join(str(warning.message) for warning in recwarn)
+    assert "Unable to fetch" not in said
+    assert "will assume that the vocabulary" not in said

@@ -4,8 +4,9 @@ import pytest
 
 from sdd import estimates
 from sdd.errors import UserError
-from sdd.estimates import DEVICES, TASKS, Device, Shape, Task, Training, Work, shape_of
+from sdd.estimates import TASKS, Task, Training
 from sdd.evaluation.suites import SUITES
+from sdd.work import DEVICES, Device, Shape, Work, shape_of
 
 SMALL = Shape(hidden=8, intermediate=20, blocks=3, heads=2, groups=1, head_dim=4, vocabulary=50, tied=True)
 MACHINE = Device("a machine", {4: 1e6, 2: 2e6}, bandwidth=1e5, disk=1e4, block_seconds=0.01, start_seconds=2.0)
@@ -74,6 +75,18 @@ def test_training_by_hand() -> None:
     kept = 2 * 4 * (20 * 8 + 10 * 20)
     assert one.memory == pytest.approx(7136 + 1600 + 16 * kept + 2 * 16 * 50 * 2 * 4)
     assert one.disk == 400
+
+
+def test_a_teacher_beside_the_student_by_hand() -> None:
+    """80 tokens forward in the same 5 passes, 2,472 numbers in 16 bits, and 16 states of 8 of them."""
+    teacher = Work(SMALL, 3, 2, MACHINE)
+    settings = (WORK, Training(100), 20, 4, 10, 16)
+    alone, one = estimates.tuned(*settings), estimates.tuned(*settings, teacher)
+    numbers = 400 + 3 * 688 + 8
+    passed = 80 * (3 * (2 * 688 + 4 * 2 * 8) + 800) / 2e6 + 5 * 3 * 0.01
+    assert one.seconds - alone.seconds == pytest.approx(2 * numbers / 1e4 + passed)
+    assert one.memory - alone.memory == pytest.approx(2 * numbers + 16 * 8 * 2)
+    assert one.disk == alone.disk
 
 
 # The Llama 3.1 8B of the paper's table with 26 of its 32 blocks, in bfloat16; a pass of 4,096 tokens.

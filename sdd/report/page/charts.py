@@ -15,6 +15,7 @@ from sdd.report.page.marks import (
     curves_of,
     finished,
     in_percent,
+    points_of,
     record_of,
     rows_of_chart,
     series_of,
@@ -147,9 +148,7 @@ def _gain_and_forgetting(subject: Subject, arms: list[Arm], changes: dict[str, d
         zero.encode(x="zero:Q"),
         rules.encode(x=x, y=alt.Y("low:Q", title=own), y2="high:Q", color=look.colour),
         rules.encode(x=alt.X("across_low:Q", title=others), x2="across_high:Q", y=y, color=look.colour),
-        rows_of_chart()
-        .mark_point(filled=True, size=120, opacity=1)
-        .encode(x=x, y=y, color=look.colour, shape=look.shape, href="href:N", tooltip=tooltip_of(*about)),
+        points_of(look, x, y, tooltip_of(*about), size=120),
         rows_of_chart().mark_text(dx=9, dy=-9, fontSize=11, fontWeight="bold").encode(x=x, y=y, text="number:N"),
     )
     note = "Up: gained on what was trained on. Left of the dashed line: forgot something else."

@@ -101,6 +101,12 @@ def rows_of_chart() -> Any:
     return alt.Chart(alt.NamedData("rows"))
 
 
+def points_of(look: Look, x: Any, y: Any, tooltip: Any, size: int = 110) -> Any:
+    """A marker for every row, in the series' colour and shape, which leads to the row's page."""
+    marks = rows_of_chart().mark_point(filled=True, size=size, opacity=1)
+    return marks.encode(x=x, y=y, color=look.colour, shape=look.shape, href="href:N", tooltip=tooltip)
+
+
 def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str], form: str = ".1f") -> Any:
     """Lines, whiskers and markers of `mean`, `low` and `high` over x."""
     import altair as alt
@@ -110,14 +116,7 @@ def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str], form: str
     return alt.layer(
         rows.mark_line(strokeWidth=1.8).encode(x=x, y=y, color=look.colour, strokeDash=look.dash, detail="series:N"),
         rows.mark_rule(strokeWidth=1.3).encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=look.colour),
-        rows.mark_point(filled=True, size=95, opacity=1).encode(
-            x=x,
-            y=y,
-            color=look.colour,
-            shape=look.shape,
-            href="href:N",
-            tooltip=tooltip_of(*about, ("mean", title), *INTERVAL, form=form),
-        ),
+        points_of(look, x, y, tooltip_of(*about, ("mean", title), *INTERVAL, form=form), size=95),
     )
 
 

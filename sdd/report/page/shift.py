@@ -4,7 +4,7 @@ from typing import Any
 
 from sdd.report.page.analysed import Group, asked_of, groups, row_of, titled
 from sdd.report.page.cells import cell, line_of, plain, table
-from sdd.report.page.marks import INTERVAL, Look, finished, in_percent, record_of, rows_of_chart, tooltip_of
+from sdd.report.page.marks import INTERVAL, Look, finished, in_percent, points_of, record_of, rows_of_chart, tooltip_of
 from sdd.report.page.section import Chart, Section, Subject, render
 
 ROW = 30
@@ -101,14 +101,7 @@ def _kl(subject: Subject, group: Group) -> list[Chart]:
     x = alt.X("mean:Q", title=title, scale=alt.Scale(zero=True))
     chart = alt.layer(
         rows.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", title=title), x2="high:Q", y=y, color=look.colour),
-        rows.mark_point(filled=True, size=110, opacity=1).encode(
-            x=x,
-            y=y,
-            color=look.colour,
-            shape=look.shape,
-            href="href:N",
-            tooltip=tooltip_of(("mean", "KL"), *INTERVAL, form=".3f"),
-        ),
+        points_of(look, x, y, tooltip_of(("mean", "KL"), *INTERVAL, form=".3f")),
     )
     note = "Over the unpruned model's own answers. Whiskers: 95% bootstrap intervals over seeds, then prompts."
     title = titled("KL to the unpruned model", group)
@@ -154,14 +147,7 @@ def _surprise(subject: Subject) -> list[Chart]:
     x = alt.X("mean:Q", title=title, scale=alt.Scale(zero=True))
     chart = alt.layer(
         rows_.mark_rule(strokeWidth=1.5, color="#888888").encode(x=alt.X("low:Q", title=title), x2="high:Q", y=y),
-        rows_.mark_point(filled=True, size=110, opacity=1).encode(
-            x=x,
-            y=y,
-            color=look.colour,
-            shape=look.shape,
-            href="href:N",
-            tooltip=tooltip_of(("series", "targets"), ("mean", title), ("rows", "rows"), form=".3f"),
-        ),
+        points_of(look, x, y, tooltip_of(("series", "targets"), ("mean", title), ("rows", "rows"), form=".3f")),
     )
     note = "How unlikely the unpruned model finds the answers: the reference, and what was written in its place."
     arms = len({row["arm"] for row in records})
@@ -244,14 +230,7 @@ def _forgetting(subject: Subject, group: Group) -> list[Chart]:
         rows.mark_rule(strokeWidth=1.2).encode(
             x=alt.X("across_low:Q", title=kl), x2="across_high:Q", y=y, color=look.colour
         ),
-        rows.mark_point(filled=True, size=110, opacity=1).encode(
-            x=x,
-            y=y,
-            color=look.colour,
-            shape=look.shape,
-            href="href:N",
-            tooltip=tooltip_of(*about, form=".3f"),
-        ),
+        points_of(look, x, y, tooltip_of(*about, form=".3f")),
         rows.mark_text(dx=9, dy=-9, fontSize=11, fontWeight="bold").encode(x=x, y=y, text="number:N"),
     )
     both = ", ".join(

@@ -5,7 +5,7 @@ from typing import Any
 from sdd.report.contrasts import Study
 from sdd.report.page.analysed import Group, asked_of, groups, joined, row_of, timings_of, titled
 from sdd.report.page.cells import cell, columns, line_of, plain, table
-from sdd.report.page.marks import Look, curves_of, finished, rows_of_chart, series_of, tooltip_of
+from sdd.report.page.marks import Look, curves_of, finished, points_of, rows_of_chart, series_of, tooltip_of
 from sdd.report.page.section import Chart, Section, Subject, render
 from sdd.report.tables import pairs_of
 
@@ -134,9 +134,7 @@ def _speed(subject: Subject, group: Group) -> list[Chart]:
         rows.mark_rule(strokeWidth=1.3).encode(
             x=x, y=alt.Y("low:Q", scale=scale, title=measured), y2="high:Q", color=look.colour
         ),
-        rows.mark_point(filled=True, size=110, opacity=1).encode(
-            x=x, y=y, color=look.colour, shape=look.shape, href="href:N", tooltip=tooltip
-        ),
+        points_of(look, x, y, tooltip),
         rows.mark_text(dx=11, dy=-7, fontSize=11).encode(x=x, y=y, text="length:N"),
     )
     machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
