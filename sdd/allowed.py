@@ -6,6 +6,7 @@ else. The list is checked on every composed config, the `hydra` node included, b
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -144,8 +145,12 @@ def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
         raise UserError(f"{where}={text} stands for a whole node, which a config may not under hydra; refused")
 
 
-def _interpolations(text: str) -> tuple[list[str], bool]:
-    """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests."""
+@lru_cache(maxsize=1024)
+def _interpolations(text: str) -> tuple[tuple[str, ...], bool]:
+    """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests.
+
+    Most strings stand in every job's config, and parsing them is slow.
+    """
     calls, nested = [], False
     queue = [(parse(text), 0)]
     while queue:
@@ -157,7 +162,7 @@ def _interpolations(text: str) -> tuple[list[str], bool]:
         elif kind == "ResolverNameContext":
             calls.append(tree.getText())
         queue += [(child, depth) for child in getattr(tree, "children", None) or []]
-    return calls, nested
+    return tuple(calls), nested
 
 
 def _resolved(root: DictConfig, path: tuple[Any, ...]) -> Any:

@@ -88,9 +88,15 @@ class Artifacts:
         return self.put("tuned", spec, inputs, **{"history.csv": "\n".join(lines) + "\n"})
 
     def evaluated(
-        self, model: str | None, scores: dict[str, Any], split: str = "test", nll: float | None = 1.5, free: bool = True
+        self,
+        model: str | None,
+        scores: dict[str, Any],
+        split: str = "test",
+        nll: float | None = 1.5,
+        free: bool = True,
+        said: str = "It is",
     ) -> Path:
-        """`scores`: 0/1 values per task, in the order of the items."""
+        """`scores`: 0/1 values per task, in the order of the items; `said` opens every response."""
         spec: dict[str, Any] = {"tasks": {task: f"{task}-{split}" for task in scores}, "split": split}
         if model is None:
             spec["model"] = "m" * 20
@@ -103,7 +109,7 @@ class Artifacts:
                 results["tasks"][task] |= {"lenient": min(1.0, value + 0.05), "malformed": 0.02}
             rows = [
                 {"id": f"{task}-{i}", "prompt": f"{task} {i}?", "answer": f"{i}", "score": float(score)}
-                | {"response": f"It is {i if score else 'not known'}."}
+                | {"response": f"{said} {i if score else 'not known'}."}
                 for i, score in enumerate(values)
             ]
             files[f"samples__{task}.jsonl"] = as_lines(rows)

@@ -182,11 +182,9 @@ def test_page_of_200_runs_is_small(artifacts):
             for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
                 for seed in range(10):
                     number += 1
-                    evaluated = artifacts.evaluated(
-                        artifacts.tuned(pruned, targets, seed, rate), artifacts.draw(0.5, 100 + number, 300)
-                    )
-                    for path in (evaluated / "samples").glob("*.jsonl"):
-                        path.write_text(path.read_text().replace("It is", f"{number} thoughts " * 60))
+                    model = artifacts.tuned(pruned, targets, seed, rate)
+                    scores = artifacts.draw(0.5, 100 + number, 300)
+                    artifacts.evaluated(model, scores, said=f"{number} thoughts " * 60)
     config = {f"group{n}": {f"setting{m}": "value " * 4 for m in range(15)} for n in range(10)}
     for path in artifacts.root.glob("*/*/manifest.json"):
         manifest = {**json.loads(path.read_text()), "command": "python evaluate.py " + "a.b=c " * 40, "config": config}

@@ -1,11 +1,13 @@
-"""Criteria that look at the model itself, as their user meets them: a sweep over them, and what each leaves behind."""
+"""Criteria that look at the model itself, as their user meets them: jobs that share scores, and what each leaves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import artifacts_of, run
+from launching import Outcome, artifacts_of, job, run
+from omegaconf import DictConfig
 
 from sdd.stages.__main__ import main as stages
 
@@ -13,15 +15,19 @@ METRICS = ["taylor", "magnitude", "perplexity", "iterative"]
 
 
 @pytest.fixture(scope="module")
-def swept(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of one sweep over the criteria and two sizes, and a greedy removal by task."""
+def swept(composed: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every criterion has cut two sizes, and a greedy removal by task one."""
     folder = tmp_path_factory.mktemp("criteria")
-    outcome = run("prune", "-m", *small, f"metric={','.join(METRICS)}", "pruning=n1,n2", cwd=folder)
-    assert outcome.code == 0, outcome.stderr
-    assert len([name for name in outcome.built if name.startswith("scores/")]) == len(METRICS)
-    assert len(set(outcome.lines)) == 2 * len(METRICS)
-    words = ["metric=greedy", "metric.by=task", "pruning=n2", "finetune=none"]
-    assert run("prune", *small, *words, cwd=folder).code == 0
+
+    def pruned(*words: str) -> Outcome:
+        outcome = job("prune", composed(*words, f"paths.artifacts={folder / 'artifacts'}"), folder / " ".join(words))
+        assert outcome.code == 0, outcome.stderr
+        return outcome
+
+    outcomes = [pruned(f"metric={metric}", f"pruning={size}") for metric in METRICS for size in ("n1", "n2")]
+    assert len({outcome.path for outcome in outcomes}) == 2 * len(METRICS)
+    assert len(list((folder / "artifacts" / "scores").iterdir())) == len(METRICS)
+    pruned("metric=greedy", "metric.by=task", "pruning=n2", "finetune=none")
     return folder
 
 

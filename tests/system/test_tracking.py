@@ -141,7 +141,7 @@ def test_secrets_are_in_no_file_of_the_run_either(tracked: Path) -> None:
 
 def test_a_sweep_tracks_its_report_once(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdd.report.page.write_page", lambda *parts: None)
-    words = ["-m", *small, "finetune=none", "pruning=none,n1", "hydra.sweep.dir=sweep"]
+    words = ["-m", *small, "metric=last", "finetune=none", "pruning=none,n1", "hydra.sweep.dir=sweep"]
     for _ in range(2):
         outcome = run("evaluate", *words, "logger=wandb", "logger.offline=true", cwd=tmp_path)
         assert outcome.code == 0, outcome.stderr
