@@ -127,10 +127,13 @@ def _name(arms: list[Arm], differing: list[str], main: Run) -> None:
     many_metrics = len({arm.run.metric for arm in pruned if arm.run.metric}) > 1
     many_datasets = len({arm.run.dataset for arm in tuned}) > 1
     merged_modes = len({arm.run.finetune for arm in arms if arm.mode == "merged"}) > 1
+    merge_methods = len({arm.run.merge for arm in arms if arm.mode == "merged"}) > 1
     for arm in arms:
         run = arm.run
         words = ["control"] if arm.tuned and not run.base else []
         words.append(arm.mode)
+        if arm.mode == "merged" and merge_methods:
+            words.append(run.merge)
         if arm.mode == "merged" and merged_modes:
             words.append(run.finetune)
         words.append(run.pruning if run.base and many_prunings else "")

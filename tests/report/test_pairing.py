@@ -48,6 +48,18 @@ def test_a_merge_is_compared_with_each_of_its_students_and_no_other(artifacts, t
     assert "merged one+two - self_distill two" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_merges_of_one_pair_are_named_by_their_method_and_baselines_tell_them_apart(artifacts, tmp_path):
+    pruned = artifacts.pruned(4)
+    datasets = ("one", "two")
+    students = [artifacts.tuned(pruned, artifacts.targets("self_distill", name), 0) for name in datasets]
+    for method, count in (("slerp", 20), ("linear", 18), ("ties", 4)):
+        merged = artifacts.put("merged", {"method": method}, {"a": students[0], "b": students[1]})
+        artifacts.evaluated(merged, right(count))
+    found = differences(artifacts, tmp_path / "out", "merge=linear")
+    against = {pair for pair, row in found.items() if row["baseline"]}
+    assert against == {(f"merged {method}", "merged linear") for method in ("slerp", "ties")}
+
+
 @pytest.fixture
 def criteria(artifacts: Any) -> Any:
     """Two criteria of two sizes, untuned and tuned in two ways, one of them at two ranks."""
