@@ -50,6 +50,11 @@ class Arm:
         return self.run.finetune if self.run.kind == "tuned" else self.run.kind
 
     @property
+    def look(self) -> str:
+        """What decides how the arm is drawn: the method for merged students, else the mode."""
+        return self.run.merge if self.mode == "merged" else self.mode
+
+    @property
     def tuned(self) -> bool:
         return self.run.kind in ("tuned", "merged")
 
@@ -126,16 +131,16 @@ def _name(arms: list[Arm], differing: list[str], main: Run) -> None:
     many_prunings = len({arm.run.pruning for arm in pruned}) > 1
     many_metrics = len({arm.run.metric for arm in pruned if arm.run.metric}) > 1
     many_datasets = len({arm.run.dataset for arm in tuned}) > 1
-    merged_modes = len({arm.run.finetune for arm in arms if arm.mode == "merged"}) > 1
-    merge_methods = len({arm.run.merge for arm in arms if arm.mode == "merged"}) > 1
+    merged = [arm.run for arm in arms if arm.mode == "merged"]
+    merged_modes, many_merges = len({run.finetune for run in merged}) > 1, len({run.merge for run in merged}) > 1
     for arm in arms:
         run = arm.run
         words = ["control"] if arm.tuned and not run.base else []
         words.append(arm.mode)
-        if arm.mode == "merged" and merge_methods:
-            words.append(run.merge)
         if arm.mode == "merged" and merged_modes:
             words.append(run.finetune)
+        if arm.mode == "merged" and many_merges:
+            words.append(run.merge)
         words.append(run.pruning if run.base and many_prunings else "")
         if run.base and many_metrics and run.metric:
             words.append(run.metric)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sdd.report.arms import Arm
 from sdd.report.contrasts import Study
 from sdd.report.measures import Comparison, trained_tasks
-from sdd.report.selection import basis, labels, pick, seeds_of
+from sdd.report.selection import basis, by_series, labels, pick, seeds_of
 from sdd.report.style import SETTINGS, SOFT, legend_outside, looks, new_figure, points, save
 
 if TYPE_CHECKING:
@@ -30,11 +30,8 @@ def _whiskers(values: list[dict[str, float]]) -> list[list[float]]:
 
 
 def retention_by_size(comparison: Comparison, rows: dict[str, dict[str, Any]]) -> "Figure | None":
-    series: dict[str, list[Arm]] = {}
-    for arm in comparison.arms:
-        known = (rows[arm.name]["retention"] or {}).get("ratio_of_means")
-        if known and arm.run.base and arm.run.blocks_removed is not None:
-            series.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
+    known = [arm for arm in comparison.arms if (rows[arm.name]["retention"] or {}).get("ratio_of_means")]
+    series = by_series(arm for arm in known if arm.run.base and arm.run.blocks_removed is not None)
     if not series:
         return None
     chosen = pick([arms[0] for arms in sorted(series.values(), key=len, reverse=True)])
@@ -45,7 +42,7 @@ def retention_by_size(comparison: Comparison, rows: dict[str, dict[str, Any]]) -
     figure, axes = new_figure("Quality kept after removing blocks", note, 8.4, 4.6)
     axes.axhline(100, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label="unpruned model", zorder=1)
     step = min(0.07, 0.5 / len(lines))
-    for index, (arms, look) in enumerate(zip(lines, looks([arms[0].mode for arms in lines]), strict=True)):
+    for index, (arms, look) in enumerate(zip(lines, looks([arms[0].look for arms in lines]), strict=True)):
         values = [rows[arm.name]["retention"]["ratio_of_means"] for arm in arms]
         dodge = step * (index - (len(lines) - 1) / 2)
         x = [(arm.run.blocks_removed or 0) + dodge for arm in arms]
@@ -81,7 +78,7 @@ def tasks(comparison: Comparison, rows: dict[str, dict[str, Any]]) -> "Figure | 
     width = min(16.0, max(7.5, 3.0 + 0.17 * columns * (len(shown) + 1.5)))
     figure, axes = new_figure(f"Score by task, {at}", note, width, 4.8)
     bar = 0.82 / len(shown)
-    for index, (arm, look) in enumerate(zip(shown, looks([arm.mode for arm in shown]), strict=True)):
+    for index, (arm, look) in enumerate(zip(shown, looks([arm.look for arm in shown]), strict=True)):
         values = [rows[arm.name]["average"], *(rows[arm.name]["tasks"][name] for name in names)]
         axes.bar(
             [(0 if i == 0 else i + 0.35) + bar * (index - (len(shown) - 1) / 2) for i in range(columns)],
@@ -125,7 +122,7 @@ def gain_forgetting(comparison: Comparison, contrasts: list[dict[str, Any]]) -> 
     figure, axes = new_figure("Gain and forgetting: change by fine-tuning", note, 8.4, 5.2)
     for line in (axes.axhline, axes.axvline):
         line(0, color=SOFT, linewidth=1.0)
-    for index, (arm, look) in enumerate(zip(shown, looks([arm.mode for arm in shown]), strict=True)):
+    for index, (arm, look) in enumerate(zip(shown, looks([arm.look for arm in shown]), strict=True)):
         x, y = changes[arm.name]["not_trained_on"], changes[arm.name]["trained_on"]
         number = f"{index + 1}  " if len(shown) > 2 else ""
         at = 100 * x["mean"], 100 * y["mean"]
@@ -178,7 +175,7 @@ def learning_curves(comparison: Comparison) -> "Figure | None":
     parts += [f"{len(arms) - len(shown)} more arms not shown"] if len(arms) > len(shown) else []
     note = "; ".join([*parts, "losses on different targets are not comparable in height"])
     figure, axes = new_figure("Validation loss during fine-tuning", note, 8.4, 4.6)
-    for arm, name, look in zip(shown, names, looks([arm.mode for arm in shown]), strict=True):
+    for arm, name, look in zip(shown, names, looks([arm.look for arm in shown]), strict=True):
         for curve in curves[arm.name]:
             axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.7, alpha=0.55)
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves[arm.name])))

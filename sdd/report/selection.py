@@ -5,6 +5,8 @@ still shows every mode, at the same settings. Words that all shown arms share mo
 the title.
 """
 
+from collections.abc import Iterable
+
 from sdd.report.arms import Arm
 from sdd.report.measures import Comparison
 
@@ -32,6 +34,14 @@ def labels(arms: list[Arm], without_pruning: bool = False) -> tuple[list[str], s
     shared = [w for w in (named[0] if named else []) if len(named) > 1 and all(w in each for each in named)]
     shared = [w for w in shared if w not in {"control", *(arm.mode for arm in arms)}]
     return [" ".join(w for w in each if w not in shared) for each in words], ", ".join(shared)
+
+
+def by_series(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+    """Arms that differ in the size alone are one series."""
+    found: dict[str, list[Arm]] = {}
+    for arm in arms:
+        found.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
+    return found
 
 
 def _span(numbers: set[int]) -> str:

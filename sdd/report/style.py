@@ -1,8 +1,9 @@
-"""How the plots look: one colour, marker and hatch per mode, so that a mode is known without its colour.
+"""How arms look, in the PNGs and on the page: a colour, marker, hatch and dash a mode, so that none is needed alone.
 
-Colours are from the Okabe-Ito palette, which people with the common colour deficiencies tell apart. Arms of one mode
-get lighter tints and other line styles in turn. Text is dark grey, grids are faint, titles say what is shown and the
-line under them says how much data it rests on.
+Merged students look like the method that merged them. Colours of modes are from the Okabe-Ito palette where it has
+room; all are told apart with the common colour deficiencies too, on white and, as `on_dark`, on the page's dark ground.
+Arms of one mode get lighter tints and other line styles in turn. Text is dark grey, grids are faint, titles say what is
+shown and the line under them says how much data it rests on.
 """
 
 from collections.abc import Sequence
@@ -17,17 +18,45 @@ if TYPE_CHECKING:
 DPI = 150
 INK = "#222222"
 SOFT = "#666666"
+WHITE = "#FFFFFF"
+SOLID = "-"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """`marker` and `hatch` are matplotlib's, `symbol` is Vega's for the same marker, `glyph` stands for it in text.
+
+    U+FE0E after a glyph asks for text where fonts have an emoji too.
+    """
+
+    colour: str
+    on_dark: str
+    marker: str
+    symbol: str
+    glyph: str
+    hatch: str
+    line: Any = SOLID
+
+
+_STAR = "M0,-1.1L0.26,-0.36L1.05,-0.34L0.42,0.14L0.65,0.89L0,0.44L-0.65,0.89L-0.42,0.14L-1.05,-0.34L-0.26,-0.36Z"
+_SALTIRE = "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z"
+_HEXAGON = "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z"
 MODES = {
-    "teacher": ("#3A3A3A", "*", ""),
-    "pruned": ("#8C8C8C", "s", ""),
-    "sft": ("#0072B2", "o", "//"),
-    "logit_distill": ("#E69F00", "X", "++"),
-    "self_distill": ("#D55E00", "^", ".."),
-    "gold": ("#009E73", "D", "xx"),
-    "merged": ("#CC79A7", "P", "\\\\"),
+    "teacher": Mode("#333333", "#F0F0F0", "*", _STAR, "★", ""),
+    "pruned": Mode("#707070", "#A3A3A3", "s", "square", "■", ""),
+    "sft": Mode("#0072B2", "#56B4E9", "o", "circle", "●", "//"),
+    "logit_distill": Mode("#E69F00", "#FEBE35", "X", _SALTIRE, "✖\ufe0e", "++", (0, (8, 3))),
+    "self_distill": Mode("#D55E00", "#F5883D", "^", "triangle-up", "▲", ".."),
+    "gold": Mode("#009E73", "#77E4A3", "D", "diamond", "◆", "xx"),
+    "slerp": Mode("#620175", "#AD4AB9", "P", "cross", "✚", "\\\\", (0, (8, 2, 2, 2))),
+    "linear": Mode("#BD54F1", "#CED0FC", ">", "triangle-right", "▶\ufe0e", "||", (0, (3, 1.5))),
+    "task_arithmetic": Mode("#6A485D", "#DA1E65", "<", "triangle-left", "◀\ufe0e", "oo", (0, (8, 2, 2, 2, 2, 2))),
+    "ties": Mode("#4206D6", "#7A68FE", "h", _HEXAGON, "⬢", "OO", (0, (1, 1, 4, 1))),
 }
-OTHER = ("#56B4E9", "v", "--")
-LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""By what `Arm.look` says."""
+OTHER = Mode("#56B4E9", "#337777", "v", "triangle-down", "▼", "--")
+LINES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Of the second arm of a mode and those after it; the first has the mode's own."""
 TINTS = (0.0, 0.3, 0.5, 0.64)
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -56,6 +85,7 @@ SETTINGS: Any = {
 class Look:
     colour: str
     marker: str
+    symbol: str
     hatch: str
     line: Any
     filled: bool
@@ -69,17 +99,13 @@ def mixed(colour: str, other: str, share: float) -> str:
 
 def looks(modes: list[str]) -> list[Look]:
     """A look for each arm given its mode; arms of one mode differ in tint, line style and marker filling."""
-    seen: dict[str, int] = {}
+    seen: dict[Mode, int] = {}
     found = []
-    for mode in modes:
-        turn = seen[mode] = seen.get(mode, -1) + 1
-        colour, marker, hatch = MODES.get(mode, OTHER)
-        tint = TINTS[turn % len(TINTS)]
-        found.append(
-            Look(
-                mixed(colour, "#FFFFFF", tint), marker, hatch * (1 + turn % 3), LINES[turn % len(LINES)], turn % 2 == 0
-            )
-        )
+    for own in (MODES.get(mode, OTHER) for mode in modes):
+        turn = seen[own] = seen.get(own, -1) + 1
+        colour, hatch = mixed(own.colour, WHITE, TINTS[turn % len(TINTS)]), own.hatch * (1 + turn % 3)
+        line = (own.line, *LINES)[turn % len(TINTS)]
+        found.append(Look(colour, own.marker, own.symbol, hatch, line, turn % 2 == 0))
     return found
 
 

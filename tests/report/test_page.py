@@ -2,16 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdd.report.analyses import analyse
-from sdd.report.arms import build_arms
-from sdd.report.collect import collect
-from sdd.report.contrasts import compare
-from sdd.report.library import Library, find_evaluated
 from sdd.report.page import SECTIONS, charts, embedded, heat_map, page, samples
 from sdd.report.page.section import Subject
 
@@ -19,20 +13,14 @@ HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window
 LIMIT = 6_000_000
 
 
-def subject_of(root: Path) -> Subject:
-    library = Library([root])
-    runs, notes = collect(find_evaluated(root), library)
-    study = compare(build_arms(runs), notes)
-    return Subject(study, library, analyse(study, library))
-
-
 def anchors(subject: Subject) -> list[str]:
     return [section.anchor for make in SECTIONS if (section := make(subject))]
 
 
 @pytest.fixture(scope="module")
-def subject(shared_study: Any) -> Subject:
-    return subject_of(shared_study.root)
+def subject(shared_study: Any, read_study: Any) -> Subject:
+    read: Subject = read_study(shared_study.root)
+    return read
 
 
 def test_sections_of_a_study(subject):
@@ -40,9 +28,9 @@ def test_sections_of_a_study(subject):
     assert anchors(subject) == [*everything, "answers", "rewrites", "provenance"]
 
 
-def test_sections_without_artifacts_are_absent(artifacts):
+def test_sections_without_artifacts_are_absent(artifacts, read_study):
     artifacts.evaluated(None, {"add": [1, 0]})
-    assert anchors(subject_of(artifacts.root)) == ["compared", "table", "answers", "provenance"]
+    assert anchors(read_study(artifacts.root)) == ["compared", "table", "answers", "provenance"]
 
 
 def test_charts_show_the_numbers_of_the_table(subject):
@@ -71,24 +59,24 @@ def test_heat_map_outlines_what_was_removed(subject):
     assert {row["first"] for row in rows if row["share"] == 0} == {1, 2}
 
 
-def test_scaling_curves_follow_one_number_and_what_goes_with_it(artifacts):
+def test_scaling_curves_follow_one_number_and_what_goes_with_it(artifacts, read_study):
     pruned, targets = artifacts.pruned(4), artifacts.targets("sft")
     for rate in (1e-4, 1e-3):
         for rank in (4, 16, 64):
             artifacts.evaluated(artifacts.tuned(pruned, targets, 0, rate, rank), artifacts.draw(rank / 64, rank))
-    found = {chart.title: chart.spec["datasets"]["rows"] for chart in charts.scaling(subject_of(artifacts.root)).charts}
+    found = {chart.title: chart.spec["datasets"]["rows"] for chart in charts.scaling(read_study(artifacts.root)).charts}
     assert set(found) == {"Average against finetune.learning_rate", "Average against adapter.rank"}
     curves = [(row["series"], row["x"]) for row in found["Average against adapter.rank"]]
     series = [f"sft learning_rate={rate}" for rate in ("0.0001", "0.001")]
     assert curves == [(name, rank) for name in series for rank in (4, 16, 64)]
 
 
-def test_settings_that_move_together_are_one_curve(artifacts):
+def test_settings_that_move_together_are_one_curve(artifacts, read_study):
     pruned = artifacts.pruned(4)
     for rows in (100, 400):
         targets = artifacts.targets("self_distill", num_rows=rows)
         artifacts.evaluated(artifacts.tuned(pruned, targets, 0, rate=rows / 1e6), artifacts.draw(rows / 400, rows))
-    (chart,) = charts.scaling(subject_of(artifacts.root)).charts
+    (chart,) = charts.scaling(read_study(artifacts.root)).charts
     assert len(chart.spec["datasets"]["rows"]) == 2
 
 
@@ -119,7 +107,7 @@ def test_long_texts_keep_both_ends():
     assert len(short) < samples.MOST_CHARACTERS + 20
 
 
-def test_text_stays_text(study):
+def test_text_stays_text(study, read_study):
     for path in study.root.glob("evaluated/*/samples/add.jsonl"):
         path.write_text(path.read_text().replace("add 1?", json.dumps(HOSTILE)[1:-1]))
     for path in study.root.glob("targets/*/manifest.json"):
@@ -127,7 +115,7 @@ def test_text_stays_text(study):
     for path in study.root.glob("*/*/manifest.json"):
         manifest = {**json.loads(path.read_text()), "command": HOSTILE, "config": {"note": HOSTILE}}
         path.write_text(json.dumps(manifest))
-    html = page(subject_of(study.root))
+    html = page(read_study(study.root))
     assert HOSTILE not in html
     assert html.count("window.broken") > 20
     assert html.count("<script") == html.count("</script>") == 3
@@ -153,14 +141,14 @@ def test_page_names_nothing_outside_itself(subject):
     assert page(subject) == whole
 
 
-def test_every_number_leads_to_its_command(study):
+def test_every_number_leads_to_its_command(study, read_study):
     for path in study.root.glob("*/*/manifest.json"):
         manifest = json.loads(path.read_text())
         command = f"python evaluate.py seed={manifest['address'][:4]}"
         path.write_text(
             json.dumps({**manifest, "command": command, "config": {"seed": 0, "address": manifest["address"]}})
         )
-    subject = subject_of(study.root)
+    subject = read_study(study.root)
     html = page(subject)
     for arm in subject.arms:
         (made,) = re.findall(f'<details id="{subject.anchors[arm.name]}".*?</details>', html, re.S)
@@ -171,7 +159,7 @@ def test_every_number_leads_to_its_command(study):
     assert "<pre>seed: 0\n</pre>" in html
 
 
-def test_page_of_200_runs_is_small(artifacts):
+def test_page_of_200_runs_is_small(artifacts, read_study):
     artifacts.evaluated(None, artifacts.draw(1.5, 1, 300))
     number = 0
     for size in (2, 4):
@@ -189,7 +177,7 @@ def test_page_of_200_runs_is_small(artifacts):
     for path in artifacts.root.glob("*/*/manifest.json"):
         manifest = {**json.loads(path.read_text()), "command": "python evaluate.py " + "a.b=c " * 40, "config": config}
         path.write_text(json.dumps(manifest))
-    subject = subject_of(artifacts.root)
+    subject = read_study(artifacts.root)
     assert sum(len(arm.runs) for arm in subject.arms) == 203
     html = page(subject)
     assert len(html.encode()) < LIMIT

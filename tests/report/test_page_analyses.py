@@ -1,114 +1,21 @@
 """Sections of the page that show analyses of students, from records of known sums, without a model."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from sdd.report.analyses import analyse
-from sdd.report.arms import build_arms
-from sdd.report.collect import collect
-from sdd.report.contrasts import compare
 from sdd.report.forgetting import pearson, ranks, spearman
-from sdd.report.library import Library, find_analyses, find_evaluated
-from sdd.report.page import charts, costs, heat_map, merging, page, shift, speculative
+from sdd.report.library import find_analyses, find_evaluated
+from sdd.report.page import analysed, charts, costs, heat_map, merging, page, shift, speculative
 from sdd.report.page.section import Subject
-
-MACHINE = {"device": "a processor", "threads": 2, "dtype": "float32", "torch": "2.13"}
-EDGES = [-1.0, 0.0, 0.5, 1.0]
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def spread(median: float) -> dict[str, float]:
-    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "repeats": 3}
-
-
-def draft(art: Any, model: str, answers: str, matched: int) -> None:
-    """Of 20 tokens `matched` are accepted, in drafts of 1 and of 4."""
-    counts = {"1": {"passes": 20 - matched // 2, "drafted": 20, "accepted": matched // 2}}
-    counts["4"] = {"passes": 8, "drafted": 32, "accepted": matched}
-    rows = [{"id": f"p{n}", "tokens": 20, "matched": matched, "sampling_acceptance": 0.5} for n in range(6)]
-    rows = [{**row, "lengths": counts} for row in rows]
-    assisted = {"4": {"tokens_per_second": spread(30.0), "speedup": spread(matched / 10), "identical": 1.0}}
-    said = {"independent": 1.1, "counted": 1.2, "counted_with_verification": 1.3}
-    timings = {"machine": MACHINE, "predicted_speedup": {"4": said}}
-    timings |= {kind: {"assisted": assisted} for kind in ("greedy", "sampling")}
-    files = {"prompts.jsonl": lines(rows), "drafted.json": {}, "timings.json": timings}
-    art.put("drafted", {"dtype": "float32"}, {"model": model, "answers": answers}, labels={"prompts": "held"}, **files)
-
-
-def shifted(art: Any, model: str, answers: str, kl: float, rewritten: bool) -> None:
-    rows = [{"id": f"p{n}", "tokens": 10, "kl": kl, "similarity": 0.8} for n in range(6)]
-    tokens = {"mean": 12.0, "p5": 9.0, "p50": 12.0, "p95": 15.0}
-    texts = {"rows": 30, "target": {"nll": 0.4, "tokens": tokens}, "reference": {"nll": 1.5, "tokens": tokens}}
-    targets = {"rows": 40, "all": {**texts, "rows": 40}, "reasons": {"ok": 30, "leak": 10}}
-    result = {"kl": kl, "tokens_per_answer": {"teacher": tokens, "student": tokens}}
-    result["targets"] = targets | ({"rewritten": texts} if rewritten else {})
-    result["similarity"] = {"mean": 0.8, "histogram": {"edges": EDGES, "counts": [0, 1, 5]}}
-    files = {"prompts.jsonl": lines(rows), "shift.json": result}
-    art.put("shifted", {"dtype": "float32"}, {"model": model, "answers": answers}, labels={"prompts": "held"}, **files)
-
-
-def measured(art: Any, model: str, speed: float) -> None:
-    def counted(size: int) -> dict[str, Any]:
-        flops = {kind: {"total": 2e6 * size} for kind in ("flops_per_generated_token", "flops_per_prompt_token")}
-        return {"parameters": size, "cache_bytes_at_context": 1000 * size, "checkpoint_bytes": 2000 * size, **flops}
-
-    shares = ("flops_as_in_the_paper", "flops_per_generated_token", "flops_per_prompt_token")
-    result = {
-        "teacher": counted(1200),
-        "student": counted(880),
-        "adapter_bytes": 0,
-        "saved": dict.fromkeys(shares, 0.3),
-    }
-    timings: dict[str, Any] = {"machine": MACHINE, "prompt_tokens": 64, "new_tokens": 8, "batch_size": 4}
-    for who, seconds in (("teacher", 0.1), ("student", 0.1 / speed)):
-        timings[who] = {"prefill_seconds": spread(1.0), "decode_seconds_per_token": spread(seconds)}
-        timings[who] |= {"tokens_per_second": spread(40.0), "peak_bytes": 5_000_000}
-    art.put("measured", {"context": 64}, {"model": model}, **{"costs.json": result, "timings.json": timings})
-
-
-def write_analysed(art: Any) -> Any:
-    """Two sizes, the larger one repaired too; both modes on each; every fine-tuned student analysed; a merged one."""
-    art.evaluated(None, art.draw(1.5, 1, 40))
-    answers = art.put("answered", {"model": "m" * 20}, {}, **{"answers.jsonl": ""})
-    four = art.pruned(4)
-    info = json.loads((art.root / "pruned" / four / "pruning.json").read_text())
-    repaired = art.put(
-        "pruned", {"model": "m" * 20, "repair": "linear", "penalty": 0.1}, {"pruned": four}, **{"pruning.json": info}
-    )
-    number = 0
-    for base in (art.pruned(2), four, repaired):
-        art.evaluated(base, art.draw(0.2, 3, 40))
-        students = []
-        for mode in ("sft", "self_distill"):
-            number += 1
-            students.append(art.tuned(base, art.targets(mode), 0))
-            art.evaluated(students[-1], art.draw(0.4 + 0.1 * number, 10 + number, 40))
-            draft(art, students[-1], answers, 10 + number)
-            shifted(art, students[-1], answers, 0.1 * number, mode == "self_distill")
-            measured(art, students[-1], 1 + 0.1 * number)
-    facts = {"note": "angles between students: median 1\u00b0"}
-    merged = art.put(
-        "merged", {"method": "slerp", "t": 0.5}, {"a": students[0], "b": students[1]}, **{"merging.json": facts}
-    )
-    art.evaluated(merged, art.draw(0.7, 40, 40))
-    return art
-
-
-def subject_of(art: Any) -> Subject:
-    library = Library([art.root])
-    runs, notes = collect(find_evaluated(art.root), library)
-    study = compare(build_arms(runs), notes)
-    return Subject(study, library, analyse(study, library))
 
 
 @pytest.fixture(scope="module")
-def subject(artifacts_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return subject_of(write_analysed(artifacts_at(tmp_path_factory.mktemp("analysed") / "artifacts")))
+def subject(analysed_study: Any, read_study: Any) -> Subject:
+    read: Subject = read_study(analysed_study.root)
+    return read
 
 
 def rows_of(section: Any, name: str) -> list[dict[str, Any]]:
@@ -131,11 +38,55 @@ def test_acceptance_by_draft_length_and_what_it_is_worth(subject):
     speed = rows_of(section, "speculative-1-speed")
     assert {(row["across"], row["mean"], row["length"]) for row in speed} >= {(1.3, 1.1, "4")}
     assert {row["machine"] for row in speed} == {"a processor, 2 threads, float32, torch 2.13"}
-    assert (
-        "a processor, 2 threads" in section.body
-        and "Paired differences in acceptance (prompts of held)" in section.body
-    )
+    assert "a processor, 2 threads" in section.body and "<h3>Paired differences in acceptance</h3>" in section.body
     assert ">+5.0</a>" in section.body, "self_distill has one token of 20 more than sft at each base"
+
+
+@pytest.fixture
+def asked(artifacts: Any, read_study: Any) -> Any:
+    """Titles of the acceptance tables of two students, each analysed as it is said."""
+    pruned = artifacts.pruned(4)
+    students = [artifacts.tuned(pruned, artifacts.targets(mode), 0) for mode in ("sft", "self_distill")]
+    for number, student in enumerate(students):
+        artifacts.evaluated(student, artifacts.draw(0.5, number, 40))
+
+    def titles(*each: list[dict[str, Any]]) -> list[str]:
+        for student, analyses in zip(students, each, strict=True):
+            for settings in analyses:
+                artifacts.drafted(student, **{"answers": "a" * 20, "matched": 12, **settings})
+        section = speculative.speculative(read_study(artifacts.root))
+        return re.findall("<h3>(Acceptance[^<]*)</h3>", str(section.body))
+
+    return titles
+
+
+def test_titles_say_nothing_of_timing(asked, artifacts, read_study):
+    """One group whatever was timed: an arm stands in it once, with all of its timings."""
+    untimed, timed = {"repeats": 0}, {"repeats": 3, "timed_lengths": [4], "timed_prompts": 8}
+    assert asked([untimed, timed, {**timed, "repeats": 5}], [untimed]) == ["Acceptance"]
+    subject = read_study(artifacts.root)
+    (group,) = analysed.groups(subject, "speculative")
+    assert [(arm.mode, len(record["addresses"])) for arm, record in group.records] == [("sft", 3), ("self_distill", 1)]
+    assert len(rows_of(speculative.speculative(subject), "speculative-1-accepted-share")) == 2 * 2
+    (speed,) = rows_of(speculative.speculative(subject), "speculative-1-speed")
+    assert speed["arm"] == "sft" and len(speed["evaluated"].split()) == 3
+
+
+def test_titles_say_what_differs(asked, artifacts):
+    more, fewer = (artifacts.answered(held_out=count, dataset={"digest": "c0ffee" * 4}) for count in (48, 32))
+    other = artifacts.answered(held_out=16, dataset={"digest": "decade" * 4})
+    asked_of = [{"answers": more}, {"answers": fewer}, {"answers": other, "prompts": "stories"}]
+    warm = [{**each, "temperature": 1.0} for each in asked_of]
+    held = "prompts of held, held_out"
+    found = asked(warm, warm)
+    assert set(found) == {f"Acceptance ({held}=48)", f"Acceptance ({held}=32)", "Acceptance (prompts of stories)"}
+
+
+def test_titles_fall_back_on_digests(asked):
+    assert asked([{"answers": "a" * 20}], [{"answers": "b" * 20}]) == [
+        "Acceptance (answers=aaaaaaaa)",
+        "Acceptance (answers=bbbbbbbb)",
+    ]
 
 
 def test_shift_of_answers_and_targets(subject):
@@ -212,21 +163,16 @@ def test_every_link_of_an_analysis_leads_somewhere(subject):
             assert f'href="#artifact-{address}"' in html and f'id="artifact-{address}"' in html
 
 
-def test_blocks_removed_one_by_one_and_channels(artifacts):
-    steps = [{"removed": 3, "scores": [0.2, 0.3, 0.4, 0.1]}, {"removed": 1, "scores": [0.5, 0.2, 0.3, None]}]
-    content = {"metric": "greedy", "num_blocks": 4, "num_texts": 8, "order": [3, 1], "steps": steps}
-    content["distance"] = {"1": [0.2, 0.3, 0.4, 0.1]}
-    scores = artifacts.put("scores", {"metric": "greedy"}, {}, **{"scores.json": content})
-    facts = {"kind": "depth", "metric": "greedy", "removed_blocks": [1, 3], "flops_saved": 0.2}
-    facts |= {"parameters_before": 1200, "parameters_after": 900}
-    greedy = artifacts.put("pruned", {"model": "m" * 20, "size": 2}, {"scores": scores}, **{"pruning.json": facts})
+def test_blocks_removed_one_by_one_and_channels(artifacts, read_study):
+    greedy = artifacts.pruned_one_by_one()
     channels = {"metric": "wanda", "num_blocks": 4, "num_texts": 8, "intermediate_size": 16}
     scores = artifacts.put("scores", {"metric": "wanda"}, {}, **{"scores.json": channels})
-    facts |= {"kind": "width", "metric": "wanda", "removed_blocks": [], "ratio": 0.2, "ratio_of": "model"}
+    facts = {"kind": "width", "metric": "wanda", "removed_blocks": [], "ratio": 0.2, "ratio_of": "model"}
+    facts |= {"flops_saved": 0.2, "parameters_before": 1200, "parameters_after": 900}
     narrow = artifacts.put("pruned", {"model": "m" * 20, "ratio": 0.2}, {"scores": scores}, **{"pruning.json": facts})
     for model in (None, greedy, narrow):
         artifacts.evaluated(model, {"add": [1, 0]})
-    subject = subject_of(artifacts)
+    subject = read_study(artifacts.root)
     section = heat_map.redundancy(subject)
     (chart,) = section.charts
     rows = chart.spec["datasets"]["rows"]

@@ -20,7 +20,7 @@ from typing import Any
 from sdd.report.contrasts import Study
 from sdd.report.library import Library
 from sdd.report.page import charts, costs, heat_map, merging, samples, shift, speculative, words
-from sdd.report.page.marks import dark_palette
+from sdd.report.page.marks import dark_palette, glyph_rules
 from sdd.report.page.section import FOLDER, Section, Subject, render
 
 SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (
@@ -61,8 +61,8 @@ def write_page(study: Study, library: Library, analyses: dict[str, list[dict[str
 def page(subject: Subject) -> str:
     sections = [section for make in SECTIONS if (section := make(subject)) is not None]
     scripts = [vega(), (FOLDER / "page.js").read_text(encoding="utf-8")]
-    style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    arms = [{"name": arm.name, **words.dimensions(arm)} for arm in subject.arms]
+    style = (FOLDER / "page.css").read_text(encoding="utf-8") + glyph_rules()
+    arms = [{"name": arm.name, "look": arm.look, **words.dimensions(arm)} for arm in subject.arms]
     data: dict[str, Any] = {"arms": arms, "dark": dark_palette()}
     data["charts"] = {chart.name: chart.spec for section in sections for chart in section.charts}
     data |= {section.anchor: section.data for section in sections if section.data is not None}

@@ -1,21 +1,23 @@
 """The analyses of students as sections take them: records of one kind, grouped by what was asked of the models."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdd.report.arms import Arm, text_of
+from sdd.report.arms import DIGEST, Arm, text_of
 from sdd.report.collect import flatten
 from sdd.report.page.marks import record_of
 from sdd.report.page.section import Subject
 from sdd.report.selection import labels
 
-ASKED = ("prompts_of", "answers", "settings")
+TIMING = ("repeats", "timed_lengths", "timed_prompts")
+"""Settings of how an analysis was timed, which change nothing that it counts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Records that may be compared: the same prompts and settings."""
+    """Records that may be compared: the same prompts and settings. `about` is what tells it from others of its kind."""
 
     name: str
     about: str
@@ -27,50 +29,88 @@ class Group:
         return labels([arm for arm, _ in self.records])[0]
 
     @property
-    def modes(self) -> list[str]:
-        return [arm.mode for arm, _ in self.records]
+    def looks(self) -> list[str]:
+        return [arm.look for arm, _ in self.records]
 
     def only(self, measure: str) -> "Group":
         """The group as far as it has a measure."""
         return Group(self.name, self.about, [each for each in self.records if measure in each[1]["measures"]])
 
 
+def value_of(record: dict[str, Any], measure: str, factor: float = 1) -> dict[str, float]:
+    """A measure's mean and interval as the columns of a chart's row."""
+    return {name: factor * record["measures"][measure][name] for name in ("mean", "low", "high")}
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flatten(record["settings"]).items() if name not in TIMING}
+
+
 def asked_of(record: dict[str, Any]) -> str:
-    return json.dumps([record[name] for name in ASKED], sort_keys=True)
+    """The same for what may be compared."""
+    return json.dumps([record["prompts_of"], record["answers"], _settings(record)], sort_keys=True)
 
 
 def groups(subject: Subject, kind: str) -> list[Group]:
-    """The largest group first."""
+    """The largest group first. Records of one arm that differ in how they were timed are one with all timings."""
     arms = {arm.name: arm for arm in subject.arms}
-    found: dict[str, list[tuple[Arm, dict[str, Any]]]] = {}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in subject.analyses["arms"]:
         if record["kind"] == kind and record["arm"] in arms:
-            found.setdefault(asked_of(record), []).append((arms[record["arm"]], record))
+            found.setdefault(asked_of(record), {}).setdefault(record["arm"], []).append(record)
     every = sorted(found.values(), key=len, reverse=True)
+    texts = [""] * len(every)
+    for facts in zip(*(_facts(subject, next(iter(each.values()))[0]) for each in every), strict=True):
+        texts = _told_apart(texts, facts)
     return [
-        Group(f"{kind}-{number}", about, records)
-        for number, (about, records) in enumerate(zip(_about([each[0][1] for each in every]), every, strict=True), 1)
+        Group(f"{kind}-{number}", text, [(arms[name], _joined(each)) for name, each in records.items()])
+        for number, (text, records) in enumerate(zip(texts, every, strict=True), 1)
     ]
 
 
-def _about(firsts: list[dict[str, Any]]) -> list[str]:
-    """What tells groups apart: the dataset of the prompts, settings that differ, else the address of the answers."""
-    settings = [{**flatten(first["settings"]), "prompts": first["prompts_of"]} for first in firsts]
-    names = dict.fromkeys(name for each in settings for name in each)
-    differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
+def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    most = max(records, key=lambda record: len(record["seeds"]))
+    return most | {name: [each for record in records for each in record[name]] for name in ("addresses", "timings")}
+
+
+def _facts(subject: Subject, record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What may tell a group apart, in turn: prompts and settings; how the answers were made; digests of either."""
+    answered = subject.library.get(record["answers"] or "")
+    asked = {"prompts": record["prompts_of"]} | _settings(record)
+    made = flatten(answered.spec) if answered else {}
+    every = made | asked | {"answers": record["answers"]}
+    digests = {name for name, value in every.items() if DIGEST.fullmatch(str(value))}
+    return *({n: v for n, v in facts.items() if n not in digests} for facts in (asked, made)), every
+
+
+def _told_apart(texts: list[str], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """Add to each text the facts in which those of the same text differ."""
     found = []
-    for first, each in zip(firsts, settings, strict=True):
-        parts = [f"prompts of {first['prompts_of']}"] if first["prompts_of"] else []
-        parts += [f"{name}={text_of(each[name])}" for name in differing if name != "prompts" and name in each]
-        found.append(", ".join(parts))
-    return [
-        f"{about}, answers {first['answers'][:8]}" if found.count(about) > 1 and first["answers"] else about
-        for about, first in zip(found, firsts, strict=True)
-    ]
+    for text, own in zip(texts, facts, strict=True):
+        alike = [other for said, other in zip(texts, facts, strict=True) if said == text]
+        differing = [name for name in own if len({json.dumps(each.get(name)) for each in alike}) > 1]
+        words = [("prompts of " if n == "prompts" else f"{n.split('.')[-1]}=") + text_of(own[n]) for n in differing]
+        found.append(", ".join([text, *words] if text else words))
+    return found
 
 
 def titled(title: str, group: Group) -> str:
     return f"{title} ({group.about})" if group.about else title
+
+
+def prompts_of(found: list[Group]) -> str:
+    """' of NAME and NAME': the datasets whose prompts were asked."""
+    names = dict.fromkeys(record["prompts_of"] for group in found for _, record in group.records)
+    known = [name for name in names if name]
+    return f" of {' and '.join(known)}" if known else ""
+
+
+def mean_of(found: list[dict[str, Any]], *path: str) -> float | None:
+    """The mean over seeds of a number that lies deep; None where one lacks it."""
+    values: list[Any] = found
+    for name in path:
+        values = [each.get(name) if each else None for each in values]
+    return None if any(value is None for value in values) else sum(values) / len(values)
 
 
 def row_of(subject: Subject, arm: Arm, record: dict[str, Any], series: str, **values: Any) -> dict[str, Any]:

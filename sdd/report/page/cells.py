@@ -30,7 +30,7 @@ def columns(lines: list[dict[str, Any]]) -> list[str]:
 
 def line_of(subject: Subject, arm: Arm, cells: dict[str, dict[str, Any]], about: str = "") -> dict[str, Any]:
     """A line of a table; `about` tells lines of one arm apart."""
-    own = {"arm": arm.name, "anchor": subject.anchors[arm.name], "about": about, "mode": arm.mode}
+    own = {"arm": arm.name, "anchor": subject.anchors[arm.name], "about": about, "look": arm.look}
     return {**own, "seeds": spans(arm.seeds) or "–", "cells": cells}
 
 

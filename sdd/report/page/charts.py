@@ -10,30 +10,30 @@ from sdd.report.arms import Arm, text_of
 from sdd.report.contrasts import changes as of_contrasts
 from sdd.report.measures import trained_tasks
 from sdd.report.page.marks import (
+    ACROSS,
     INTERVAL,
     Look,
+    across,
+    arms_axis,
     curves_of,
     finished,
     in_percent,
-    points_of,
+    numbered,
     record_of,
     rows_of_chart,
+    scatter_of,
     series_of,
     tooltip_of,
 )
 from sdd.report.page.section import Chart, Section, Subject
-from sdd.report.selection import labels
+from sdd.report.selection import by_series, labels
 
 
 def retention(subject: Subject) -> Section | None:
     """Share of the unpruned model's average that is left, against the number of blocks removed."""
     import altair as alt
 
-    groups: dict[str, list[Arm]] = {}
-    for arm in subject.comparison.arms:
-        known = (subject.rows[arm.name]["retention"] or {}).get("ratio_of_means")
-        if known and arm.run.base and arm.run.blocks_removed is not None:
-            groups.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
+    groups = by_series(arm for arm in subject.retained if arm.run.base and arm.run.blocks_removed is not None)
     if not groups:
         return None
     step = min(0.07, 0.5 / len(groups))
@@ -56,7 +56,7 @@ def retention(subject: Subject) -> Section | None:
         scale=alt.Scale(domain=[sizes[0] - 0.7, sizes[-1] + 0.7], nice=False),
         axis=alt.Axis(values=sizes, format="d", grid=False),
     )
-    look = Look(list(groups), [arms[0].mode for arms in groups.values()])
+    look = Look(list(groups), [arms[0].look for arms in groups.values()])
     whole = alt.Chart(alt.InlineData([{"y": 100}])).mark_rule(strokeDash=[5, 4]).encode(y="y:Q")
     chart = whole + curves_of(look, x, "retention, %", ("blocks", "blocks removed"))
     note = "Average over tasks as a share of the unpruned model's (dashed line). Whiskers: 95% bootstrap intervals."
@@ -95,17 +95,23 @@ def _gain_by_task(subject: Subject, arms: list[Arm], changes: dict[str, dict[str
     any_trained = set().union(*trained.values())
     tasks = sorted(tasks, key=lambda task: task not in any_trained)
     records = []
-    for arm in arms:
+    for arm, label in zip(arms, labels(arms)[0], strict=True):
         for task in tasks:
             value = in_percent(changes[arm.name][task])
             on = task in trained[arm.name]
             rounded = round(value["mean"])
             text = ("0" if rounded == 0 else f"{rounded:+d}".replace("-", "−")) + ("*" if on else "")
-            values = {"task": task.replace("_", " "), "change": value.pop("mean"), **value, "text": text}
+            values = {
+                "label": label,
+                "task": task.replace("_", " "),
+                "change": value.pop("mean"),
+                **value,
+                "text": text,
+            }
             records.append(record_of(subject, arm, **values, on="yes" if on else "no", data=arm.run.dataset or ""))
     most = max(1.0, *(abs(record["change"]) for record in records))
     x = alt.X("task:N", title="evaluated on", sort=None, axis=alt.Axis(orient="top", labelAngle=-40, grid=False))
-    y = alt.Y("arm:N", title="trained", sort=None, axis=alt.Axis(labelLimit=230, grid=False))
+    y = arms_axis("label")
     about = [("data", "trained on"), ("task", "evaluated on"), ("on", "trained on its family"), ("change", "change")]
     colour = alt.Color(
         "change:Q",
@@ -128,29 +134,15 @@ def _gain_by_task(subject: Subject, arms: list[Arm], changes: dict[str, dict[str
 def _gain_and_forgetting(subject: Subject, arms: list[Arm], changes: dict[str, dict[str, dict[str, Any]]]) -> Chart:
     import altair as alt
 
-    names = [f"{number}  {arm.name}" for number, arm in enumerate(arms, start=1)]
-    records = []
-    for number, (arm, name) in enumerate(zip(arms, names, strict=True), start=1):
-        across = in_percent(changes[arm.name]["not_trained_on"])
-        sides = {"across": across["mean"], "across_low": across["low"], "across_high": across["high"]}
-        up = in_percent(changes[arm.name]["trained_on"])
-        records.append(record_of(subject, arm, series=name, number=str(number), **sides, **up))
-    look = Look(names, [arm.mode for arm in arms])
-    others, own = "change on tasks not trained on, points", "change on tasks trained on, points"
+    found = [(changes[arm.name]["not_trained_on"], changes[arm.name]["trained_on"]) for arm in arms]
+    sides = [across(in_percent(other)) | in_percent(own) for other, own in found]
+    look, records = numbered(subject, list(zip(arms, sides, strict=True)))
     ticks = alt.Axis(tickCount=8)
-    x, y = alt.X("across:Q", title=others, axis=ticks), alt.Y("mean:Q", title=own, axis=ticks)
-    about = [("mean", "on trained tasks"), *INTERVAL, ("across", "on other tasks")]
-    about += [("across_low", "95% from"), ("across_high", "95% to")]
+    x = alt.X("across:Q", title="change on tasks not trained on, points", axis=ticks)
+    y = alt.Y("mean:Q", title="change on tasks trained on, points", axis=ticks)
+    about = [("mean", "on trained tasks"), *INTERVAL, ("across", "on other tasks"), *ACROSS]
     zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[5, 4])
-    rules = rows_of_chart().mark_rule(strokeWidth=1.3)
-    chart = alt.layer(
-        zero.encode(y="zero:Q"),
-        zero.encode(x="zero:Q"),
-        rules.encode(x=x, y=alt.Y("low:Q", title=own), y2="high:Q", color=look.colour),
-        rules.encode(x=alt.X("across_low:Q", title=others), x2="across_high:Q", y=y, color=look.colour),
-        points_of(look, x, y, tooltip_of(*about), size=120),
-        rows_of_chart().mark_text(dx=9, dy=-9, fontSize=11, fontWeight="bold").encode(x=x, y=y, text="number:N"),
-    )
+    chart = zero.encode(y="zero:Q") + zero.encode(x="zero:Q") + scatter_of(look, x, y, "number", *about)
     note = "Up: gained on what was trained on. Left of the dashed line: forgot something else."
     return Chart("gain-forgetting", "Gain against forgetting", note, finished(chart, records, 380))
 
@@ -213,7 +205,7 @@ def _scaling(subject: Subject, setting: str, curves: dict[str, list[Arm]]) -> Ch
         scale=alt.Scale(**({"type": "log"} if wide else {"zero": False}), nice=False, padding=24),
         axis=alt.Axis(values=values, format="~g", grid=False),
     )
-    look = Look(list(curves), [arms[0].mode for arms in curves.values()])
+    look = Look(list(curves), [arms[0].look for arms in curves.values()])
     note = f"Average over tasks against {setting}{' (logarithmic)' if wide else ''}; 95% bootstrap intervals."
     name = setting.replace(".", "-").replace("_", "-")
     chart = curves_of(look, x, "average, %", ("x", setting))

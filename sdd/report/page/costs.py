@@ -7,7 +7,7 @@ from sdd.report.page.analysed import Group, groups, joined, row_of, timings_of, 
 from sdd.report.page.cells import line_of, plain, table
 from sdd.report.page.marks import Look, curves_of, finished, in_percent, record_of, series_of
 from sdd.report.page.section import Chart, Section, Subject, render
-from sdd.report.selection import labels
+from sdd.report.selection import by_series, labels
 
 MEGA = 1e6
 
@@ -32,12 +32,9 @@ def _against_saved(subject: Subject) -> list[Chart]:
     """Quality against the share of FLOPs that pruning saves."""
     import altair as alt
 
-    groups: dict[str, list[Arm]] = {}
-    for arm in subject.comparison.arms:
-        row = subject.rows[arm.name]
-        if (row["retention"] or {}).get("ratio_of_means") and row["flops_saved"] is not None:
-            groups.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
-    saved = [subject.rows[arm.name]["flops_saved"] for arms in groups.values() for arm in arms]
+    shown = [arm for arm in subject.retained if subject.rows[arm.name]["flops_saved"] is not None]
+    groups = by_series(shown)
+    saved = [subject.rows[arm.name]["flops_saved"] for arm in shown]
     if len(set(saved)) < 2:
         return []
     step = min(1.2, 6 / len(groups)) * (max(saved) - min(saved))
@@ -49,7 +46,7 @@ def _against_saved(subject: Subject) -> list[Chart]:
             values = {"series": name, "saved": 100 * row["flops_saved"], "parameters": size}
             x = values["saved"] + (0.0 if arm.mode == "teacher" else step * aside)
             records.append(record_of(subject, arm, **values, x=x, **in_percent(row["retention"]["ratio_of_means"])))
-    look = Look(list(groups), [arms[0].mode for arms in groups.values()])
+    look = Look(list(groups), [arms[0].look for arms in groups.values()])
     axis = alt.Axis(grid=False, tickCount=8)
     x = alt.X(
         "x:Q", title="FLOPs saved (removed / all parameters), %", axis=axis, scale=alt.Scale(nice=False, padding=18)
@@ -61,10 +58,8 @@ def _against_saved(subject: Subject) -> list[Chart]:
 
 def _speed_of(timings: list[dict[str, Any]]) -> dict[str, float]:
     """Decoding speed over that of the unpruned model in the same run: mean over seeds, least and greatest."""
-    ratios = [each["teacher"]["decode_seconds_per_token"]["median"] for each in timings]
-    ratios = [
-        one / each["student"]["decode_seconds_per_token"]["median"] for one, each in zip(ratios, timings, strict=True)
-    ]
+    took = [[each[who]["decode_seconds_per_token"]["median"] for who in ("teacher", "student")] for each in timings]
+    ratios = [teacher / student for teacher, student in took]
     return {"mean": sum(ratios) / len(ratios), "low": min(ratios), "high": max(ratios)}
 
 
@@ -85,7 +80,7 @@ def _against_speed(subject: Subject, group: Group) -> list[Chart]:
             for arm, record, speed in sorted(found, key=lambda each: each[2]):
                 retention = in_percent(subject.rows[arm.name]["retention"]["ratio_of_means"])
                 records.append(row_of(subject, arm, record, name, x=speed, speed=f"{speed:.2f}", **retention))
-        look = Look(list(series), [found[0][0].mode for found in series.values()])
+        look = Look(list(series), [found[0][0].look for found in series.values()])
         title = "decoding speed, as a multiple of the unpruned model's"
         x = alt.X("x:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=18), axis=alt.Axis(tickCount=8))
         chart = curves_of(look, x, "retention, %", ("speed", "times as fast"))
@@ -126,7 +121,8 @@ def _counted(subject: Subject, group: Group) -> dict[str, Any]:
         size = result.get("adapter_bytes")
         cells["adapter, MB"] = plain(f"{size / MEGA:,.2f}" if size else "–", size or None)
         lines.append(line_of(subject, arm, cells))
-    return table(titled(f"Counted, at a context of {context} tokens", group), lines)
+    title = "Counted" if "context=" in group.about else f"Counted, at a context of {context} tokens"
+    return table(titled(title, group), lines)
 
 
 def _measured(subject: Subject, group: Group) -> list[dict[str, Any]]:

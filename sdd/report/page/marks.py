@@ -1,44 +1,41 @@
-"""What the charts are made of: rows of arms, looks, lines with whiskers, and the specification that comes of them.
+"""What the charts are made of: rows of arms, looks, points with whiskers, and the specification that comes of them.
 
 Every mark that stands for an arm carries its name, its evaluated addresses and a link to how it was made. Arms look as
-in the PNGs (`sdd.report.style`): a mode has its colour, marker and dash, so that none of them is needed alone. Values
-are in percent.
+in the PNGs (`sdd.report.style`), so that no channel is needed alone. Values are in percent. A point is at `mean`, its
+whisker from `low` to `high`; where both axes have a value, the other one's are `across`, `across_low`, `across_high`.
 """
 
 from typing import Any
 
 from sdd.report.arms import Arm
 from sdd.report.page.section import Subject
-from sdd.report.style import MODES, OTHER, TINTS, looks, mixed
+from sdd.report.style import MODES, OTHER, SOLID, TINTS, WHITE, looks, mixed
 
-SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "D": "diamond",
-    "P": "cross",
-    "*": "M0,-1.1L0.26,-0.36L1.05,-0.34L0.42,0.14L0.65,0.89L0,0.44L-0.65,0.89L-0.42,0.14L-1.05,-0.34L-0.26,-0.36Z",
-}
 DARK_GROUND = "#15181D"
-ON_DARK = {
-    "teacher": "#E8E8E8",
-    "pruned": "#A3A3A3",
-    "sft": "#56B4E9",
-    "self_distill": "#F5883D",
-    "gold": "#2FC79E",
-    "merged": "#E49CC6",
-}
+REFERENCE = "#888888"
+"""Of what stands for no arm; legible on both grounds."""
+ROW = 30
+"""Pixels an arm, where arms stand below each other."""
+INTERVAL = (("low", "95% from"), ("high", "95% to"))
+ACROSS = (("across_low", "95% from"), ("across_high", "95% to"))
 
 
 def dark_palette() -> dict[str, str]:
     """For every colour that `looks` gives, the one that stands out from a dark ground."""
-    bases = {**{mode: look[0] for mode, look in MODES.items()}, "": OTHER[0]}
     return {
-        mixed(colour, "#FFFFFF", tint): mixed(ON_DARK.get(mode, colour), DARK_GROUND, tint)
-        for mode, colour in bases.items()
+        mixed(mode.colour, WHITE, tint): mixed(mode.on_dark, DARK_GROUND, 0.7 * tint)  # dark swallows more
+        for mode in (*MODES.values(), OTHER)
         for tint in TINTS
     }
+
+
+def glyph_rules() -> str:
+    """CSS that shows a look's marker before the name of an arm."""
+    named = [(f".glyph.look-{name}", mode) for name, mode in MODES.items()]
+    return "".join(
+        f'{selector}::before {{ content: "{mode.glyph}"; color: light-dark({mode.colour}, {mode.on_dark}); }}\n'
+        for selector, mode in ((".glyph", OTHER), *named)
+    )
 
 
 def in_percent(value: dict[str, Any]) -> dict[str, float]:
@@ -52,22 +49,42 @@ def record_of(subject: Subject, arm: Arm, **values: Any) -> dict[str, Any]:
     return {"arm": arm.name, **about, **values, "href": f"#{subject.anchors[arm.name]}"}
 
 
-class Look:
-    """Encodings of the series of a chart: one legend of colour, marker and dash, unless an axis names the series."""
+def across(value: dict[str, Any]) -> dict[str, float]:
+    """A mean with its interval as the columns of the other axis."""
+    return {"across": value["mean"], "across_low": value["low"], "across_high": value["high"]}
 
-    def __init__(self, series: list[str], modes: list[str], legend: bool = True) -> None:
+
+def series_of(groups: dict[str, Any]) -> dict[str, float]:
+    """How far each series is moved sideways, in steps about zero, so that whiskers do not cover each other."""
+    return {name: number - (len(groups) - 1) / 2 for number, name in enumerate(groups)}
+
+
+class Look:
+    """Encodings of the series of a chart: one legend of colour and marker, unless an axis names the series."""
+
+    def __init__(self, series: list[str], arms_look: list[str], legend: bool = True) -> None:
         import altair as alt
 
-        found = looks(modes)
-        dashes = [[1, 0] if look.line == "-" else list(look.line[1]) for look in found]
+        found = looks(arms_look)
+        dashes = [[1, 0] if look.line == SOLID else list(look.line[1]) for look in found]
 
         def scale(values: list[Any]) -> Any:
             return alt.Scale(domain=series, range=values)
 
         kept: dict[str, Any] = {"title": None} if legend else {"legend": None}
         self.colour = alt.Color("series:N", scale=scale([look.colour for look in found]), **kept)
-        self.shape = alt.Shape("series:N", scale=scale([SYMBOLS[look.marker] for look in found]), **kept)
+        self.shape = alt.Shape("series:N", scale=scale([look.symbol for look in found]), **kept)
         self.dash = alt.StrokeDash("series:N", title=None, scale=scale(dashes))
+
+
+def numbered(subject: Subject, found: list[tuple[Arm, dict[str, Any]]]) -> tuple[Look, list[dict[str, Any]]]:
+    """Rows of arms that are told apart by the number beside each mark, and their looks."""
+    names = [f"{number}  {arm.name}" for number, (arm, _) in enumerate(found, 1)]
+    records = [
+        record_of(subject, arm, series=name, number=name.split()[0], **values)
+        for name, (arm, values) in zip(names, found, strict=True)
+    ]
+    return Look(names, [arm.look for arm, _ in found]), records
 
 
 def tooltip_of(*first: tuple[str, str], form: str = ".1f") -> list[Any]:
@@ -81,9 +98,6 @@ def tooltip_of(*first: tuple[str, str], form: str = ".1f") -> list[Any]:
         else alt.Tooltip(name, type="nominal", title=title)
         for name, title in fields
     ]
-
-
-INTERVAL = (("low", "95% from"), ("high", "95% to"))
 
 
 def finished(chart: Any, records: list[dict[str, Any]], height: int = 340, least: int = 0) -> dict[str, Any]:
@@ -101,25 +115,56 @@ def rows_of_chart() -> Any:
     return alt.Chart(alt.NamedData("rows"))
 
 
-def points_of(look: Look, x: Any, y: Any, tooltip: Any, size: int = 110) -> Any:
-    """A marker for every row, in the series' colour and shape, which leads to the row's page."""
-    marks = rows_of_chart().mark_point(filled=True, size=size, opacity=1)
+def arms_axis(field: str) -> Any:
+    import altair as alt
+
+    return alt.Y(f"{field}:N", title=None, sort=None, axis=alt.Axis(grid=False))
+
+
+def _at(axis: Any, field: str) -> Any:
+    """The same axis at another column."""
+    other = axis.copy(deep=False)
+    other.shorthand = f"{field}:Q"
+    return other
+
+
+def _whiskers(colour: Any, **ends: Any) -> Any:
+    return rows_of_chart().mark_rule(strokeWidth=1.4).encode(**ends, color=colour)
+
+
+def _points(look: Look, x: Any, y: Any, tooltip: list[Any]) -> Any:
+    marks = rows_of_chart().mark_point(filled=True, size=105, opacity=1)
     return marks.encode(x=x, y=y, color=look.colour, shape=look.shape, href="href:N", tooltip=tooltip)
 
 
 def curves_of(look: Look, x: Any, title: str, *about: tuple[str, str], form: str = ".1f") -> Any:
-    """Lines, whiskers and markers of `mean`, `low` and `high` over x."""
+    """Lines, whiskers and markers over x."""
     import altair as alt
 
     y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
-    rows = rows_of_chart()
+    lines = rows_of_chart().mark_line(strokeWidth=1.8)
     return alt.layer(
-        rows.mark_line(strokeWidth=1.8).encode(x=x, y=y, color=look.colour, strokeDash=look.dash, detail="series:N"),
-        rows.mark_rule(strokeWidth=1.3).encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=look.colour),
-        points_of(look, x, y, tooltip_of(*about, ("mean", title), *INTERVAL, form=form), size=95),
+        lines.encode(x=x, y=y, color=look.colour, strokeDash=look.dash, detail="series:N"),
+        _whiskers(look.colour, x=x, y=_at(y, "low"), y2="high:Q"),
+        _points(look, x, y, tooltip_of(*about, ("mean", title), *INTERVAL, form=form)),
     )
 
 
-def series_of(groups: dict[str, Any]) -> dict[str, float]:
-    """How far each series is moved sideways, in steps about zero, so that whiskers do not cover each other."""
-    return {name: number - (len(groups) - 1) / 2 for number, name in enumerate(groups)}
+def arms_of(look: Look, field: str, title: str, *about: tuple[str, str], colour: Any = None) -> Any:
+    """What a field names below each other: whiskers, of the series' colour unless given one, and markers, from zero."""
+    import altair as alt
+
+    x, y = alt.X("mean:Q", title=title, scale=alt.Scale(zero=True)), arms_axis(field)
+    whiskers = _whiskers(colour or look.colour, x=_at(x, "low"), x2="high:Q", y=y)
+    return alt.layer(whiskers, _points(look, x, y, tooltip_of(*about, form=".3f")))
+
+
+def scatter_of(look: Look, x: Any, y: Any, text: str, *about: tuple[str, str], form: str = ".1f") -> Any:
+    """Markers of two values with a text beside them; whiskers across only where `about` tells them."""
+    import altair as alt
+
+    layers = [_whiskers(look.colour, x=x, y=_at(y, "low"), y2="high:Q")]
+    if set(ACROSS) <= set(about):
+        layers.append(_whiskers(look.colour, x=_at(x, "across_low"), x2="across_high:Q", y=y))
+    words = rows_of_chart().mark_text(dx=10, dy=-8, fontSize=11, fontWeight="bold").encode(x=x, y=y, text=f"{text}:N")
+    return alt.layer(*layers, _points(look, x, y, tooltip_of(*about, form=form)), words)

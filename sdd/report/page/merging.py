@@ -19,7 +19,7 @@ def merging(subject: Subject) -> Section | None:
             facts: dict[str, Any] = read_json(file) if file.is_file() else {}
             settings = [f"{name}={value}" for name, value in merged.spec.items() if name != "method"]
             students = [each for address in merged.inputs.values() if (each := subject.library.get(address))]
-            line: dict[str, Any] = {"arm": arm.name, "anchor": subject.anchors[arm.name], "mode": arm.mode}
+            line: dict[str, Any] = {"arm": arm.name, "anchor": subject.anchors[arm.name], "look": arm.look}
             line |= {
                 "seed": run.seed,
                 "method": run.merge,

@@ -84,30 +84,38 @@
     return {
       background: ground,
       font,
+      lineBreak: "\n",
       view: { stroke: null },
       rule: { color: soft },
       text: { color: ink },
+      tick: { color: ink },
       axis: {
         labelColor: soft, titleColor: ink, gridColor: line, domainColor: soft, tickColor: soft,
         labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, labelPadding: 5, titlePadding: 9, tickSize: 4,
-        labelLimit: width < 560 ? 130 : 260,
+        labelLimit: Math.min(320, 0.42 * width), maxExtent: 340,
       },
       legend: {
         orient: "bottom", direction: "horizontal", columns: Math.max(1, Math.floor(width / (60 + 6.5 * longest))), labelColor: ink,
-        titleColor: ink, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, labelLimit: Math.min(420, width - 60),
-        symbolLimit: 0, symbolSize: 90, offset: 12,
+        titleColor: ink, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, labelLimit: Math.min(420, width - 110),
+        symbolLimit: 0, symbolSize: 110, symbolStrokeWidth: 0, offset: 12, // a dash would fray the outline
       },
     };
   };
 
-  // The specification with the rows of visible arms, legends of what is left, and colours for the ground.
+  const NARROW = 560;
+  const broken = (text, most) => text.replace(new RegExp(`(.{1,${most}})( |$)`, "g"), "$1\n").trimEnd();
+  const LABEL = "length(datum.label) > 22 ? replace(datum.label, regexp('^(.{8,22}) '), '$1\\n') : datum.label";
+
+  // The specification with the rows of visible arms, legends of what is left, colours for the ground, and lines that fit.
   const specification = (name, width) => {
     const spec = structuredClone(data.charts[name]);
     spec.width = Math.max(width, spec.usermeta.least);
     spec.datasets.rows = spec.datasets.rows.filter((row) => row.arm === undefined || visible.has(row.arm));
     const walk = (node) => {
       if (node === null || typeof node !== "object") return;
-      const { field, scale } = node;
+      const { field, scale, x, y } = node;
+      if (width < NARROW && typeof x?.title === "string") x.axis = { ...x.axis, title: broken(x.title, Math.floor(width / 13)) };
+      if (width < NARROW && y?.type === "nominal") y.axis = { ...y.axis, labelExpr: LABEL };
       if (field && scale && Array.isArray(scale.domain) && Array.isArray(scale.range) && typeof scale.domain[0] === "string") {
         const present = new Set(spec.datasets.rows.map((row) => row[field]));
         const kept = scale.domain.map((value, index) => [value, scale.range[index]]).filter(([value]) => present.has(value));
@@ -166,7 +174,7 @@
   // ---- samples
   const STEP = 8;
   const browsers = {};
-  const modes = new Map(data.arms.map((arm) => [arm.name, arm.mode]));
+  const looksOf = new Map(data.arms.map((arm) => [arm.name, arm.look]));
 
   const browse = (name, items, contains, show) => {
     const form = find(`[data-browser="${name}"]`);
@@ -209,7 +217,7 @@
       const answers = said(item).map(([[number, score], index]) => {
         const link = element("a", "", arms[index] + (seeds[index] === null ? "" : `, seed ${seeds[index]}`));
         link.href = `#${anchors[index]}`;
-        const glyph = element("span", `glyph mode-${modes.get(arms[index])}`);
+        const glyph = element("span", `glyph look-${looksOf.get(arms[index])}`);
         glyph.setAttribute("aria-hidden", "true");
         return block(element("span", "", glyph, link), texts[number], verdict(score));
       });

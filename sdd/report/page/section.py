@@ -69,6 +69,11 @@ class Subject:
         """The largest one, which the charts show."""
         return self.study.comparisons[0]
 
+    @cached_property
+    def retained(self) -> list[Arm]:
+        """Its arms of which the retention is known."""
+        return [arm for arm in self.comparison.arms if (self.rows[arm.name]["retention"] or {}).get("ratio_of_means")]
+
 
 @lru_cache(maxsize=1)
 def templates() -> "Environment":

@@ -3,9 +3,9 @@
 from typing import Any
 
 from sdd.report.contrasts import Study
-from sdd.report.page.analysed import Group, asked_of, groups, joined, row_of, timings_of, titled
+from sdd.report.page.analysed import Group, asked_of, groups, joined, prompts_of, row_of, timings_of, titled, value_of
 from sdd.report.page.cells import cell, columns, line_of, plain, table
-from sdd.report.page.marks import Look, curves_of, finished, points_of, rows_of_chart, series_of, tooltip_of
+from sdd.report.page.marks import REFERENCE, Look, curves_of, finished, scatter_of, series_of
 from sdd.report.page.section import Chart, Section, Subject, render
 from sdd.report.tables import pairs_of
 
@@ -23,22 +23,23 @@ def speculative(subject: Subject) -> Section | None:
     charts: list[Chart] = []
     tables: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
-    for group in (each.only("acceptance_rate") for each in groups(subject, "speculative")):
-        if group.records:
-            charts += [_curve(subject, group, measure) for measure in CURVES]
-            charts += _speed(subject, group)
-            tables += _tables(subject, group)
-            differences += _differences(subject, group)
+    every = [each for group in groups(subject, "speculative") if (each := group.only("acceptance_rate")).records]
+    for group in every:
+        charts += [_curve(subject, group, measure) for measure in CURVES]
+        charts += _speed(subject, group)
+        tables += _tables(subject, group)
+        differences += _differences(subject, group)
     if not charts:
         return None
     lead = (
         "The student drafts k tokens, the unpruned model verifies them in one pass and adds one of its own. Acceptance "
-        "is counted over that model's own greedy answers to prompts that no student was trained on; block efficiency "
-        "is tokens a verifying pass, at most k + 1. ▲ and ▼ in differences: the 95% interval leaves out zero."
+        f"is counted over that model's own greedy answers to prompts{prompts_of(every)} that no student was trained "
+        "on; block efficiency is tokens a verifying pass, at most k + 1. ▲ and ▼ in differences: the 95% interval "
+        "leaves out zero."
     )
     body = render("table.html", tables=tables)
-    for each in differences:
-        body += render("contrasts.html", **each)
+    for difference in differences:
+        body += render("contrasts.html", **difference)
     return Section("speculative", "Speculative decoding", lead, charts, body)
 
 
@@ -54,15 +55,14 @@ def _curve(subject: Subject, group: Group, measure: str) -> Chart:
     aside = series_of(dict.fromkeys(group.series))
     for (arm, record), name in zip(group.records, group.series, strict=True):
         for length in _lengths(record):
-            value = record["measures"].get(f"{measure}@{length}")
-            if value:
-                known = {key: factor * value[key] for key in ("mean", "low", "high")}
+            if f"{measure}@{length}" in record["measures"]:
+                known = value_of(record, f"{measure}@{length}", factor)
                 x = length + min(0.05, 0.4 / len(aside)) * aside[name]
                 records.append(row_of(subject, arm, record, name, x=x, length=length, **known))
     values = sorted({row["length"] for row in records})
     scale = alt.Scale(domain=[values[0] - 0.5, values[-1] + 0.5], nice=False)
     x = alt.X("x:Q", title="draft length k", scale=scale, axis=alt.Axis(values=values, format="d", grid=False))
-    chart = curves_of(Look(group.series, group.modes), x, axis, ("length", "draft length"), form=".2f")
+    chart = curves_of(Look(group.series, group.looks), x, axis, ("length", "draft length"), form=".2f")
     prompts = sorted({record["prompts"] for _, record in group.records})
     count = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     note = f"By draft length; {count} prompts an arm. Whiskers: 95% bootstrap intervals over seeds, then prompts."
@@ -75,19 +75,15 @@ def _speeds(group: Group) -> list[dict[str, Any]]:
     found = []
     for (arm, record), series in zip(group.records, group.series, strict=True):
         for machine, timings in timings_of(record, "greedy"):
-            for length in timings[0]["greedy"]["assisted"]:
-                took = {kind: [each[kind]["assisted"][length] for each in timings] for kind in ("greedy", "sampling")}
-                said = [each["predicted_speedup"][length] for each in timings]
-                line: dict[str, Any] = {
-                    "arm": arm,
-                    "record": record,
-                    "series": series,
-                    "machine": machine,
-                    "length": length,
-                }
+            for length in dict.fromkeys(length for each in timings for length in each["greedy"]["assisted"]):
+                timed = [each for each in timings if length in each["greedy"]["assisted"]]
+                took = {kind: [each[kind]["assisted"][length] for each in timed] for kind in ("greedy", "sampling")}
+                said = [each["predicted_speedup"][length] for each in timed]
+                line: dict[str, Any] = {"arm": arm, "record": record, "series": series}
                 line |= {kind: joined([each["speedup"] for each in runs]) for kind, runs in took.items()}
                 line |= {name: sum(each[name] for each in said) / len(said) for name in PREDICTED}
-                found.append({**line, "identical": min(each["identical"] for each in took["greedy"])})
+                identical = min(each["identical"] for each in took["greedy"])
+                found.append({**line, "machine": machine, "length": length, "identical": identical})
     return found
 
 
@@ -104,43 +100,28 @@ def _speed(subject: Subject, group: Group) -> list[Chart]:
     lines = _speeds(group)
     if not lines:
         return []
-    records = [
-        row_of(
-            subject,
-            line["arm"],
-            line["record"],
-            line["series"],
-            across=line["counted_with_verification"],
-            **line["greedy"],
-            length=line["length"],
-            machine=line["machine"],
-        )
-        for line in lines
-    ]
+    records = []
+    for line in lines:
+        told = {"across": line["counted_with_verification"], "length": line["length"], "machine": line["machine"]}
+        records.append(row_of(subject, line["arm"], line["record"], line["series"], **line["greedy"], **told))
     ends = [row[name] for row in records for name in ("across", "low", "high")] + [1.0]
     scale = alt.Scale(domain=[0.95 * min(ends), 1.05 * max(ends)], nice=False)
     predicted, measured = "predicted speed-up", "measured speed-up"
     x = alt.X("across:Q", title=predicted, scale=scale, axis=alt.Axis(tickCount=6))
     y = alt.Y("mean:Q", title=measured, scale=scale, axis=alt.Axis(tickCount=6))
-    look = Look(group.series, group.modes)
-    diagonal = alt.Chart(alt.InlineData([{"x": 0.95 * min(ends)}, {"x": 1.05 * max(ends)}]))
-    rows = rows_of_chart()
+    corners = alt.InlineData([{"x": end} for end in scale.domain])
+    diagonal = alt.Chart(corners).mark_line(strokeDash=[5, 4], color=REFERENCE, strokeWidth=1)
     about = [("length", "draft length"), ("across", predicted), ("mean", measured), ("low", "least"), ("high", "most")]
-    tooltip = tooltip_of(*about, ("machine", "machine"), form=".2f")
+    look = Look(group.series, group.looks)
     chart = alt.layer(
-        diagonal.mark_line(strokeDash=[5, 4], color="#888888", strokeWidth=1).encode(
-            x=alt.X("x:Q", scale=scale, title=predicted), y=alt.Y("x:Q", scale=scale, title=measured)
-        ),
-        rows.mark_rule(strokeWidth=1.3).encode(
-            x=x, y=alt.Y("low:Q", scale=scale, title=measured), y2="high:Q", color=look.colour
-        ),
-        points_of(look, x, y, tooltip),
-        rows.mark_text(dx=11, dy=-7, fontSize=11).encode(x=x, y=y, text="length:N"),
+        diagonal.encode(x=alt.X("x:Q", scale=scale, title=predicted), y=alt.Y("x:Q", scale=scale, title=measured)),
+        scatter_of(look, x, y, "length", *about, ("machine", "machine"), form=".2f"),
     )
     machines = "; ".join(dict.fromkeys(line["machine"] for line in lines))
     note = (
         "Greedy assisted generation against plain decoding; numbers at the marks are draft lengths. On the dashed line "
-        f"the prediction holds; below 1 drafting slows down. Whiskers: least and most of the repeats. {machines}."
+        f"the prediction holds; below 1 drafting slows down. Whiskers: least and most of the repeats. "
+        f"Taken on {machines}."
     )
     title = titled("Predicted and measured speed-up", group)
     return [Chart(f"{group.name}-speed", title, note, finished(chart, records, 380))]
@@ -180,6 +161,7 @@ def _differences(subject: Subject, group: Group) -> list[dict[str, Any]]:
     lines = []
     for (a, b), rows in list(by.items())[:MOST_CONTRASTS]:
         cells = {}
+        rows = [row for row in rows if len(row["seeds"]) == max(len(each["seeds"]) for each in rows)]
         for row in rows:
             name, _, length = row["measure"].partition("@")
             if name in ("acceptance_rate", "sampling_acceptance"):

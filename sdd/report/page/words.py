@@ -160,8 +160,7 @@ def provenance(subject: Subject) -> Section:
             every |= {artifact.address: artifact for artifact in subject.library.upstream(analysis)}
         differs = {name: text_of(value) for name, value in arm.differs.items()}
         own: dict[str, Any] = {"name": arm.name, "anchor": subject.anchors[arm.name], "runs": runs, "differs": differs}
-        own["analyses"] = analyses
-        arms.append({**own, **dimensions(arm)})
+        arms.append({**own, "analyses": analyses, "look": arm.look})
     artifacts = sorted(every.values(), key=lambda artifact: (STAGES.index(artifact.stage), artifact.address))
     lead = (
         "Artifacts are folders <artifacts>/<stage>/<address>/; an address is a hash of the recipe, so the same command "
