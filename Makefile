@@ -5,8 +5,8 @@ ARGS ?=
 DEMO := outputs/demo
 SIZES ?= none,n2,n4,n6
 SEEDS ?= 0,1,2,3,4
-MERGED ?= 0,1
-ANALYSED ?= 0,1,2
+MERGED ?= 0
+ANALYSED ?= 0,1
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 WORKERS ?= 2
@@ -18,7 +18,7 @@ env: .venv/.made
 .venv/.made: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@touch $@
 
 # The first half of the demo: the unpruned model, the cut at several sizes, every way of fine-tuning.
@@ -33,8 +33,7 @@ arms: env
 # how well it drafts for its teacher. The picks are one and the same rate, so this is also the comparison at a fixed
 # rate. Everything is cached in artifacts/.
 demo: arms
-	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct hydra.sweep.dir=$(DEMO)/jobs/other $(ARGS)
-	$(EVALUATE) seed=$(MERGED) finetune=self_distill merge=slerp 'merge.students=$(STUDENTS)' \
+	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct merge=none,slerp 'merge.students=$(STUDENTS)' \
 	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)
 	$(EVALUATE) seed=$(ANALYSED) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
 	    hydra.sweep.dir=$(DEMO)/jobs/analysed $(ARGS)

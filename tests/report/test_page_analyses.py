@@ -156,6 +156,18 @@ def test_merged_and_repaired_arms(subject):
     assert {row["blocks"] for row in rows_of(charts.retention(subject), "retention")} == {2, 4}
 
 
+def test_seeds_beside_an_analysis_are_those_analysed(subject):
+    fewer = [{**record, "seeds": [17]} for record in subject.analyses["arms"]]
+    part = Subject(subject.study, subject.library, {**subject.analyses, "arms": fewer})
+    for made in (shift.shift(part), speculative.speculative(part)):
+        cells = re.findall(r"<td>([^<]*)</td>", made.body.split("Paired differences")[0])
+        assert cells.count("17") >= 6 and not {"0", "0-2", "0 1 2"} & set(cells)
+        drawn = [
+            row for chart in made.charts if "forgetting" not in chart.name for row in chart.spec["datasets"]["rows"]
+        ]
+        assert {row["seeds"] for row in drawn} == {"17"}
+
+
 def test_every_link_of_an_analysis_leads_somewhere(subject):
     html = page(subject).split("<script>")[0]
     for record in subject.analyses["arms"]:

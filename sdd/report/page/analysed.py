@@ -115,7 +115,8 @@ def mean_of(found: list[dict[str, Any]], *path: str) -> float | None:
 
 def row_of(subject: Subject, arm: Arm, record: dict[str, Any], series: str, **values: Any) -> dict[str, Any]:
     """A row of a chart that leads to the artifacts of the analysis."""
-    return record_of(subject, arm, series=series, evaluated=" ".join(record["addresses"]), **values)
+    seeds = ", ".join(map(str, record["seeds"])) or "none"
+    return record_of(subject, arm, series=series, seeds=seeds, evaluated=" ".join(record["addresses"]), **values)
 
 
 def timings_of(record: dict[str, Any], name: str) -> list[tuple[str, list[dict[str, Any]]]]:

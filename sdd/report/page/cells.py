@@ -28,10 +28,12 @@ def columns(lines: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if any(line["cells"].get(name, {}).get("order") is not None for line in lines)]
 
 
-def line_of(subject: Subject, arm: Arm, cells: dict[str, dict[str, Any]], about: str = "") -> dict[str, Any]:
-    """A line of a table; `about` tells lines of one arm apart."""
+def line_of(
+    subject: Subject, arm: Arm, cells: dict[str, dict[str, Any]], about: str = "", seeds: list[int] | None = None
+) -> dict[str, Any]:
+    """A line of a table; `about` tells lines of one arm apart, `seeds` are those measured, if not all of the arm's."""
     own = {"arm": arm.name, "anchor": subject.anchors[arm.name], "about": about, "look": arm.look}
-    return {**own, "seeds": spans(arm.seeds) or "–", "cells": cells}
+    return {**own, "seeds": spans(arm.seeds if seeds is None else seeds) or "–", "cells": cells}
 
 
 def table(title: str, lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -146,5 +146,5 @@ def _measured(subject: Subject, group: Group) -> list[dict[str, Any]]:
             cells["peak memory, MB"] = plain(f"{peak / MEGA:,.1f}", peak, f"unpruned {other / MEGA:,.1f}")
             speed = _speed_of(timings)
             cells["times as fast"] = plain(f"{speed['mean']:.2f}", speed["mean"])
-            by_machine.setdefault(machine, []).append(line_of(subject, arm, cells))
+            by_machine.setdefault(machine, []).append(line_of(subject, arm, cells, seeds=record["seeds"]))
     return [table(titled(f"Measured on {machine}", group), lines) for machine, lines in by_machine.items()]

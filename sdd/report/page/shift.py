@@ -117,7 +117,7 @@ def _lengths(subject: Subject, group: Group) -> list[dict[str, Any]]:
             if values and None not in values.values():
                 span = f"{values['p5']:.0f} to {values['p95']:.0f}"
                 cells[words] = plain(f"{values['mean']:.1f}", values["mean"], span)
-        lines.append(line_of(subject, arm, cells))
+        lines.append(line_of(subject, arm, cells, seeds=record["seeds"]))
     return [table(titled("Answers", group), lines)]
 
 

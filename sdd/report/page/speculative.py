@@ -137,14 +137,14 @@ def _tables(subject: Subject, group: Group) -> list[dict[str, Any]]:
         }
         for length in _lengths(record):
             cells[f"block efficiency, k = {length}"] = cell(measures[f"block_efficiency@{length}"], 2, 1)
-        lines.append(line_of(subject, arm, cells))
+        lines.append(line_of(subject, arm, cells, seeds=record["seeds"]))
     found = [table(titled("Acceptance", group), lines)]
     by_machine: dict[str, list[dict[str, Any]]] = {}
     for line in _speeds(group):
         cells = {f"predicted {words}": plain(f"{line[name]:.2f}", line[name]) for name, words in PREDICTED.items()}
         cells |= {f"measured, {kind}": cell(line[kind], 2, 1) for kind in ("greedy", "sampling")}
         cells["same output, %"] = plain(f"{100 * line['identical']:.0f}", line["identical"])
-        timed = line_of(subject, line["arm"], cells, about=f"k = {line['length']}")
+        timed = line_of(subject, line["arm"], cells, f"k = {line['length']}", line["record"]["seeds"])
         by_machine.setdefault(line["machine"], []).append(timed)
     for machine, timed_lines in by_machine.items():
         found.append(table(titled(f"Speed-up on {machine}", group), timed_lines))

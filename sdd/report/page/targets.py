@@ -52,7 +52,7 @@ def chart(subject: Subject, surprises: list[Surprises]) -> list[Chart]:
 def tables(subject: Subject, surprises: list[Surprises]) -> list[dict[str, Any]]:
     """Rows, surprise and lengths of targets, and why rewrites were not taken."""
     lines, reasons = [], []
-    for arm, _, targets in surprises:
+    for arm, record, targets in surprises:
         cells = {}
         for rows in ("all", "rewritten"):
             count = mean_of(targets, rows, "rows")
@@ -64,7 +64,7 @@ def tables(subject: Subject, surprises: list[Surprises]) -> list[dict[str, Any]]
                     cells[f"nats, {words} of {rows}"] = plain(f"{nll:.3f}", nll)
                     span = f"{tokens['p5']:.0f} to {tokens['p95']:.0f}"
                     cells[f"tokens, {words} of {rows}"] = plain(f"{tokens['mean']:.1f}", tokens["mean"], span)
-        lines.append(line_of(subject, arm, cells))
+        lines.append(line_of(subject, arm, cells, seeds=record["seeds"]))
         counts: dict[str, float] = {}
         for each in targets:
             for name, count in each["reasons"].items():
@@ -74,7 +74,7 @@ def tables(subject: Subject, surprises: list[Surprises]) -> list[dict[str, Any]]
             name.replace("_", " "): plain(f"{count:.0f}", count, f"{100 * count / whole:.1f}%")
             for name, count in sorted(counts.items(), key=lambda each: (each[0] != "ok", -each[1]))
         }
-        reasons.append(line_of(subject, arm, shares))
+        reasons.append(line_of(subject, arm, shares, seeds=record["seeds"]))
     if not lines:
         return []
     return [
