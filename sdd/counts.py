@@ -98,7 +98,8 @@ class Counts:
 
     def estimate(self, recipe: Recipe) -> Estimate:
         """What building this one artifact takes, its inputs being there."""
-        return getattr(self, f"_{recipe.stage}")(recipe)  # type: ignore[no-any-return]
+        found: Estimate = getattr(self, f"_{recipe.stage}")(recipe)
+        return found
 
     def _scores(self, recipe: Recipe) -> Estimate:
         if "model" not in recipe.spec:
