@@ -9,9 +9,10 @@ MERGED ?= 0
 ANALYSED ?= 0,1
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
+REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 WORKERS ?= 2
 
-.PHONY: env arms demo criteria test lint clean
+.PHONY: env arms trained demo merged analysed criteria test lint clean
 
 env: .venv/.made
 
@@ -22,22 +23,29 @@ env: .venv/.made
 	@touch $@
 
 # The first half of the demo: the unpruned model, the cut at several sizes, every way of fine-tuning.
-arms: env
+arms: trained
+	$(REPORT)
+
+trained: env
 	rm -rf $(DEMO)/jobs
 	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
 	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
-	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 
 # The whole story on the embedded model: the unpruned model, the cut at several sizes, every way of fine-tuning at its
 # tuned learning rate over five seeds, two students merged, and how far SFT and self-distillation moved the student and
 # how well it drafts for its teacher. The picks are one and the same rate, so this is also the comparison at a fixed
-# rate. Everything is cached in artifacts/.
-demo: arms
+# rate. Everything is cached in artifacts/. The last two sweeps run side by side: each waits for one answerer at a time.
+demo: trained
+	$(MAKE) --jobs 2 merged analysed
+	$(REPORT)
+
+merged:
 	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct merge=none,slerp 'merge.students=$(STUDENTS)' \
 	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)
+
+analysed:
 	$(EVALUATE) seed=$(ANALYSED) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
 	    hydra.sweep.dir=$(DEMO)/jobs/analysed $(ARGS)
-	$(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 
 # What should be cut, and how: the studies whose tables are in LOG.md. Not part of any test; hours on two cores.
 criteria: env
