@@ -39,11 +39,11 @@ demo: trained
 	$(MAKE) --jobs 2 merged analysed
 	$(REPORT)
 
-merged:
+merged: env
 	$(EVALUATE) seed=$(MERGED) finetune=self_distill dataset=tiny_instruct merge=none,slerp 'merge.students=$(STUDENTS)' \
 	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)
 
-analysed:
+analysed: env
 	$(EVALUATE) seed=$(ANALYSED) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
 	    hydra.sweep.dir=$(DEMO)/jobs/analysed $(ARGS)
 
