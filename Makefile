@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 DEMO := outputs/demo
 SIZES ?= none,n2,n4,n6
-SEEDS ?= 0,1,2,3,4
+SEEDS ?= 0,1,2
 MERGED ?= 0
 ANALYSED ?= 0,1
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
@@ -32,7 +32,7 @@ trained: env
 	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
 
 # The whole story on the embedded model: the unpruned model, the cut at several sizes, every way of fine-tuning at its
-# tuned learning rate over five seeds, two students merged, and how far SFT and self-distillation moved the student and
+# tuned learning rate over three seeds, two students merged, how far SFT and self-distillation moved the student and
 # how well it drafts for its teacher. The picks are one and the same rate, so this is also the comparison at a fixed
 # rate. Everything is cached in artifacts/. The last two sweeps run side by side: each waits for one answerer at a time.
 demo: trained
