@@ -133,7 +133,7 @@ def differences(subject: Subject) -> Section | None:
     more = f" {len(pairs) - len(lines)} more are in contrasts.json." if len(pairs) > len(lines) else ""
     lead = (
         "The first arm minus the second on the same seeds and items, in percentage points (nll: nats per token, lower "
-        f"is better). ▲ and ▼: the 95% interval leaves out zero. Arms here differ in who wrote the targets only.{more}"
+        f"is better). ▲ and ▼: the 95% interval leaves out zero. Each pair differs in one thing.{more}"
     )
     body = render("contrasts.html", title="Scores", lines=lines, columns=columns(lines))
     return Section("differences", "Paired differences", lead, body=body)
