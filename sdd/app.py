@@ -31,6 +31,7 @@ from sdd.config import Config, check_values, plain
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
 from sdd.students import COMPOSING, composed_students, quoted
+from sdd.untrusted import printable
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         except UserError as error:
             if COMPOSING.get():  # a student of a job, whose failures are recorded, so that a sweep goes on
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {explained(error)[1]}", file=sys.stderr)
             raise SystemExit(USER) from None
         return config
 
@@ -134,9 +135,9 @@ def explained(error: Exception) -> tuple[int, str]:
         where = f" at {path}" if path else ""
         return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
     if isinstance(error, UserError):
-        return USER, " ".join(str(error).split())
+        return USER, printable(" ".join(str(error).split()))
     first = (str(error).splitlines() or [""])[0]
-    return FAILURE, f"{type(error).__name__}: {first}"
+    return FAILURE, printable(f"{type(error).__name__}: {first}")
 
 
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
