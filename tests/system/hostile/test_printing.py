@@ -36,7 +36,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b'{"a": "\xe4"}')
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "large", "latin", "folder", "missing", "na\0me"):
-        with pytest.raises(UserError, match="^it: "):
+        with pytest.raises(UserError, match=r"^it: "):
             read_json(tmp_path / name, "it", at_most=50)
 
 
@@ -50,5 +50,5 @@ def test_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
     (inside / "circle").symlink_to("circle")
     check_inside(inside / "own", inside, "it")
     for name in ("out", "circle"):
-        with pytest.raises(UserError, match="^it: a link"):
+        with pytest.raises(UserError, match=r"^it: a link"):
             check_inside(inside / name, inside, "it")
