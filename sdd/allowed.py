@@ -15,40 +15,53 @@ from omegaconf.grammar_parser import parse
 
 from sdd.errors import UserError
 
-ALLOWED_TARGETS = frozenset(
-    {
-        "sdd.importance.Angular",
-        "sdd.importance.BlockInfluence",
-        "sdd.importance.Random",
-        "sdd.importance.Last",
-        "sdd.block_weights.Magnitude",
-        "sdd.block_weights.Taylor",
-        "sdd.removal.Perplexity",
-        "sdd.removal.Iterative",
-        "sdd.channels.SDM",
-        "sdd.channels.TaylorWidth",
-        "sdd.channels.ActivationWidth",
-        "sdd.channels.MagnitudeWidth",
-        "sdd.channels.RandomWidth",
-        "sdd.data.tiny.TinyTexts",
-        "sdd.data.tiny.TinyTasks",
-        "sdd.data.texts.LocalTexts",
-        "sdd.data.texts.CorpusTexts",
-        "sdd.data.texts.WikiText2",
-        "sdd.data.texts.DatasetTexts",
-        "sdd.data.local.LocalRows",
-        "sdd.data.instruct.GSM8K",
-        "sdd.data.instruct.Dolly",
-        "sdd.data.instruct.Alpaca",
-        "sdd.data.instruct.OpenMathInstruct1",
-        "sdd.data.instruct.OpenMathInstruct2",
-        "sdd.data.mixture.Mixture",
-        "sdd.engines.HFEngine",
-        "sdd.sweep.SweepEnd",
-        "pytorch_lightning.loggers.WandbLogger",
-    }
+_CRITERIA = (
+    "sdd.importance.Angular",
+    "sdd.importance.BlockInfluence",
+    "sdd.importance.Random",
+    "sdd.importance.Last",
+    "sdd.block_weights.Magnitude",
+    "sdd.block_weights.Taylor",
+    "sdd.removal.Perplexity",
+    "sdd.removal.Iterative",
+    "sdd.channels.SDM",
+    "sdd.channels.TaylorWidth",
+    "sdd.channels.ActivationWidth",
+    "sdd.channels.MagnitudeWidth",
+    "sdd.channels.RandomWidth",
 )
-"""Exact names. `build` also checks that the object found under a name is defined where the name says."""
+_TEXTS = (
+    "sdd.data.tiny.TinyTexts",
+    "sdd.data.texts.LocalTexts",
+    "sdd.data.texts.CorpusTexts",
+    "sdd.data.texts.WikiText2",
+    "sdd.data.texts.DatasetTexts",
+)
+_ROWS = (
+    "sdd.data.tiny.TinyTasks",
+    "sdd.data.local.LocalRows",
+    "sdd.data.instruct.GSM8K",
+    "sdd.data.instruct.Dolly",
+    "sdd.data.instruct.Alpaca",
+    "sdd.data.instruct.OpenMathInstruct1",
+    "sdd.data.instruct.OpenMathInstruct2",
+)
+TARGETS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("metric",): _CRITERIA,
+    ("width_metric",): _CRITERIA,
+    ("calibration",): _TEXTS,
+    ("dataset",): (*_ROWS, "sdd.data.mixture.Mixture"),
+    ("dataset", "parts", "*"): _ROWS,
+    ("analysis", "prompts"): _ROWS,
+    ("engine",): ("sdd.engines.HFEngine",),
+    ("logger",): ("pytorch_lightning.loggers.WandbLogger",),
+    ("hydra", "callbacks", "*"): ("sdd.sweep.SweepEnd",),
+}
+"""Under each key of the config, the exact names of the classes that may stand there; under any other, none.
+
+`build` also checks that the object found under a name is defined where the name says.
+"""
+ALLOWED_TARGETS = frozenset(name for names in TARGETS.values() for name in names)
 
 ALLOWED_PLUGINS = frozenset(
     {
@@ -77,9 +90,6 @@ _LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/[^/].*")
 _REFUSED_SETTINGS = {
     ("hydra", "job", "env_set"): "changes the environment",
     ("hydra", "job", "env_copy"): "reads the environment",
-    ("hydra", "launcher", "setup"): "runs commands of its own",
-    ("hydra", "launcher", "srun_args"): "runs commands of its own",
-    ("hydra", "launcher", "additional_parameters"): "runs commands of its own",
     ("hydra", "sweeper", "custom_search_space"): "runs a function of its own",
 }
 _SAMPLER = re.compile(r"optuna\.samplers\.[A-Z][A-Za-z]*Sampler")
@@ -118,18 +128,28 @@ def _check_target(value: Any, path: tuple[Any, ...]) -> None:
     plugin = path in (("hydra", "launcher", "_target_"), ("hydra", "sweeper", "_target_"))
     if path == ("hydra", "sweeper", "sampler", "_target_") and _SAMPLER.fullmatch(str(value)):
         return
-    if str(value) not in (ALLOWED_PLUGINS if plugin else ALLOWED_TARGETS):
+    if str(value) not in (ALLOWED_PLUGINS if plugin else _targets_at(path[:-1])):
         raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
+
+
+def _targets_at(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The classes that may stand at a key."""
+    for key, names in TARGETS.items():
+        if len(key) == len(path) and all(part in ("*", own) for part, own in zip(key, path, strict=True)):
+            return names
+    return ()
 
 
 def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
     in_hydra, where = path[:1] == ("hydra",), _dotted(path)
+    if path[:2] == ("hydra", "launcher") and not text.isprintable():
+        raise UserError(f"{where}={text!r} holds a control character, which would reach the batch script; refused")
     if "ext://" in text and text not in _ALLOWED_STREAMS:
         raise UserError(f"{where}={text} is not an allowed stream; refused")
     if "${" not in text:
         return
     try:
-        calls, nested = _interpolations(text)
+        calls, nested = interpolations(text)
     except OmegaConfBaseException:
         raise UserError(f"{where}={text} is not a valid interpolation") from None
     for call in calls:
@@ -146,7 +166,7 @@ def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _interpolations(text: str) -> tuple[tuple[str, ...], bool]:
+def interpolations(text: str) -> tuple[tuple[str, ...], bool]:
     """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests.
 
     Most strings stand in every job's config, and parsing them is slow.

@@ -19,67 +19,24 @@ from typing import Any
 
 import hydra
 import hydra._internal.hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
-import sdd
-from sdd.allowed import check_targets
 from sdd.config import Config, check_values, plain
+from sdd.config_loader import PACKAGE, CheckedConfigLoader, config_folder
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
-from sdd.students import COMPOSING, composed_students, quoted
+from sdd.students import composed_students, quoted
 from sdd.untrusted import printable
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(sdd.__file__).resolve().parent
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
 OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 USER, FAILURE = 2, 1
-
-
-def config_folder() -> Path:
-    """The one root of config groups: in the checkout, or installed beside the package."""
-    beside, inside = PACKAGE.parent / "conf", PACKAGE / "conf"
-    return beside if (beside / "config.yaml").is_file() else inside
-
-
-class CheckedConfigLoader(ConfigLoaderImpl):
-    """Hydra's loader, refusing a composed config that names anything outside the allow-list.
-
-    Every composition passes here before Hydra instantiates callbacks, launchers or log handlers, each job of a sweep
-    included. Hydra 1.4 takes the same list as `execution_whitelist`.
-    """
-
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        config: DictConfig = super().load_configuration(*args, **kwargs)
-        try:
-            check_targets(config)
-        except UserError as error:
-            if COMPOSING.get():  # a student of a job, whose failures are recorded, so that a sweep goes on
-                raise
-            print(f"error: {explained(error)[1]}", file=sys.stderr)
-            raise SystemExit(USER) from None
-        return config
-
-    def get_group_options(
-        self,
-        group_name: str,
-        results_filter: ObjectType | None = ObjectType.CONFIG,
-        config_name: str | None = None,
-        overrides: list[str] | None = None,
-    ) -> list[str]:
-        """The options of a group, out of this loader's sources; Hydra copies them whole for each group of `--help`."""
-        if config_name or overrides:
-            found: list[str] = super().get_group_options(group_name, results_filter, config_name, overrides)
-        else:
-            found = self.repository.get_group_options(group_name, results_filter)
-        return found
 
 
 def main(script: str) -> None:

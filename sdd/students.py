@@ -66,6 +66,8 @@ def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
     searched = [word for word in asked.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:
         for override in OverridesParser.create().parse_overrides(overrides):
+            if "${" in str(override.input_line):
+                raise UserError(f"{override.input_line} would be resolved a second time; write the value itself")
             if _group(override.key_or_group) in NOT_OF_A_STUDENT:
                 raise UserError(f"{override.input_line} says nothing of a student; give it for the whole command")
         config: DictConfig = compose(asked.job.config_name, [*searched, *words, "merge=none"])

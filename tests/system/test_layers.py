@@ -7,14 +7,25 @@ from pathlib import Path
 from launching import REPOSITORY
 
 LAYERS = (
-    {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance", "untrusted"},
+    {
+        "config",
+        "allowed",
+        "shared_configs",
+        "store",
+        "prompts",
+        "answers",
+        "losses",
+        "errors",
+        "provenance",
+        "untrusted",
+    },
     {"architectures", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}
     | {"forcing", "speculative", "shift", "costs"}
     | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
     {"recipes"},
     {"stages", "report", "export", "card", "counts", "plan"},
-    {"app", "sweep", "students"},
+    {"app", "config_loader", "sweep", "students"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 DIGESTS = {"digest_of", "file_digest", "remembered_digest", "canonical"}

@@ -188,21 +188,20 @@ def test_rerun_from_a_pickle_is_refused_in_every_spelling(word: str, joined: boo
     assert not (tmp_path / "ran").exists()
 
 
-def test_own_logging_and_plain_interpolations_still_work(tmp_path: Path) -> None:
+def test_plain_interpolations_of_a_file_and_typed_logging_still_work(tmp_path: Path) -> None:
     body = """
 study: {rates: {none: 1e-3, sft: 2e-3}, where: mine}
 finetune: {learning_rate: "${study.rates.${finetune.mode}}"}
-hydra:
-  run: {dir: "${study.where}/${now:%Y}"}
-  job_logging:
-    handlers:
-      extra: {class: logging.FileHandler, formatter: simple, filename: "${hydra.runtime.output_dir}/extra.log"}
-    root: {handlers: [console, extra]}
+hydra: {verbose: false, launcher: {n_jobs: 2}, sweeper: {params: {seed: "0,1"}}}
+defaults: [override /hydra/launcher: joblib]
 """
     _, folder = offered(tmp_path, body, "mine")
-    outcome = run("prune", folder, "experiment=mine", "dry_run=true", "finetune=sft", cwd=tmp_path)
+    handler = "{class:logging.FileHandler,formatter:simple,filename:'${hydra.runtime.output_dir}/extra.log'}"
+    typed = ["hydra.run.dir=mine/here", f"+hydra.job_logging.handlers.extra={handler}"]
+    typed.append("hydra.job_logging.root.handlers=[console,extra]")
+    outcome = run("prune", folder, *typed, "experiment=mine", "dry_run=true", "finetune=sft", cwd=tmp_path)
     assert outcome.code == 0, outcome.stderr
-    assert len(list(tmp_path.glob("mine/*/extra.log"))) == 1
+    assert (tmp_path / "mine" / "here" / "extra.log").is_file()
 
 
 def _copy(checkpoint: Path, tmp_path: Path) -> Path:
