@@ -91,10 +91,16 @@ def explained(error: Exception) -> tuple[int, str]:
         path = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # a copy names both
         where = f" at {path}" if path else ""
         return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
+    kind = type(error).__name__
+    if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+        return USER, (
+            "out of memory; ask for less at once: trainer.micro_batch_tokens or trainer.gradient_checkpointing=true in "
+            "fine-tuning, engine.batch_size, evaluation.batch_size or trainer.inference_batch_size elsewhere"
+        )
     if isinstance(error, UserError):
         return USER, printable(" ".join(str(error).split()))
     first = (str(error).splitlines() or [""])[0]
-    return FAILURE, printable(f"{type(error).__name__}: {first}")
+    return FAILURE, printable(f"{kind}: {first}")
 
 
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
@@ -102,6 +108,8 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     check_values(config)
     if config.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
+    else:
+        _check_machine(config.trainer)
     from sdd.provenance import provenance
     from sdd.recipes import Recipes
     from sdd.store import Store
@@ -169,6 +177,19 @@ def _check_quantisation(quantisation: str | None) -> None:
         raise UserError(f"adapter.quantisation={quantisation} needs bitsandbytes; run: pip install 'sdd[quantisation]'")
 
 
+def _check_machine(trainer: DictConfig) -> None:
+    """What the trainer asks of this machine, before anything is fetched."""
+    if trainer.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "trainer.attention=flash_attention_2 needs the package flash-attn; choose trainer.attention=sdpa"
+        )
+    if trainer.accelerator == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
+
+
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
@@ -180,11 +201,6 @@ def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
     from sdd.stages.runtime import Runtime
 
     trainer = config.trainer
-    if trainer.accelerator == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
     return Runtime(
         sources=recipes.sources,
         texts=recipes.texts,

@@ -68,7 +68,12 @@ class HFEngine:
 
     def spec(self) -> dict[str, Any]:
         """Part of the rewrites' key; the seed counts only when something is drawn."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "tries": self.tries, "seed": self.seed}
+        sampling: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "tries": self.tries,
+            "seed": self.seed,
+        }
         return {
             "kind": "hf",
             "max_new_tokens": self.max_new_tokens,
@@ -132,20 +137,47 @@ class HFEngine:
 
 
 class GumbelNoise:
-    """Adds Gumbel noise to the logits of each row from a generator of its own: (B, T), (B, V) -> (B, V)."""
+    """Adds Gumbel noise to the logits of each row: (B, T), (B, V) -> (B, V), float64, on the logits' device.
+
+    The noise of a token is a function of (seed, request, try, step, token) and of nothing else: the 64-bit mixer of
+    SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") turns that counter into a
+    uniform number of 53 bits. One object serves one call of `generate`.
+    """
 
     def __init__(self, seed: int, requests: Sequence[Request]) -> None:
-        import torch
-
-        self.generators = []
-        for request in requests:
-            key = hashlib.sha256(f"{seed} {request.attempt} {request.id}".encode()).digest()
-            self.generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1))
+        texts = [f"{seed} {request.attempt} {request.id}" for request in requests]
+        self.keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+        self.step = 0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
 
-        width = scores.shape[-1]
-        uniform = torch.stack([torch.rand(width, generator=g, dtype=torch.float64) for g in self.generators])
-        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-        return scores.double() + noise.to(scores.device)
+        rows = [_signed(_mixed(key + self.step * _GOLDEN)) for key in self.keys]
+        self.step += 1
+        counter = torch.arange(1, scores.shape[-1] + 1, device=scores.device) * _signed(_GOLDEN)
+        bits = torch.tensor(rows, device=scores.device)[:, None] + counter
+        for shift, factor in _ROUNDS:
+            bits = _shifted_xor(bits, shift).mul_(_signed(factor))
+        uniform = _shifted_xor(bits, 31).bitwise_and_((1 << 53) - 1).double().add_(0.5).mul_(2.0**-53)
+        return uniform.log_().neg_().log_().neg_().add_(scores)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _mixed(value: int) -> int:
+    value &= (1 << 64) - 1
+    for shift, factor in _ROUNDS:
+        value = (value ^ value >> shift) * factor & (1 << 64) - 1
+    return value ^ value >> 31
+
+
+def _signed(value: int) -> int:
+    """The 64 bits as torch holds them; its products wrap as those of unsigned numbers do."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted_xor(bits: Any, shift: int) -> Any:
+    """bits ^ (bits >>> shift); torch's shift repeats the sign."""
+    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)

@@ -15,6 +15,7 @@ from sdd.architectures import attention_for, block_list, check_kind, scaled, sto
 from sdd.errors import UserError
 from sdd.prompts import prepare_tokenizer
 from sdd.store import digest_of, remembered_digest
+from sdd.untrusted import read_json
 
 SIDE_FILES = (
     "generation_config.json",
@@ -29,6 +30,22 @@ SIDE_FILES = (
     "chat_template.json",
 )
 """What a checkpoint carries besides weights and config, as far as it decides what the model says."""
+
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What of a checkpoint's generation config is obeyed."""
+OVERRULED = (
+    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache"),
+    *("transformers_version", "_from_model_config", "trust_remote_code"),
+)
+"""What every call said itself before, or what steers nothing."""
+STEERING = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p"), 1.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "min_new_tokens", "exponential_decay_length_penalty")),
+}
+"""Settings of generation that old checkpoints keep in config.json, with the values at which they do nothing."""
 
 NAMES_CODE = ("phi3",)
 """Model types whose repositories name code of their own beside a stock class, which is what is opened."""
@@ -162,11 +179,36 @@ def load_model(
         )
     except SafetensorError as error:
         raise UserError(f"model.path={folder}: damaged safetensors file ({error})") from None
+    model.generation_config = _plain_generation(model.generation_config)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first pass in evaluation mode rounds the scales to bfloat16, and training goes on from those.
             module.support_avx512bf16_for_cpu = False
     return model.eval() if quantisation else model.to(device).eval()
+
+
+def _plain_generation(shipped: Any) -> Any:
+    """Where answers begin and end, as the checkpoint says it; how they are chosen is said by the config alone.
+
+    Penalties, beams, forced or suppressed tokens that a checkpoint ships would make "greedy" mean something else.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**{key: getattr(shipped, key, None) for key in ENDS})
+
+
+def steers_generation(folder: Path) -> bool:
+    """Whether the checkpoint ships settings that would change greedy answers if they were obeyed."""
+    shipped = {key: value for key, value in read_config(folder).items() if key in STEERING}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        shipped |= read_json(path, f"model.path={folder}: generation_config.json")
+    neutral: tuple[Any, ...] = (None, False, [], {})
+    return any(
+        value not in neutral and value != STEERING.get(key)
+        for key, value in shipped.items()
+        if key not in (*ENDS, *OVERRULED)
+    )
 
 
 def _keep_hub_kernels_out() -> None:

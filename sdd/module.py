@@ -21,6 +21,8 @@ from sdd.adapters import causal_lm
 from sdd.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 from sdd.models import decoder, head_logits
 
+MOST_LOGITS = 1 << 25
+"""Logits that are there at once, 134 MB in float32; more are made in chunks, and again in the backward pass."""
 VALIDATIONS = 4
 """How often in a run the validation loss is taken."""
 
@@ -85,7 +87,14 @@ def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tu
     """Summed cross-entropy over the rows' target tokens, and their number; logits at target positions only."""
     ids, mask, labels = padded(rows, device)
     at = labels[:, 1:] != -100
-    return target_loss_sum(head_logits(model, _states(model, ids, mask, at)), labels[:, 1:][at]), int(at.sum())
+    states, targets = _states(model, ids, mask, at), labels[:, 1:][at]
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return target_loss_sum(head_logits(model, hidden), targets)
+
+    if len(states) * model.config.vocab_size <= MOST_LOGITS:
+        return loss(states, targets), len(targets)
+    return summed_in_chunks(loss, states, targets), len(targets)
 
 
 def _states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def check_values(config: DictConfig) -> None:
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")
+    if config.trainer.devices > 1:
+        raise UserError(f"trainer.devices={config.trainer.devices}: one device at a time so far; sweep over processes")
     pruning = config.pruning
     if pruning.blocks is not None and (pruning.start is not None):
         raise UserError("pruning.blocks and pruning.start exclude each other; keep one")

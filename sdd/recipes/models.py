@@ -21,6 +21,9 @@ VERSIONS = {"scores": 1, "pruned": 1, "rewrites": 1, "targets": 1, "tuned": 1, "
 VERSIONS |= {"answered": 1, "surprisals": 1, "drafted": 1, "shifted": 1, "measured": 1}
 """Raised when the way a stage computes changes its content."""
 
+ANSWERING = ("rewrites", "answered", "evaluated", "drafted")
+"""Stages in which a model writes freely."""
+
 STAND_IN = "not fetched: "
 """How a dry run's digest of what is not on this machine begins."""
 
@@ -111,4 +114,18 @@ class Models:
         return dtype
 
     def _recipe(self, stage: str, spec: dict[str, Any], inputs: dict[str, Recipe], labels: dict[str, str]) -> Recipe:
-        return Recipe(stage, VERSIONS[stage], spec, inputs, dict(labels))
+        return Recipe(stage, VERSIONS[stage] + self._raised(stage), spec, inputs, dict(labels))
+
+    def _raised(self, stage: str) -> int:
+        """What the version of a stage is raised by where a model writes otherwise than it once did.
+
+        By 1 where the checkpoint ships settings that steer generation, which were once obeyed; by 2 where rewrites are
+        sampled, whose noise was once drawn from another generator.
+        """
+        if stage not in ANSWERING:
+            return 0
+        digest = self.teacher_digest if stage == "rewrites" else self.model_digest
+        folder = self.sources.get(digest)
+        steered = folder is not None and models.steers_generation(folder)
+        sampled = stage == "rewrites" and self.config.engine.get("temperature", 0) > 0
+        return steered + 2 * sampled

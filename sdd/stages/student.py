@@ -41,12 +41,12 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]
     """The model of an artifact in `dtype`, adapter merged, and the folder of its tokenizer.
 
     The adapter is merged in float32 before any cast, so that a small update is not rounded away twice; one trained on
-    a base in 4 bits is merged into the base as it was before.
+    a base in 4 bits is merged into the base as it was before. The device holds the model in `dtype` only.
     """
     base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
         return models.load_model(base, dtype, runtime.device, runtime.attention), base
     import torch
 
-    model = models.load_model(base, "float32", runtime.device, runtime.attention)
-    return merged(model, folder / "adapter").to(getattr(torch, dtype)).eval(), base
+    model = models.load_model(base, "float32", "cpu", runtime.attention)
+    return merged(model, folder / "adapter").to(getattr(torch, dtype)).to(runtime.device).eval(), base

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from tqdm import tqdm
@@ -133,6 +134,7 @@ def _fit(
 ) -> list[dict[str, Any]]:
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.plugins.environments import LightningEnvironment
 
     from sdd.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
 
@@ -169,12 +171,17 @@ def _fit(
             max_epochs=-1,
             logger=_logger(recipe, runtime),
             callbacks=[ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)],
-            plugins=[WholeCheckpoints()],
+            # Slurm's environment would write on a signal, and load, checkpoints that are not this run's.
+            plugins=[WholeCheckpoints(), LightningEnvironment()],
+            default_root_dir=scratch,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        trainer.fit(module, ckpt_path=saved[-1] if saved else None, weights_only=False)
+        try:
+            trainer.fit(module, ckpt_path=saved[-1] if saved else None, weights_only=True)
+        except UnpicklingError:
+            raise UserError(f"{saved[-1]} is no checkpoint of plain tensors and is not opened; remove it") from None
     _finish_logger(trainer.logger)
     assert len(module.history) == len(plan), f"{len(module.history)} steps recorded of {len(plan)}"
     return module.history

@@ -1,5 +1,6 @@
 """Generation in batches against generation one prompt at a time, and sampling against the distribution it claims."""
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sdd.engines import Completion, GumbelNoise, HFEngine, Request
+from sdd.models import steers_generation
 from sdd.prompts import chat_prompt_ids
 from sdd.tiny.tasks import instances
 
@@ -187,6 +189,54 @@ def test_noise_repeats_and_moves_on_with_every_token() -> None:
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
     assert torch.equal(GumbelNoise(3, [Request("b", "p")])(None, scores[:1])[0], first[1])
+
+
+def test_noise_is_uniform_and_rows_steps_and_tokens_are_unrelated() -> None:
+    noise = GumbelNoise(0, [Request(str(n), "p") for n in range(16)])
+    scores = torch.zeros(16, 32000)
+    first, second = (torch.exp(-torch.exp(-noise(None, scores))) for _ in range(2))
+    counts = torch.histc(first.flatten(), 100, 0, 1)
+    expected = first.numel() / 100
+    assert float(((counts - expected) ** 2 / expected).sum()) < 180, "chi-square, 99 degrees: above 180 in one of 1e6"
+    for a, b in ((first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (first, second)):
+        z = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] * a.numel() ** 0.5
+        assert abs(float(z)) < 5
+
+
+def test_noise_of_a_row_does_not_depend_on_its_batch() -> None:
+    requests = [Request(str(n), "p") for n in range(3)]
+    together = GumbelNoise(5, requests)(None, torch.zeros(3, 1000))
+    alone = [GumbelNoise(5, [request])(None, torch.zeros(1, 1000))[0] for request in requests]
+    assert torch.equal(together, torch.stack(alone))
+
+
+SHIPPED = [
+    {"repetition_penalty": 5.0},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 3},
+    {"forced_eos_token_id": 7},
+    {"suppress_tokens": list(range(40, 200))},
+    {"begin_suppress_tokens": list(range(40, 200))},
+    {"min_new_tokens": 5},
+    {"bad_words_ids": [[n] for n in range(40, 200)]},
+    {"exponential_decay_length_penalty": [1, 9.0]},
+    {"sequence_bias": [[[50], 100.0]]},
+    {"do_sample": True, "temperature": 9.0, "top_k": 3},
+    {"num_return_sequences": 2, "num_beams": 2},
+]
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda s: next(iter(s)))
+def test_greedy_is_greedy_whatever_the_checkpoint_ships(
+    shipped: dict, tiny_llama: Path, requests: list[Request], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | shipped))
+    own = [c.text for c in opened(tiny_llama, max_new_tokens=8).complete(requests)]
+    assert [c.text for c in opened(folder, max_new_tokens=8).complete(requests)] == own
+    assert steers_generation(folder) == ("do_sample" not in shipped)
+    assert not steers_generation(tiny_llama)
 
 
 def test_gumbel_argmax_is_a_sample_of_the_softmax() -> None:
