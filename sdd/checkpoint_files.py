@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdd.errors import UserError
-from sdd.untrusted import check_inside, check_regular
+from sdd.untrusted import check_inside, check_regular, printable
 
 SIDE_FILES = (
     "generation_config.json",
@@ -112,7 +112,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[Header, int]:
     for name, entry in header.items():
         if name != "__metadata__":
             if reason := _wrong(name, entry):
-                raise _damaged(path, f"the header is not valid: {reason} of tensor {name[:LONGEST_NAME]}")
+                raise _damaged(path, f"the header is not valid: {reason} of tensor {printable(name[:80])}")
             ranges.append(tuple(entry["data_offsets"]))
     reached = 0
     for begin, end in sorted(ranges):

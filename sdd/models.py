@@ -108,8 +108,9 @@ def num_blocks(folder: Path) -> int:
 def model_digest(folder: Path, memory: Path) -> str:
     """Digest of weights, config, tokenizer, chat template and generation config, hexadecimal."""
     read_config(folder)
-    files = [folder / "config.json", *side_files(folder)]
-    parts = {path.name: remembered_digest(path, memory) for path in [*files, *weight_files(folder)]}
+    files, weights = [folder / "config.json", *side_files(folder)], weight_files(folder)
+    read_headers(weights)  # a file that claims more than it holds is not hashed first
+    parts = {path.name: remembered_digest(path, memory) for path in [*files, *weights]}
     return digest_of(parts)
 
 
