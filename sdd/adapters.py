@@ -25,6 +25,9 @@ BASE = re.compile(r"(pruned|model)/[A-Za-z0-9]{1,64}")
 NAMES = re.compile(r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,10}")
 """Of modules; PEFT takes a single text for a regular expression, and a list for names."""
 
+PATTERN = re.compile(r"\.\*\\\.[A-Za-z0-9_]{1,60}")
+"""What PEFT itself writes where it stacks a mixture's experts: `.*\\.gate_up_proj`."""
+
 DUMMY = "dummy-target-modules"
 """What PEFT calls no module to put LoRA into."""
 
@@ -32,6 +35,7 @@ MOST_RANK = 65_536
 
 CHOSEN: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
 CHOSEN += ("layers_to_transform", "layers_pattern", "ensure_weight_tying", "base_model_name_or_path", "peft_version")
+CHOSEN += ("rank_pattern", "alpha_pattern", "target_parameters")
 """What adapters of this project differ in."""
 
 DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
@@ -62,11 +66,16 @@ def check_adapter(folder: Path, name: str) -> dict[str, Any]:
     stored = {key: entry["shape"] for key, entry in read_headers(files[1:]).items()}
     for key, shape in stored.items():
         rank = {".lora_A.weight": shape[:1], ".lora_B.weight": shape[1:]}
-        if any(key.endswith(end) and (len(shape) != 2 or found != [config["r"]]) for end, found in rank.items()):
+        if any(key.endswith(end) and (len(shape) != 2 or not _is_rank(found, config)) for end, found in rank.items()):
             raise UserError(
                 f"{name}: {key} of its adapter is no matrix of rank {config['r']}; retrain, or fetch it again"
             )
     return config
+
+
+def _is_rank(found: list[int], config: dict[str, Any]) -> bool:
+    """Whether an extent is the rank; experts have their own, one behind the other."""
+    return found == [config["r"]] or bool(config.get("rank_pattern") or config.get("target_parameters"))
 
 
 def _is_none(value: Any) -> bool:
@@ -80,6 +89,11 @@ def _is_number(value: Any, most: float) -> bool:
 def _are_names(value: Any) -> bool:
     named = isinstance(value, list) and len(value) <= 10_000
     return named and all(isinstance(name, str) and NAMES.fullmatch(name) for name in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    plain = isinstance(value, dict) and len(value) <= 100
+    return plain and all(PATTERN.fullmatch(key) and _is_number(number, 1e6) for key, number in value.items())
 
 
 def _are_blocks(value: Any) -> bool:
@@ -98,6 +112,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "base_model_name_or_path": lambda value: (
         value is None or (isinstance(value, str) and BASE.fullmatch(value) is not None)
     ),
+    "rank_pattern": lambda value: value is None or _are_patterns(value),
+    "alpha_pattern": lambda value: value is None or _are_patterns(value),
+    "target_parameters": lambda value: value is None or _are_names(value),
     "peft_version": lambda value: value is None or (isinstance(value, str) and len(value) < 100),
 }
 

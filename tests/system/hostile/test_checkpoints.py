@@ -396,7 +396,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "arrow": {"arrow_config": {"top_k": 3}},
     "a key of tomorrow's": {"run_config": {"code": "x"}},
     "dora": {"use_dora": True},
-    "parameters": {"target_parameters": ["x"]},
+    "parameters": {"target_parameters": ["x.*"]},
     "modules saved by pattern": {"modules_to_save": ["lm_head|.*"]},
 }
 
