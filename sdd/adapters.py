@@ -5,14 +5,118 @@ LoRA (Hu et al. 2021, arXiv 2106.09685) and trained copies of whole modules are 
 in float32, since bfloat16 would round most updates away. Knows nothing of the loss, the data or the store.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdd.checkpoint_files import read_headers, view
 from sdd.errors import UserError
-from sdd.models import blocks, save_model
+from sdd.models import LARGEST_CONFIG, blocks, save_model
+from sdd.untrusted import check_inside, check_regular, read_json
 
 TIED_BY_PEFT = ("embed_tokens",)
 """Names of embeddings whose tie to the head PEFT keeps while both are trained."""
+
+
+BASE = re.compile(r"(pruned|model)/[A-Za-z0-9]{1,64}")
+"""What an adapter calls its base: an address or a digest, never a place."""
+
+NAMES = re.compile(r"[A-Za-z0-9_]{1,60}(\.[A-Za-z0-9_]{1,60}){0,10}")
+"""Of modules; PEFT takes a single text for a regular expression, and a list for names."""
+
+PATTERN = re.compile(r"\.\*\\\.[A-Za-z0-9_]{1,60}")
+"""What PEFT itself writes where it stacks a mixture's experts: `.*\\.gate_up_proj`."""
+
+DUMMY = "dummy-target-modules"
+"""What PEFT calls no module to put LoRA into."""
+
+MOST_RANK = 65_536
+
+CHOSEN: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+CHOSEN += ("layers_to_transform", "layers_pattern", "ensure_weight_tying", "base_model_name_or_path", "peft_version")
+CHOSEN += ("rank_pattern", "alpha_pattern", "target_parameters")
+"""What adapters of this project differ in."""
+
+DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+DEFAULTS |= {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
+"""What they all say. Anything else has to be null, false or empty: it is code, a pattern or another method."""
+
+
+def check_adapter(folder: Path, name: str) -> dict[str, Any]:
+    """The config of an adapter as this project writes it; refused in one line before PEFT opens any other."""
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    for path in files:
+        what = f"{name}: {path.name}"
+        check_regular(path, what)
+        check_inside(path, folder, what)
+    config = read_json(files[0], f"{name}: adapter_config.json", LARGEST_CONFIG)
+    for key, value in config.items():
+        if key in CHOSEN:
+            continue
+        expected = DEFAULTS.get(key)
+        if not (value == expected and type(value) is type(expected)) and not (key not in DEFAULTS and _is_none(value)):
+            raise UserError(f"{name}: its adapter has {key[:60]}={str(value)[:60]}, which is not supported; retrain")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{name}: its adapter is of no known kind (peft_type in adapter_config.json); retrain")
+    for key, valid in _CHECKS.items():
+        if not valid(config.get(key)):
+            shown = str(config.get(key))[:60]
+            raise UserError(f"{name}: its adapter has {key}={shown}, which this project does not write; retrain")
+    stored = {key: entry["shape"] for key, entry in read_headers(files[1:]).items()}
+    for key, shape in stored.items():
+        rank = {".lora_A.weight": shape[:1], ".lora_B.weight": shape[1:]}
+        if any(key.endswith(end) and (len(shape) != 2 or not _is_rank(found, config)) for end, found in rank.items()):
+            raise UserError(
+                f"{name}: {key} of its adapter is no matrix of rank {config['r']}; retrain, or fetch it again"
+            )
+    return config
+
+
+def _is_rank(found: list[int], config: dict[str, Any]) -> bool:
+    """Whether an extent is the rank; experts have their own, one behind the other."""
+    return found == [config["r"]] or bool(config.get("rank_pattern") or config.get("target_parameters"))
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or value is False or value == {} or value == []
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _are_names(value: Any) -> bool:
+    named = isinstance(value, list) and len(value) <= 10_000
+    return named and all(isinstance(name, str) and NAMES.fullmatch(name) for name in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    plain = isinstance(value, dict) and len(value) <= 100
+    return plain and all(PATTERN.fullmatch(key) and _is_number(number, 1e6) for key, number in value.items())
+
+
+def _are_blocks(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 1000 and all(type(block) is int and block >= 0 for block in value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: type(value) is int and 1 <= value <= MOST_RANK,
+    "lora_alpha": lambda value: _is_number(value, 1e6),
+    "lora_dropout": lambda value: _is_number(value, 1.0),
+    "target_modules": lambda value: value == DUMMY or _are_names(value),
+    "modules_to_save": lambda value: value is None or _are_names(value),
+    "layers_to_transform": lambda value: value is None or _are_blocks(value),
+    "layers_pattern": lambda value: value in (None, "layers"),
+    "ensure_weight_tying": lambda value: value is None or isinstance(value, bool),
+    "base_model_name_or_path": lambda value: (
+        value is None or (isinstance(value, str) and BASE.fullmatch(value) is not None)
+    ),
+    "rank_pattern": lambda value: value is None or _are_patterns(value),
+    "alpha_pattern": lambda value: value is None or _are_patterns(value),
+    "target_parameters": lambda value: value is None or _are_names(value),
+    "peft_version": lambda value: value is None or (isinstance(value, str) and len(value) < 100),
+}
 
 
 def beside_cut(kept: list[int], removed: list[int], reach: int) -> list[int]:
@@ -125,4 +229,10 @@ def merged(base: Any, adapter: Path) -> Any:
     """The model `base` with the adapter in the folder `adapter` merged in, without PEFT's wrapper."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    check_adapter(adapter, f"adapter {adapter}")
+    try:
+        with view(adapter, [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]) as shown:
+            return PeftModel.from_pretrained(base, str(shown)).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"adapter {adapter}: does not fit its base ({reason}); retrain, or fetch it again") from None

@@ -7,13 +7,13 @@ that is complete in the cache is taken as it is, without asking the network: the
 its content is in every address. Knows nothing of Hydra or the store's artifacts.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from sdd import models
+from sdd.checkpoint_files import SIDE_FILES
 from sdd.errors import NotFetched, UserError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """`owner/name`; anything else is a folder, and so is a folder of that name."""
 
 PAGE = "README.md"
-SMALL_FILES = ("config.json", "model.safetensors.index.json", PAGE, *models.SIDE_FILES)
+SMALL_FILES = ("config.json", "model.safetensors.index.json", PAGE, *SIDE_FILES)
 
 
 def is_hub_id(path: str) -> bool:
@@ -96,9 +96,8 @@ def _refusals(folder: Path, repo: str) -> None:
 def _weight_names(folder: Path) -> list[str]:
     """What the index names, without judging it; the judgement is that of `models.weight_files`."""
     try:
-        names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
-        return sorted({name for name in names if name.endswith(".safetensors") and Path(name).name == name})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return models.indexed_names(folder)
+    except UserError:
         return ["model.safetensors"]
 
 

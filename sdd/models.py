@@ -4,32 +4,34 @@ A model is a folder with `config.json`, safetensors weights and a tokenizer. Not
 remote code are refused. Knows nothing of Hydra or the store's artifacts.
 """
 
-import json
 import logging
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from sdd.architectures import attention_for, block_list, check_kind, scaled, stock_config
+from sdd.architectures import (
+    attention_for,
+    block_list,
+    check_kind,
+    check_shapes,
+    is_tokenizer,
+    scaled,
+    skeleton,
+    stock_config,
+)
+from sdd.checkpoint_files import SIDE_FILES, check_part, read_headers, side_files, view
 from sdd.errors import UserError
 from sdd.prompts import prepare_tokenizer
 from sdd.store import digest_of, remembered_digest
-from sdd.untrusted import read_json
+from sdd.untrusted import parse_json, read_json, read_text
 
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What a checkpoint carries besides weights and config, as far as it decides what the model says."""
+LARGEST_CONFIG = 4 << 20
+"""Bytes of a `config.json`; most have one or two thousand."""
+
+WEIGHT_FILE = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What of a checkpoint's generation config is obeyed."""
@@ -54,18 +56,16 @@ NAMES_CODE = ("phi3",)
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that stock loading reads; a user's mistake if there are none or one is missing."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    if os.path.lexists(single):
+        check_part(single, folder)
         return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError("no plain file names")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"model.path={folder}: model.safetensors.index.json is not a valid index") from None
-        missing = [name for name in names if not (folder / name).is_file()]
+    if os.path.lexists(index):
+        names = indexed_names(folder)
+        missing = [name for name in names if not os.path.lexists(folder / name)]
         if missing:
             raise UserError(f"model.path={folder}: the index names {missing[0]}, which is not there; fetch it again")
+        for name in names:
+            check_part(folder / name, folder)
         return [folder / name for name in names]
     if next(folder.glob("*.safetensors"), None):
         raise UserError(
@@ -82,26 +82,35 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def indexed_names(folder: Path) -> list[str]:
+    """The weight files that the index names, sorted."""
+    path = folder / "model.safetensors.index.json"
+    check_part(path, folder)
+    what = f"model.path={folder}: {path.name} is not a valid index"
+    weight_map = read_json(path, what).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and WEIGHT_FILE.fullmatch(name) for name in names):
+        raise UserError(f"{what}; fetch it again")
+    return sorted(set(names))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a causal language model with numbered blocks; anything else is a user's mistake."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"model.path={folder}: no such folder")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"model.path={folder}: no config.json; is this a checkpoint folder?")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"model.path={folder}: config.json is not valid JSON") from None
+    check_part(path, folder)
+    text = read_text(path, f"model.path={folder}: config.json", LARGEST_CONFIG)
+    config = parse_json(text, f"model.path={folder}: config.json is not valid JSON")
     if not isinstance(config, dict):
         raise UserError(f"model.path={folder}: config.json is not a JSON object")
-    if "auto_map" in config and config.get("model_type") not in NAMES_CODE:
+    if "auto_map" in config and str(config.get("model_type")) not in NAMES_CODE:
         raise UserError(
             f"model.path={folder}: needs remote code (auto_map in config.json), which is never run; choose a "
             "checkpoint of an architecture that transformers knows"
         )
-    if "/" in str(config.get("attn_implementation", config.get("_attn_implementation"))):
-        raise UserError(f"model.path={folder}: needs an attention kernel from a hub (config.json), which is never run")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model.path={folder}: holds an adapter (adapter_config.json); merge it into a full checkpoint")
     check_kind(config, f"model.path={folder}")
@@ -115,20 +124,27 @@ def num_blocks(folder: Path) -> int:
 def model_digest(folder: Path, memory: Path) -> str:
     """Digest of weights, config, tokenizer, chat template and generation config, hexadecimal."""
     read_config(folder)
-    files = [folder / "config.json", *(folder / name for name in SIDE_FILES if (folder / name).is_file())]
-    parts = {path.name: remembered_digest(path, memory) for path in [*files, *weight_files(folder)]}
+    files, weights = [folder / "config.json", *side_files(folder)], weight_files(folder)
+    read_headers(weights)  # a file that claims more than it holds is not hashed first
+    parts = {path.name: remembered_digest(path, memory) for path in [*files, *weights]}
     return digest_of(parts)
 
 
 def has_chat_template(folder: Path) -> bool:
     """Whether the checkpoint brings a chat template; the plain one of `sdd.prompts` stands in where it does not."""
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+    if any(path.name in ("chat_template.jinja", "chat_template.json") for path in side_files(folder)):
         return True
+    return bool(_tokenizer_config(folder).get("chat_template"))
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    try:
-        return bool(path.is_file() and json.loads(path.read_text()).get("chat_template"))
-    except (ValueError, AttributeError):
-        raise UserError(f"model.path={folder}: tokenizer_config.json is not a JSON object") from None
+    if path not in side_files(folder):
+        return {}
+    config = read_json(path, f"model.path={folder}: tokenizer_config.json")
+    if not (config.get("tokenizer_class") is None or is_tokenizer(config["tokenizer_class"])):
+        raise UserError(f"model.path={folder}: tokenizer_config.json names no tokenizer as tokenizer_class")
+    return config
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -136,10 +152,16 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     vocabulary = read_config(folder).get("vocab_size")
+    _tokenizer_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={folder}: the tokenizer does not open ({str(error).splitlines()[0]})") from None
+        with view(folder, [folder / "config.json", *side_files(folder)]) as shown:
+            tokenizer = AutoTokenizer.from_pretrained(shown, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file stock code may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path={folder}: the tokenizer does not open ({reason})") from None
+    tokenizer.name_or_path = str(folder)
     try:
         return prepare_tokenizer(tokenizer, vocabulary)
     except UserError as error:
@@ -159,10 +181,12 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = read_config(folder)
-    weight_files(folder)
+    where, config = f"model.path={folder}", read_config(folder)
+    weights = weight_files(folder)
+    stored = {name: tuple(entry["shape"]) for name, entry in read_headers(weights).items()}
+    check_shapes(skeleton(config, where), stored, where)
     options: dict[str, Any] = {}
-    if chosen := attention_for(stock_config(config, f"model.path={folder}"), attention):
+    if chosen := attention_for(stock_config(config, where), attention):
         options["attn_implementation"] = chosen
     if quantisation is not None:
         assert quantisation == "nf4", f"no quantisation {quantisation}"
@@ -173,13 +197,16 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
+    index = [path for path in [folder / "model.safetensors.index.json"] if weights[0].name != "model.safetensors"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
-        )
+        with view(folder, [folder / "config.json", *side_files(folder), *index, *weights]) as shown:
+            model = AutoModelForCausalLM.from_pretrained(
+                shown, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
+            )
     except SafetensorError as error:
         raise UserError(f"model.path={folder}: damaged safetensors file ({error})") from None
     model.generation_config = _plain_generation(model.generation_config)
+    model.name_or_path = model.config._name_or_path = str(folder)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first pass in evaluation mode rounds the scales to bfloat16, and training goes on from those.
@@ -212,9 +239,12 @@ def steers_generation(folder: Path) -> bool:
 
 
 def _keep_hub_kernels_out() -> None:
-    """Where the package `kernels` is installed, bitsandbytes fetches and runs a kernel from a hub as it is imported."""
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses that kernel aloud
+    """Where the package `kernels` is installed, bitsandbytes would fetch and run a kernel as it is imported.
+
+    `sdd/__init__.py` has seen to that; bitsandbytes misses it aloud.
+    """
+    assert "kernels" in sys.modules, "it is kept from being imported"
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def save_model(model: Any, folder: Path, base: Path) -> None:
@@ -226,8 +256,8 @@ def save_model(model: Any, folder: Path, base: Path) -> None:
     model.save_pretrained(folder)
     for name in SIDE_FILES:
         (folder / name).unlink(missing_ok=True)
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    for path in side_files(base):
+        shutil.copyfile(path, folder / path.name)
 
 
 def recompute_activations(model: Any) -> None:

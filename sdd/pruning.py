@@ -18,37 +18,12 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from sdd.architectures import BLOCK_NAME, HEADS, STORED_BUFFERS, check_cut, cut_config, explicit_config
+from sdd.checkpoint_files import Header, read_header, read_headers, side_files
 from sdd.errors import UserError
-from sdd.models import SIDE_FILES, read_config, weight_files
+from sdd.models import read_config, weight_files
 
 CHUNK = 16 << 20
 """Bytes held at a time."""
-
-Header = dict[str, Any]
-
-
-def read_header(file: BinaryIO, path: Path) -> tuple[Header, int]:
-    """The header of a safetensors file and the offset of its first data byte."""
-    start = file.read(8)
-    size = path.stat().st_size
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    if 8 + length > size:
-        raise UserError(f"{path}: damaged safetensors file (the header is cut off); fetch it again")
-    try:
-        header: Header = json.loads(file.read(length))
-        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged safetensors file (the header is not valid); fetch it again") from None
-    if 8 + length + max(ends, default=0) > size:
-        raise UserError(f"{path}: damaged safetensors file (the data are cut off); fetch it again")
-    return header, 8 + length
-
-
-def _end(entry: dict[str, Any]) -> int:
-    begin, end = entry["data_offsets"]
-    if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end and _elements(entry) >= 0):
-        raise ValueError("no byte range")
-    return end
 
 
 def renamed(name: str, position: dict[int, int]) -> str | None:
@@ -183,9 +158,8 @@ def write_checkpoint(source: Path, target: Path, change: Change, config: dict[st
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in side_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def count_parameters(folder: Path) -> int:
@@ -201,10 +175,7 @@ def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
 
 def stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every stored tensor; reads headers only."""
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            header, _ = read_header(file, path)
-        yield from ((name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+    yield from ((name, tuple(entry["shape"])) for name, entry in read_headers(weight_files(folder)).items())
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -214,11 +185,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def matrices(folder: Path) -> set[str]:
     """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
-    found = set()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            header, _ = read_header(file, path)
-        found |= {name for name, entry in header.items() if name != "__metadata__" and len(entry["shape"]) == 2}
+    found = {name for name, shape in stored_shapes(folder) if len(shape) == 2}
     return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
 
 
@@ -255,7 +222,7 @@ def check_prunable(folder: Path, removed: list[int]) -> dict[str, Any]:
     config = explicit_config(config, where)
     kept = [block for block in range(config["num_hidden_layers"]) if block not in removed]
     assert kept, "all blocks removed; the caller checks this"
-    check_cut(config, kept, where)
+    check_cut(config, kept, where, dict(stored_shapes(folder)))
     return config
 
 

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from sdd import models
 from sdd.architectures import BLOCK_NAME, explicit_config, refittable
 from sdd.calibrate import length_batches, padded
+from sdd.checkpoint_files import read_header, side_files
 from sdd.errors import UserError
-from sdd.pruning import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,9 +327,9 @@ def replace_tensors(source: Path, target: Path, tensors: dict[str, Tensor]) -> N
     """Copy a checkpoint into the folder `target`, the bytes of the named tensors replaced; all else is as it was."""
     import torch
 
-    for name in ("config.json", "model.safetensors.index.json", *models.SIDE_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in (source / "config.json", source / "model.safetensors.index.json", *side_files(source)):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
     for path in models.weight_files(source):
         shutil.copyfile(path, target / path.name)
         with (target / path.name).open("r+b") as file:

@@ -89,7 +89,7 @@ def sizes_of(folder: Path) -> Sizes:
 def check_narrowable(folder: Path, width: int) -> MLP:
     """The MLP of a checkpoint; a user's mistake where stock code could not open it with MLPs `width` wide."""
     where, mlp = f"model.path={folder}", sizes_of(folder).mlp
-    check_width(explicit_config(read_config(folder), where), mlp, width, where)
+    check_width(explicit_config(read_config(folder), where), mlp, width, where, dict(stored_shapes(folder)))
     return mlp
 
 

@@ -18,7 +18,8 @@ from sdd.architectures.configs import (
 )
 from sdd.architectures.mlps import MLP, check_width, find_mlp, mlp_layers, mlp_of, mlp_shape
 from sdd.architectures.refitting import refittable
-from sdd.architectures.trees import block_list, check_cut, scaled
+from sdd.architectures.trees import block_list, check_cut, check_shapes, scaled, skeleton
+from sdd.architectures.values import is_tokenizer
 
 __all__ = [
     "BLOCK_NAME",
@@ -29,14 +30,17 @@ __all__ = [
     "block_list",
     "check_cut",
     "check_kind",
+    "check_shapes",
     "check_width",
     "cut_config",
     "explicit_config",
     "find_mlp",
+    "is_tokenizer",
     "mlp_layers",
     "mlp_of",
     "mlp_shape",
     "refittable",
     "scaled",
+    "skeleton",
     "stock_config",
 ]

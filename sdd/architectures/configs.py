@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
+from sdd.architectures.values import check_values
 from sdd.errors import UserError
 
-BLOCK_NAME = re.compile(r"^(?P<before>(?:.+?\.)?layers\.)(?P<index>\d+)(?P<after>\..+)$")
+BLOCK_NAME = re.compile(r"^(?P<before>(?:.+?\.)?layers\.)(?P<index>0|[1-9][0-9]{0,4})(?P<after>\..+)$")
 """Tensor names of block `index`: Llama and its kin keep them in `model.layers`, GPT-NeoX in `gpt_neox.layers`."""
 
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -26,20 +27,24 @@ LEADING_BLOCKS = ("max_window_layers", "first_k_dense_replace")
 
 def check_kind(config: dict[str, Any], where: str) -> None:
     """Refuse what is not a plain text-to-text causal language model with weights as trained."""
-    name = str((config.get("architectures") or ["unknown"])[0])
+    names = config.get("architectures") or ["unknown"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise UserError(f"{where}: config.json does not open (architectures is no list of names)")
+    name = names[0]
     if "vision_config" in config or "text_config" in config or name.endswith("ForConditionalGeneration"):
         raise UserError(f"{where}: {name} reads more than text; only text models (...ForCausalLM) are supported")
     if name.endswith("LMHeadModel"):
         raise UserError(f"{where}: {name} keeps its blocks under `h`; only blocks under `layers` are supported")
     if not name.endswith("ForCausalLM"):
         raise UserError(f"{where}: {name} is not a causal language model")
-    if not isinstance(config.get("num_hidden_layers"), int):
+    if config.get("num_hidden_layers") is None:
         raise UserError(f"{where}: config.json has no num_hidden_layers")
     if "quantization_config" in config:
         raise UserError(
             f"{where}: its weights are quantised (quantization_config in config.json); start from the unquantised "
             "checkpoint, adapter.quantisation=nf4 makes the base of a LoRA small"
         )
+    check_values(config, where)
 
 
 def attention_for(config: Any, asked: str | None) -> str | None:
@@ -53,7 +58,7 @@ def stock_config(config: dict[str, Any], where: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(f"{where}: config.json does not open (model_type {kind} is not known to transformers)")
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(config))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdd.architectures.configs import BLOCK_NAME
-from sdd.architectures.trees import block_list, differing, skeleton
+from sdd.architectures.trees import block_list, check_shapes, differing, skeleton
 from sdd.errors import UserError
 
 MLPS: tuple[tuple[tuple[str, ...], str, int], ...] = (
@@ -64,13 +64,19 @@ def _split(name: str) -> tuple[str, str]:
     return parent + dot, layer
 
 
-def check_width(config: dict[str, Any], mlp: MLP, width: int, where: str) -> None:
+def check_width(
+    config: dict[str, Any], mlp: MLP, width: int, where: str, stored: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Refuse a width cut after which stock code would make another model than the one with narrower MLPs.
 
-    `config` is explicit; every block holds the layers of `mlp`. Seconds at most, whatever the size of the model.
+    `config` is explicit; every block holds the layers of `mlp`; `stored` are the shapes of the tensors, if they are to
+    be those of the config. Seconds at most, whatever the size of the model.
     """
+    whole = skeleton(config, where)
+    if stored is not None:
+        check_shapes(whole, stored, where)
     narrow = skeleton(config | {"intermediate_size": width}, where)
-    expected = {name: mlp_shape(mlp, name, shape, width) for name, shape in block_shapes(skeleton(config, where))}
+    expected = {name: mlp_shape(mlp, name, shape, width) for name, shape in block_shapes(whole)}
     if other := differing(expected, dict(block_shapes(narrow))):
         raise UserError(f"{where}: stock code makes other blocks of a narrower MLP ({other}); not pruned")
 

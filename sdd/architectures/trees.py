@@ -3,13 +3,22 @@
 Trees are built without memory for their weights.
 """
 
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from sdd.architectures.configs import BLOCK_NAME, cut_config, stock_config
+from sdd.architectures.configs import BLOCK_NAME, HEADS, STORED_BUFFERS, cut_config, stock_config
 from sdd.errors import UserError
 
 PLACE = ("layer_idx", "layer_id", "layer_index", "layer_number")
 """Attributes of a module that say where its block stands, and are meant to follow it."""
+
+MOST_MODULES = 300_000
+"""Modules of a model: 61 blocks of 256 experts have 63 thousand."""
 
 MULTIPLIED = {"logit_scale": ("cohere", "cohere2"), "logits_scaling": ("hyperclovax",)}
 DIVIDED = {"logits_scaling": ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "granite_swa")}
@@ -43,19 +52,79 @@ def skeleton(config: dict[str, Any], where: str) -> Any:
 
     opened = stock_config(config, where)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _within(MOST_MODULES):
             return AutoModelForCausalLM.from_config(opened, attn_implementation="eager", trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: stock code makes no model of config.json ({reason})") from None
 
 
-def check_cut(config: dict[str, Any], kept: list[int], where: str) -> None:
+@contextmanager
+def _within(most: int) -> Iterator[None]:
+    """Stop the building of a model that has more parts than any real one, such as a million experts."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    builder, count = threading.get_ident(), itertools.count()
+
+    def counted(module: Any, name: str, part: Any) -> None:
+        if threading.get_ident() == builder and next(count) > most:
+            raise ValueError(f"it would have more than {most:,} parts")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_shapes(model: Any, stored: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse stored tensors that stock code would not take as the model's own: others, or of other shapes.
+
+    `model` is a skeleton. Stock code draws at random what is not stored, and leaves what it does not know. Where it
+    rebuilds tensors as it reads them (experts are stacked), their numbers are compared block by block.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    def plain(name: str) -> str:
+        return HEADS[0] if name in HEADS else name.removeprefix(f"{model.base_model_prefix}.")
+
+    expected = {plain(name): tuple(part.shape) for name, part in model.named_parameters()}
+    found = {plain(name): shape for name, shape in stored.items() if not STORED_BUFFERS.search(name)}
+    tied = {plain(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
+    other = "the two are not of one model, fetch it again"
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            made = f"{name} is stored as {list(found[name])}, config.json makes it {list(shape)}"
+            raise UserError(f"{where}: {made}; {other}")
+    missing = {name: shape for name, shape in expected.items() if name not in found and name not in tied}
+    if missing and get_checkpoint_conversion_mapping(model.config.model_type) is not None:
+        left = {name: shape for name, shape in found.items() if name not in expected and name not in tied}
+        if _numbers_by_block(missing) == _numbers_by_block(left):
+            return
+    if missing:
+        raise UserError(f"{where}: {next(iter(missing))} is not stored as config.json makes it; {other}")
+
+
+def _numbers_by_block(shapes: Mapping[str, tuple[int, ...]]) -> Counter[str]:
+    numbers: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        match = BLOCK_NAME.match(name)
+        numbers[match["index"] if match else ""] += math.prod(shape)
+    return numbers
+
+
+def check_cut(
+    config: dict[str, Any], kept: list[int], where: str, stored: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Refuse a cut after which stock code would make another block, or another model around them, of what is kept.
 
-    `config` is explicit; `kept` are the blocks that stay. Seconds at most, whatever the size of the model.
+    `config` is explicit; `kept` are the blocks that stay; `stored` the shapes of the tensors, if they are to be those
+    of the config. Seconds at most, whatever the size of the model.
     """
-    whole, smaller = skeleton(config, where), skeleton(cut_config(config, kept), where)
+    whole = skeleton(config, where)
+    if stored is not None:
+        check_shapes(whole, stored, where)
+    smaller = skeleton(cut_config(config, kept), where)
     name = type(whole).__name__
     before, after = block_list(whole), block_list(smaller)
     for index, block in enumerate(kept):

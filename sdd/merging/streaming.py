@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from sdd.architectures import BLOCK_NAME, HEADS
+from sdd.checkpoint_files import Header, read_header, side_files
 from sdd.merging.formulas import angle, linear, norm, share_at, slerp, task_arithmetic, ties
 from sdd.merging.students import Student
-from sdd.models import SIDE_FILES, read_config, weight_files
-from sdd.pruning import Header, copy_bytes, read_header, write_header
+from sdd.models import read_config, weight_files
+from sdd.pruning import copy_bytes, write_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,9 +111,8 @@ def merge_checkpoints(base: Path, students: list[Student], method: dict[str, Any
     if shards[0].name != "model.safetensors":
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for name in ("config.json", *SIDE_FILES):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, target / name)
+    for path in [base / "config.json", *side_files(base)]:
+        shutil.copyfile(path, target / path.name)
     return facts
 
 

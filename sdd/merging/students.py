@@ -6,10 +6,10 @@ student trained in full adds its checkpoint minus the base. Knows nothing of how
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sdd.adapters import check_adapter
 from sdd.architectures import HEADS, STORED_BUFFERS
 from sdd.errors import UserError
 from sdd.models import weight_files
@@ -56,7 +56,7 @@ class AdapterStudent:
         from safetensors import safe_open
 
         self.name = name
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = check_adapter(folder, name)
         for key, value in PLAIN_LORA.items():
             if config.get(key, value) not in (value, None):
                 raise UserError(f"{name}: its adapter has {key}={config[key]}, which cannot be merged; retrain without")
