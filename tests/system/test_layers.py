@@ -7,7 +7,8 @@ from pathlib import Path
 from launching import REPOSITORY
 
 LAYERS = (
-    {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance", "untrusted"},
+    {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance", "untrusted"}
+    | {"rendering", "control"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}
     | {"forcing", "speculative", "shift", "costs"}
