@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, proxy
 
 from sdd.errors import UserError
 from sdd.rendering import render_chat
+from sdd.untrusted import printable
 
 PROBE = "0123456789"
 _PRIVATE = 0x100000
@@ -104,7 +105,7 @@ class Control:
 
     def _places(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, end) of the control tokens that the tokenizer itself sees in the text."""
-        tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        tokens = tokenized(self.tokenizer, text, add_special_tokens=False, verbose=False)
         if self.ids.isdisjoint(tokens["input_ids"]):
             return []
         if not tokens.encodings:
@@ -120,7 +121,9 @@ class Control:
         """
         if not is_masked(text):
             options = {} if at_most is None else {"truncation": True, "max_length": at_most}
-            plain: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+            plain: list[int] = tokenized(self.tokenizer, text, add_special_tokens=add_special_tokens, **options)[
+                "input_ids"
+            ]
             return plain
         places = self._places(text)
         copy = self._renamed()
@@ -169,6 +172,17 @@ class Control:
             raise UserError(f"control tokens inside a text, and the tokenizer keeps no place for token {wrong[0]}")
         self._copy = copy
         return copy
+
+
+def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
+    """The tokenizer's answer; what its library panics or raises over is a fault of its files, or of the text."""
+    try:
+        return tokenizer(text, **options)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+            raise UserError(f"the tokenizer fails on a text ({reason})") from None
+        raise
 
 
 _known: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Control]] = WeakKeyDictionary()

@@ -15,6 +15,8 @@ from sdd.architectures import attention_for, block_list, check_kind, scaled, sto
 from sdd.errors import UserError
 from sdd.prompts import prepare_tokenizer
 from sdd.store import digest_of, remembered_digest
+from sdd.tokenizer_files import open_tokenizer
+from sdd.untrusted import read_json
 
 SIDE_FILES = (
     "generation_config.json",
@@ -108,23 +110,15 @@ def has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     path = folder / "tokenizer_config.json"
-    try:
-        return bool(path.is_file() and json.loads(path.read_text()).get("chat_template"))
-    except (ValueError, AttributeError):
-        raise UserError(f"model.path={folder}: tokenizer_config.json is not a JSON object") from None
+    what = f"model.path={folder}: tokenizer_config.json"
+    return path.exists() and bool(read_json(path, what).get("chat_template"))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's own tokenizer, with a chat template and a pad token if it lacks them."""
-    from transformers import AutoTokenizer
-
     vocabulary = read_config(folder).get("vocab_size")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={folder}: the tokenizer does not open ({str(error).splitlines()[0]})") from None
-    try:
-        return prepare_tokenizer(tokenizer, vocabulary)
+        return prepare_tokenizer(open_tokenizer(folder, vocabulary), vocabulary)
     except UserError as error:
         raise UserError(f"model.path={folder}: {error}") from None
 

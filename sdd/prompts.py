@@ -7,7 +7,7 @@ datasets, models or Hydra; a tokenizer is one of transformers'.
 
 from typing import Any
 
-from sdd.control import PROBE, control_of
+from sdd.control import PROBE, control_of, tokenized
 from sdd.errors import UserError
 from sdd.rendering import RefusalError, render_chat
 
@@ -56,13 +56,13 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
         )
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token_id
-        begins = bos is not None and tokenizer(PROBE)["input_ids"][:1] == [bos]
+        begins = bos is not None and tokenized(tokenizer, PROBE)["input_ids"][:1] == [bos]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
     try:
         ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     except RefusalError as error:
         raise UserError(f"the chat template does not render a question and its answer ({error.reason})") from None
-    if vocabulary is not None and (beyond := max(ends)) >= vocabulary:
+    if isinstance(vocabulary, int) and (beyond := max(ends)) >= vocabulary:
         raise UserError(f"the token {beyond} ends a turn or a text, and the model has {vocabulary} tokens")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         known = tokenizer.get_vocab()

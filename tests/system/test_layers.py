@@ -8,7 +8,7 @@ from launching import REPOSITORY
 
 LAYERS = (
     {"config", "allowed", "store", "prompts", "answers", "losses", "errors", "provenance", "untrusted"}
-    | {"rendering", "control"},
+    | {"rendering", "control", "tokenizer_files"},
     {"architectures", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}
     | {"forcing", "speculative", "shift", "costs"}
