@@ -141,7 +141,7 @@ def test_chat_templates_of_a_wrong_form(template: Any, tokenizer: Any) -> None:
 ON_A_ROW = {
     "loops": "{% if 'boo' in m['content'] %}{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}"
     "{% endfor %}{% endif %}",
-    "grows": "{% if 'boo' in m['content'] %}{{ 'x' * 10 ** 9 }}{% endif %}",
+    "grows": "{% if 'boo' in m['content'] %}{{ m['content'] * 10 ** 9 }}{% endif %}",
     "raises": "{% if 'boo' in m['content'] %}{{ raise_exception('boo') }}{% endif %}",
     "looks": "{{ m['content'][99].x.y if 'boo' in m.content }}",
     "counts": "{% if m['content'] | length > 11 %}{{ 'x' * 8 ** (m['content'] | length) }}{% endif %}",
@@ -175,7 +175,7 @@ def test_the_process_that_renders_has_no_secrets_and_ends(canaries: Canaries) ->
 
 ORDINARY = {
     "plain": CHAT_TEMPLATE,
-    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if m.a %}{% continue %}{% endif %}{{ m }}{% break %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m['content'] }}\n{% endgeneration %}\n{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'ä<&': \"'\"} | tojson }}",
     "dates": "{{ date_string }}{{ strftime_now('%d %B %Y, %H:%M') }}{{ enable_thinking }}{{ documents }}",
