@@ -11,11 +11,12 @@ from tqdm import tqdm
 from sdd import models
 from sdd.errors import UserError
 from sdd.importance import StateCriterion
+from sdd.prompts import text_ids
 
 
 def tokenize_texts(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    """Token ids with the tokenizer's default special tokens, cut to `max_length`; a text needs at least 2."""
-    rows: list[list[int]] = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    """Token ids with the tokenizer's default special tokens and no others, cut to `max_length`; at least 2 a text."""
+    rows = [text_ids(tokenizer, text, max_length) for text in texts]
     for number, row in enumerate(rows, 1):
         if len(row) < 2:
             raise UserError(f"calibration: text {number} has {len(row)} token; a text needs at least 2")

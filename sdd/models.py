@@ -26,6 +26,7 @@ from sdd.checkpoint_files import SIDE_FILES, check_part, read_headers, side_file
 from sdd.errors import UserError
 from sdd.prompts import prepare_tokenizer
 from sdd.store import digest_of, remembered_digest
+from sdd.tokenizer_files import open_tokenizer
 from sdd.untrusted import parse_json, read_json, read_text
 
 LARGEST_CONFIG = 4 << 20
@@ -149,20 +150,12 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's own tokenizer, with a chat template and a pad token if it lacks them."""
-    from transformers import AutoTokenizer
-
     vocabulary = read_config(folder).get("vocab_size")
     _tokenizer_config(folder)
     try:
         with view(folder, [folder / "config.json", *side_files(folder)]) as shown:
-            tokenizer = AutoTokenizer.from_pretrained(shown, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # of a damaged file stock code may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path={folder}: the tokenizer does not open ({reason})") from None
-    tokenizer.name_or_path = str(folder)
-    try:
+            tokenizer = open_tokenizer(shown, vocabulary)
+        tokenizer.name_or_path = str(folder)
         return prepare_tokenizer(tokenizer, vocabulary)
     except UserError as error:
         raise UserError(f"model.path={folder}: {error}") from None

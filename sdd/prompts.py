@@ -5,10 +5,11 @@ reference answer and asks for an answer of its own. Training and evaluation use 
 datasets, models or Hydra; a tokenizer is one of transformers'.
 """
 
-from datetime import datetime
 from typing import Any
 
+from sdd.control import PROBE, control_of, tokenized
 from sdd.errors import UserError
+from sdd.rendering import RefusalError, render_chat
 
 REWRITE_TEMPLATE = (
     "Task: {prompt}\nReference answer: {reference}\nAnswer the task in your own words, guided by the reference."
@@ -36,22 +37,11 @@ PLAIN_TEMPLATE = (
 )
 """The chat template of models that bring none."""
 
-_TODAY = datetime(2024, 7, 26)
-TEMPLATE_VALUES: dict[str, Any] = {
-    "enable_thinking": False,
-    "date_string": _TODAY.strftime("%d %b %Y"),
-    "strftime_now": _TODAY.strftime,
-}
-"""What chat templates are given besides the messages, here and in evaluation: answers without a train of thought, and
-one fixed day, since templates that tell the model the date would make every day's prompts different."""
-
 PADS = (
     *("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
     *("<|reserved_special_token_0|>", "<|endoftext|>", "<unk>"),
 )
 """Tokens that vocabularies hold for padding, or that no chat uses; best first."""
-
-_PROBE = "0123456789"
 
 
 def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
@@ -60,20 +50,20 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
     The pad is a token that is in the vocabulary already (ids below `vocabulary`, the rows of the embedding), so that no
     embedding is resized. Padding is told from targets by position and never by its id.
     """
-    from jinja2 import TemplateError
-
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token, so that no answer could end; name one in its config"
         )
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token_id
-        begins = bos is not None and tokenizer(_PROBE)["input_ids"][:1] == [bos]
+        begins = bos is not None and tokenized(tokenizer, PROBE)["input_ids"][:1] == [bos]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
     try:
         ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    except TemplateError as error:
-        raise UserError(f"the chat template does not render a question and its answer ({error})") from None
+    except RefusalError as error:
+        raise UserError(f"the chat template does not render a question and its answer ({error.reason})") from None
+    if isinstance(vocabulary, int) and (beyond := max(ends)) >= vocabulary:
+        raise UserError(f"the token {beyond} ends a turn or a text, and the model has {vocabulary} tokens")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         known = tokenizer.get_vocab()
         names = [*PADS, tokenizer.unk_token, tokenizer.bos_token]
@@ -88,22 +78,20 @@ def _messages(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": prompt}]
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], **values: Any) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_VALUES, **values)
-    return text
-
-
 def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages, a first one by `system` before the words of the first task if the template refuses or drops it."""
-    from jinja2 import TemplateError
+    """The messages, a first one by `system` before the words of the first task if the template refuses or drops it.
 
+    Their words are masked where they would become control tokens (`sdd.control`).
+    """
+    control = control_of(tokenizer)
+    messages = [{**message, "content": control.masked(message["content"])} for message in messages]
     if messages[0]["role"] != "system":
         return messages
     (system, first), rest = messages[:2], messages[2:]
     try:
-        if system["content"].strip() in _rendered(tokenizer, messages, add_generation_prompt=True):
+        if system["content"].strip() in render_chat(tokenizer, messages, add_generation_prompt=True):
             return messages
-    except TemplateError:
+    except RefusalError:
         pass
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
@@ -113,36 +101,25 @@ def chat_messages(tokenizer: Any, prompt: str, system_prompt: str | None = None)
     return accepted(tokenizer, _messages(prompt, system_prompt))
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[int]:
     """Token ids of a chat up to where the assistant's answer starts, special tokens included exactly once."""
     messages = chat_messages(tokenizer, prompt, system_prompt)
-    return _ids(tokenizer, _rendered(tokenizer, messages, add_generation_prompt=True))
+    return _ids(tokenizer, render_chat(tokenizer, messages, add_generation_prompt=True))
 
 
-def _ending(tokenizer: Any) -> tuple[str, str]:
-    """(text after an answer up to and including the token that ends the turn, that token) in the model's template.
+def text_ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    """Token ids of running text with the tokenizer's default special tokens and no others, cut to `max_length`."""
+    control = control_of(tokenizer)
+    return control.encode(control.masked(text), add_special_tokens=True, at_most=max_length)
 
-    The tokenizer's end-of-sequence token where the template ends a turn with no special token at all.
-    """
-    turns = [*_messages(_PROBE, None), {"role": "assistant", "content": _PROBE}]
-    tail = _rendered(tokenizer, turns).rsplit(_PROBE, 1)[1]
-    special = set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values()}
-    found = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
-    if not found:
-        return str(tokenizer.eos_token), str(tokenizer.eos_token)
-    at, _, token = min(found)
-    return tail[: at + len(token)], token
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return control_of(tokenizer).encode(text, add_special_tokens=False)
 
 
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the token with which the model's template ends the assistant's turn."""
-    token: int = tokenizer.convert_tokens_to_ids(_ending(tokenizer)[1])
-    return token
+    return control_of(tokenizer).ending_id
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
@@ -155,7 +132,8 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     """Token ids of an answer on its own and the end-of-turn token that closes it."""
-    return [*_ids(tokenizer, answer), end_of_turn(tokenizer)]
+    control = control_of(tokenizer)
+    return [*_ids(tokenizer, control.masked(answer)), control.ending_id]
 
 
 def _written(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> str:
@@ -164,10 +142,10 @@ def _written(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> str
     Some templates render a chat without its answer otherwise than the same chat with it (Mistral's puts the system
     prompt into the task only while that comes last); the task alone then tells. The answer as it is where neither does.
     """
-    closing, token = _ending(tokenizer)
+    closing, token = control_of(tokenizer).ending
     for turns in (messages, messages[-1:]):
-        asked = _rendered(tokenizer, turns, add_generation_prompt=True)
-        whole = _rendered(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+        asked = render_chat(tokenizer, turns, add_generation_prompt=True)
+        whole = render_chat(tokenizer, [*turns, {"role": "assistant", "content": answer}])
         if whole.startswith(asked) and token in whole[len(asked) :]:
             return whole[len(asked) :].rsplit(closing, 1)[0]
     return answer
@@ -181,9 +159,10 @@ def training_ids(tokenizer: Any, prompt: str, target: str, system_prompt: str | 
     tokens as they are.
     """
     messages = chat_messages(tokenizer, prompt, system_prompt)
-    asked = _rendered(tokenizer, messages, add_generation_prompt=True)
+    asked = render_chat(tokenizer, messages, add_generation_prompt=True)
     prompt_ids = _ids(tokenizer, asked)
-    answered = _written(tokenizer, messages, target) + _ending(tokenizer)[0]
+    control = control_of(tokenizer)
+    answered = _written(tokenizer, messages, control.masked(target)) + control.ending[0]
     ids = _ids(tokenizer, asked + answered)
     if ids[: len(prompt_ids)] != prompt_ids:
         ids = prompt_ids + _ids(tokenizer, answered)

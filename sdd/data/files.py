@@ -6,32 +6,62 @@ mean.
 
 import gzip
 import json
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
 from sdd.store import digest_of, file_digest
+from sdd.untrusted import check_inside, check_regular, printable
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 SPLIT = ("train.jsonl", "train.jsonl.gz", "train.parquet", "train-*.parquet", "data/train-*.parquet")
 """Where a folder may keep its rows; the first pattern that matches counts."""
 
+LINE_BYTES = 64 << 20
+"""Bytes of the longest line that is read."""
+FREE_BYTES, RATIO = 64 << 20, 100
+"""A packed file may unpack to `FREE_BYTES`, or to `RATIO` times its own size."""
+ROWS_PER_BYTE = 100
+"""Rows that a Parquet file can have for each of its bytes: a row of texts takes more than one."""
+BATCH_ROWS = 1024
+
 
 def data_files(path: Path, what: str) -> list[Path]:
-    """The file itself, or the files of a folder's training split, in order; `what` names the setting in errors."""
-    if path.is_file():
+    """The file itself, or the files of a folder's training split, in order; `what` names the setting in errors.
+
+    A folder may come from anyone: a link in it that leads out of it is not followed.
+    """
+    name = f"{what}={printable(str(path))}"
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        raise UserError(f"{name}: no such file or folder") from None
+    if not is_folder:
+        check_regular(path, name)
         return [path]
-    if not path.is_dir():
-        raise UserError(f"{what}={path}: no such file or folder")
     for pattern in SPLIT:
         if found := sorted(path.glob(pattern)):
-            return found
-    single = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES))
-    if len(single) == 1:
-        return single
-    raise UserError(f"{what}={path}: the folder has no {', '.join(SPLIT[:3])}; name the file")
+            break
+    else:
+        found = [entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES)]
+        if len(found) != 1:
+            raise UserError(f"{name}: the folder has no {', '.join(SPLIT[:3])}; name the file")
+    for file in found:
+        check_own(file, path, what)
+    return found
+
+
+def check_own(file: Path, folder: Path, what: str) -> None:
+    """Refuse what is no regular file of a folder; the hub's cache links its files to `blobs` beside `snapshots`."""
+    name = f"{what}={printable(str(file))}"
+    check_regular(file, name)
+    if folder.resolve().parent.name == "snapshots" and file.resolve().parent == folder.resolve().parents[1] / "blobs":
+        return
+    check_inside(file, folder, name)
 
 
 def files_digest(files: Sequence[Path]) -> str:
@@ -43,47 +73,104 @@ def files_digest(files: Sequence[Path]) -> str:
 def read_rows(files: Sequence[Path], what: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every row; blank lines are no rows. A Parquet file without one of `columns` is refused."""
     for path in files:
+        check_regular(path, f"{what}={printable(str(path))}")
         if path.suffix == ".parquet":
             yield from _parquet(path, what, columns)
         else:
             yield from _jsonl(path, what)
 
 
+def _check_ratio(read: int, path: Path, name: str) -> None:
+    """Refuse a small file that stands for a huge one; texts are packed to a tenth, and rarely to a fiftieth."""
+    if read > FREE_BYTES and read > RATIO * path.stat().st_size:
+        raise UserError(f"{name}: more than {RATIO} times as large unpacked as it is; it is not read further")
+
+
 def _jsonl(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = f"{what}={printable(str(path))}"
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        number = 0
+        number, read = 0, 0
         try:
-            for number, data in enumerate(file, 1):
+            for number, data in enumerate(iter(partial(file.readline, LINE_BYTES + 1), b""), 1):
+                read += len(data)
+                if len(data) > LINE_BYTES:
+                    raise UserError(f"{name}: line {number} has more than {LINE_BYTES:,} bytes")
+                _check_ratio(read, path, name)
                 if line := data.decode().strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{what}={path}: line {number} is not a JSON object")
-                    yield f"{what}={path}: line {number}", row
-        except json.JSONDecodeError as error:
-            raise UserError(f"{what}={path}: line {number} is not valid JSON ({error.msg})") from None
+                    yield f"{name}: line {number}", _row(line, f"{name}: line {number}")
         except UnicodeDecodeError:
-            raise UserError(f"{what}={path}: line {number} is not UTF-8 text") from None
+            raise UserError(f"{name}: line {number} is not UTF-8 text") from None
         except (gzip.BadGzipFile, EOFError, zlib.error):
-            raise UserError(f"{what}={path}: not a complete gzip file") from None
+            raise UserError(f"{name}: not a complete gzip file") from None
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{place} is not valid JSON (nested too deeply, or too long a number)") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is not a JSON object")
+    if "\\ud" in line or "\\uD" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise UserError(
+                f"{place} has half a character (a lone surrogate such as \\ud800), which is no text"
+            ) from None
+    return row
 
 
 def _parquet(path: Path, what: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = f"{what}={printable(str(path))}"
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+            schema = file.schema_arrow
             for column in columns:
-                if column not in names:
-                    raise UserError(f"{what}={path}: no column {column!r}; the file has {', '.join(names)}")
-            number = 0
-            for batch in file.iter_batches():
+                if column not in schema.names:
+                    known = printable(", ".join(schema.names)[:500])
+                    raise UserError(f"{name}: no column {column!r}; the file has {known}")
+            if file.metadata.num_rows > ROWS_PER_BYTE * path.stat().st_size:
+                raise UserError(f"{name}: says that it has {file.metadata.num_rows:,} rows, which it cannot hold")
+            _check_ratio(sum(_unpacked(file.metadata)), path, name)
+            texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        number, read = 0, 0
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(BATCH_ROWS):
+                read += _bytes(batch)
+                _check_ratio(read, path, name)
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{what}={path}: row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{what}={path}: not a complete Parquet file ({str(error).splitlines()[0]})") from None
+                    yield f"{name}: row {number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        raise UserError(f"{name}: not a complete Parquet file ({reason})") from None
+
+
+def _unpacked(metadata: Any) -> Iterator[int]:
+    """Bytes that each of the file's row groups says it has once unpacked."""
+    for number in range(metadata.num_row_groups):
+        yield metadata.row_group(number).total_byte_size
+
+
+def _bytes(batch: Any) -> int:
+    """Bytes of a batch's values once they are written out: a dictionary may hold a long one that every row names."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    total = 0
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            lengths = compute.cast(compute.binary_length(column.dictionary), pa.int64())
+            total += compute.sum(lengths.take(column.indices)).as_py() or 0
+        else:
+            total += column.nbytes
+    return total
 
 
 def text_of(row: dict[str, Any], field: str, place: str) -> str:

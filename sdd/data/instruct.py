@@ -22,6 +22,10 @@ def _task(instruction: str, context: Any) -> str:
     return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
 
 
+def _group(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 class GSM8K(Rows):
     """Word problems; the reference ends in "#### 18". The calculator's notes (<<48/2=24>>) are taken out."""
 
@@ -42,7 +46,7 @@ class Dolly(Rows):
 
     def example(self, row: dict[str, Any], id: str, place: str) -> Example:
         prompt = _task(text_of(row, "instruction", place), row.get("context"))
-        return Example(id, prompt, text_of(row, "response", place), group=row.get("category"))
+        return Example(id, prompt, text_of(row, "response", place), group=_group(row.get("category")))
 
 
 class Alpaca(Rows):
@@ -77,6 +81,6 @@ class OpenMathInstruct2(Rows):
 
 
 def _solved(row: dict[str, Any], question: str, id: str, place: str) -> Example:
-    group = row.get("problem_source") or row.get("dataset")
+    group = _group(row.get("problem_source") or row.get("dataset"))
     answer = text_of(row, "expected_answer", place)
     return Example(id, text_of(row, question, place), text_of(row, "generated_solution", place), answer, group=group)

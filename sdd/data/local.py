@@ -34,6 +34,8 @@ class LocalRows(Rows):
 
     def example(self, row: dict[str, Any], id: str, place: str) -> Example:
         own, answer = row.get(self.fields["id"]), row.get(self.fields["answer"])
+        if not isinstance(own, str | int | float | None):
+            raise UserError(f"{place}: the field {self.fields['id']!r} is neither a text nor a number")
         return Example(
             id=str(id if own is None else own),
             prompt=text_of(row, self.fields["prompt"], place),

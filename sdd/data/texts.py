@@ -59,7 +59,7 @@ class CorpusTexts:
     def documents(self, rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[str]:
         """The corpus's documents, in its order."""
         for place, row in rows:
-            if row.get("text") is None or row["text"].strip():
+            if not (isinstance(text := row.get("text"), str) and not text.strip()):
                 yield text_of(row, "text", place)
 
     def texts(self) -> list[str]:

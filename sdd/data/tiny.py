@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sdd.control import OwnText
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.store import digest_of
@@ -76,11 +77,11 @@ class TinyTexts:
 
     def texts(self) -> list[str]:
         rng = random.Random("calibration")
-        texts = []
+        texts: list[str] = []
         for task in _drawn(CALIBRATION_SEED, self.num_texts, None):
             words = task.gold.split(" ")
             answer = " ".join(words[: rng.randint(1, len(words))])
-            texts.append(f"<|user|>{task.prompt}<|end|><|assistant|>{answer}")
+            texts.append(OwnText(f"<|user|>{task.prompt}<|end|><|assistant|>{answer}"))
         return texts
 
     def spec(self) -> dict[str, Any]:

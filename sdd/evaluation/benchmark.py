@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.evaluation import safety
 from sdd.evaluation.definitions import Definition, Entry, find
 from sdd.evaluation.files import check_file, find_file, folder_of, read_rows
 from sdd.evaluation.suites import REVISIONS, asked
@@ -50,7 +51,11 @@ class Benchmark:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        return find(list(self._asked))
+        entries = find(list(self._asked))
+        for entry in entries:
+            for task in entry.tasks:
+                safety.check(task)
+        return entries
 
     @property
     def tasks(self) -> list[Definition]:
@@ -129,6 +134,9 @@ class Benchmark:
 
         (task,) = (task for task in self.tasks if task.name == name)
         shots = self._shots[name]
+        safety.keep_library_out()
+        if files is None:
+            safety.check_not_here(task)
         overrides = task.overrides | {"num_fewshot": shots}
         overrides |= self._from_hub(task) if files is None else self._from_files(task, files)
         try:
@@ -137,8 +145,6 @@ class Benchmark:
             raise
         except Exception as error:
             raise _explained(task, files is None, error) from error
-        if built.get_config("unsafe_code"):
-            raise UserError(f"evaluation.tasks: {name} runs code that the model writes, which is never done here")
         built.set_config("num_fewshot", shots)
         built.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return built

@@ -14,6 +14,10 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.evaluation.suites import HOMES
 from sdd.store import digest_of, file_digest
+from sdd.untrusted import printable
+
+LONGEST_NAME = 200
+"""Characters of a task's name that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ def find(names: list[str]) -> list[Entry]:
     entries: dict[str, Entry] = {}
     for name in names:
         if name not in index:
-            near = difflib.get_close_matches(name, index, n=3)
+            near = difflib.get_close_matches(name[:LONGEST_NAME], index, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "see: python -m lm_eval ls tasks"
-            raise UserError(f"evaluation.tasks: lm-eval has no task {name}; {hint}")
+            raise UserError(f"evaluation.tasks: lm-eval has no task {printable(name[:LONGEST_NAME])}; {hint}")
         entries |= {entry.name: entry for entry in _entries(index, name)}
     _check_disjoint(entries)
     return list(entries.values())

@@ -4,6 +4,7 @@ MMLU's subjects share one file per split, told apart by the field `subject`. Eve
 opened; a broken one is named by its line.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def find_file(data_dir: Path, task: Definition, split: str) -> Path:
         raise UserError(f"{WHAT}={data_dir}: no such folder")
     folder = data_dir / folder_of(task)
     for suffix in files.SUFFIXES:
-        if (path := folder / f"{split}{suffix}").is_file():
+        if os.path.lexists(path := folder / f"{split}{suffix}"):
+            files.check_own(path, data_dir, WHAT)
             return path
     raise UserError(
         f"{WHAT}={data_dir}: {task.name} needs {folder_of(task)}/{split}.jsonl (or .jsonl.gz, .parquet), "

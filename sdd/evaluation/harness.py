@@ -5,21 +5,28 @@ lm-eval's own tasks come as they are. Generation, batching, likelihoods and metr
 the store, Hydra, or how the model came about.
 """
 
+import dataclasses
 import logging
 import math
 import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from sdd.answers import equal, extract
+from sdd.control import control_of, is_masked
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
 from sdd.evaluation.tiny import Item, Task
-from sdd.prompts import TEMPLATE_VALUES, accepted, end_of_turn
+from sdd.prompts import accepted, end_of_turn
+from sdd.rendering import TEMPLATE_VALUES, render_chat
 
 log = logging.getLogger(__name__)
+
+_CUT = "\ue010"
+"""Where a begun answer ends; a template goes on behind it."""
 
 
 def free_scores(response: str, answer: str) -> dict[str, float]:
@@ -85,6 +92,89 @@ def _lm_eval_task(task: Task, max_new_tokens: int, end_of_turn: str) -> Any:
     return ConfigurableTask(config=common | kind)
 
 
+@cache
+def _chat_model() -> Any:
+    """lm-eval's wrapper of a model, with chats, templates and control tokens as in training.
+
+    Its requests are strings, in which a row's words and the template's stand side by side. So the words are masked
+    (`sdd.control`) before they come together, and what is masked is told apart when it is tokenized.
+    """
+    from lm_eval.models.huggingface import HFLM, has_bos_prefix
+
+    class ChatModel(HFLM):
+        is_chat = True
+        """Whether contexts come from `apply_chat_template`, their words masked there."""
+        own_ending = ""
+        """The token that ends an answer, where tasks of this project put it there."""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            """As in training; lm-eval drops a system prompt that the template refuses."""
+            turns = accepted(self.tokenizer, chat_history)
+            if add_generation_prompt:
+                return render_chat(self.tokenizer, turns, add_generation_prompt=True)
+            before, last = turns[:-1], turns[-1]
+            text = render_chat(self.tokenizer, [*before, {**last, "content": f"{last['content']}{_CUT}"}])
+            head, cut, _ = text.rpartition(_CUT)
+            if not cut:
+                raise UserError("the chat template drops the beginning of an answer that a task gives")
+            return head
+
+        def _masked(self, requests: list[Any]) -> list[Any]:
+            """The requests with the words of rows masked: contexts outside of chats, and continuations."""
+            control = control_of(self.tokenizer)
+            masked = []
+            for request in requests:
+                context, *rest = request.args
+                if not self.is_chat:
+                    context = control.masked(context)
+                if rest and isinstance(rest[0], str):
+                    words = rest[0].removesuffix(self.own_ending)
+                    rest[0] = control.masked(words) + rest[0][len(words) :]
+                masked.append(dataclasses.replace(request, arguments=(context, *rest)))
+            return masked
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(self._masked(requests), disable_tqdm=disable_tqdm)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(self._masked(requests), disable_tqdm=disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().generate_until(self._masked(requests), disable_tqdm=disable_tqdm)
+
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **named: Any,
+        ) -> Any:
+            if not is_masked(string):
+                return super().tok_encode(string, add_special_tokens, left_truncate_len, **named)
+            if add_special_tokens is None:
+                begins = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+                add_special_tokens = not begins and self.add_bos_token is not False
+            ids = control_of(self.tokenizer).encode(string, add_special_tokens)
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> Any:
+            if not any(map(is_masked, strings)):
+                return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            side, self.tokenizer.padding_side = self.tokenizer.padding_side, padding_side
+            batch = self.tokenizer.pad({"input_ids": rows}, padding="longest", return_tensors="pt")
+            self.tokenizer.padding_side = side
+            return batch["input_ids"], batch["attention_mask"]
+
+    return ChatModel
+
+
 class Harness:
     """lm-eval's own model wrapper and evaluator around one model; tasks are run one at a time.
 
@@ -100,23 +190,13 @@ class Harness:
         system_prompt: str | None = None,
         chat_template: bool = True,
     ) -> None:
-        from lm_eval.models.huggingface import HFLM
-
-        class ChatModel(HFLM):
-            def apply_chat_template(
-                self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-            ) -> str:
-                """As in training; lm-eval drops a system prompt that the template refuses."""
-                turns = accepted(self.tokenizer, chat_history)
-                text: str = super().apply_chat_template(turns, add_generation_prompt)
-                return text
-
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.system_prompt, self.chat_template = system_prompt, chat_template
-        self.language_model = ChatModel(
+        self.language_model = _chat_model()(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=TEMPLATE_VALUES
         )
+        self.language_model.is_chat = chat_template
 
     def _evaluate(self, name: str, task: Any, **settings: Any) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
@@ -138,7 +218,11 @@ class Harness:
         assert self.max_new_tokens is not None, "the embedded tasks set no limit of their own"
         ending = self.tokenizer.convert_ids_to_tokens(end_of_turn(self.tokenizer))
         built = _lm_eval_task(task, self.max_new_tokens, ending)
-        results = self._evaluate(task.name, built, bootstrap_iters=0)
+        self.language_model.own_ending = ending
+        try:
+            results = self._evaluate(task.name, built, bootstrap_iters=0)
+        finally:
+            self.language_model.own_ending = ""
         samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
         return [_record(task.kind, *pair, self.tokenizer) for pair in zip(task.items, samples, strict=True)]
 

@@ -7,19 +7,9 @@ from pathlib import Path
 from launching import REPOSITORY
 
 LAYERS = (
-    {
-        "config",
-        "allowed",
-        "shared_configs",
-        "store",
-        "prompts",
-        "answers",
-        "losses",
-        "errors",
-        "provenance",
-        "untrusted",
-    },
-    {"architectures", "models", "hub", "data", "tiny"},
+    {"config", "allowed", "shared_configs", "store", "prompts", "answers", "losses", "errors"}
+    | {"provenance", "untrusted", "rendering", "control", "tokenizer_files"},
+    {"architectures", "checkpoint_files", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}
     | {"forcing", "speculative", "shift", "costs"}
     | {"adapters", "importance", "calibrate", "pruning", "engines", "distill", "module", "merging", "evaluation"},
