@@ -16,6 +16,7 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.store.store import RESULTS, Store, files_of, read_manifest
+from sdd.untrusted import printable
 
 
 def differences(store: Store, one: str, other: str, where: str = "") -> Iterator[dict[str, Any]]:
@@ -70,7 +71,7 @@ def unneeded(store: Store) -> list[Path]:
         if address not in needed:
             needed.add(address)
             queue.extend(manifests.get(address, {"inputs": {}})["inputs"].values())
-    return [store.root / m["stage"] / m["address"] for m in manifests.values() if m["address"] not in needed]
+    return [folder for folder in store.folders() if folder.name not in needed]
 
 
 def _size(folder: Path) -> int:
@@ -85,8 +86,8 @@ def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
     if arguments.command == "list":
         rows = [
             {key: m[key] for key in ("stage", "address", "created", "seconds", "labels", "inputs")}
-            | {"bytes": _size(store.root / m["stage"] / m["address"])}
-            for m in store.manifests()
+            | {"bytes": _size(folder)}
+            for folder, m in zip(store.folders(), store.manifests(), strict=True)
         ]
         lines = [
             f"{r['stage']:<10} {r['address']}  {r['created']}  {r['seconds']:>8.1f} s  {r['bytes']:>12,} bytes  "
@@ -136,9 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         data, lines, code = run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    print(json.dumps(data, indent=1) if arguments.json else "\n".join(lines))
+    print(json.dumps(data, indent=1) if arguments.json else "\n".join(map(printable, lines)))
     return code
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
 from sdd.store.recipe import Recipe, address_of
+from sdd.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ TIMINGS = "timings.json"
 SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
 MANIFEST = "manifest.json"
+ADDRESS = re.compile(r"[0-9a-f]{16}")
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
 
 Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
@@ -153,8 +156,10 @@ class Store:
     # ---- looking at what is there ------------------------------------------------------------------------------
 
     def folders(self) -> list[Path]:
-        """The folders of all complete artifacts, by stage, then by address."""
-        return [path.parent for stage in STAGES for path in sorted((self.root / stage).glob("*/manifest.json"))]
+        """The folders of all complete artifacts, by stage, then by address; a link is none."""
+        stages = [self.root / stage for stage in STAGES if not (self.root / stage).is_symlink()]
+        paths = [path for stage in stages for path in sorted(stage.glob("*/manifest.json"))]
+        return [path.parent for path in paths if ADDRESS.fullmatch(path.parent.name) and not path.parent.is_symlink()]
 
     def manifests(self) -> list[dict[str, Any]]:
         return [read_manifest(folder) for folder in self.folders()]
@@ -198,10 +203,12 @@ def share(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise UserError(f"{folder}/{MANIFEST} is damaged; delete the folder and build it again") from None
+    """The manifest of a complete artifact, which says where it lies."""
+    manifest = read_json(folder / MANIFEST, f"{folder}/{MANIFEST} is damaged; delete the folder and build it again")
+    inputs = manifest.get("inputs")
+    linked = isinstance(inputs, dict) and all(ADDRESS.fullmatch(str(address)) for address in inputs.values())
+    if not linked or (manifest.get("stage"), manifest.get("address")) != (folder.parent.name, folder.name):
+        raise UserError(f"{folder}/{MANIFEST} is damaged; delete the folder and build it again")
     return manifest
 
 
