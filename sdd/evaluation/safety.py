@@ -18,6 +18,21 @@ from sdd.evaluation.definitions import Definition, packaged
 
 LIBRARY = "evaluate"
 """The package that imports metrics by name; its namesake in the working folder would do as well."""
+PACKAGES = frozenset(
+    [
+        *("__future__", "abc", "absl", "antlr4", "ast", "collections", "contextlib", "copy", "csv", "dataclasses"),
+        *("datasets", "datetime", "decimal", "difflib", "emoji", "enum", "fractions", "fugashi", "functools"),
+        *("fuzzywuzzy", "hashlib", "html", "immutabledict", "importlib.metadata", "inspect", "iso639", "itertools"),
+        *("jieba", "json", "jsonschema", "langcodes", "langdetect", "lm_eval", "logging", "math", "math_verify"),
+        *("neologdn", "nltk", "numbers", "numpy", "operator", "os", "packaging", "pandas", "pathlib", "pycountry"),
+        *("pymorphy3", "random", "re", "regex", "rouge", "rouge_score", "sacrebleu", "scipy", "signal", "sklearn"),
+        *("statistics", "statsmodels", "string", "sympy", "sys", "textwrap", "time", "torch", "tqdm"),
+        *("transformers.data.metrics.squad_metrics", "types", "typing", "typing_extensions", "unicodedata"),
+        *("warnings", "wonderwords", "word2number", "xml"),
+    ]
+)
+"""What the functions of a task may be made of: computing and text; no processes, no requests, no models, no pickles."""
+RUNNING = ("eval", "exec", "compile", "__import__")
 
 
 def check(task: Definition) -> None:
@@ -37,8 +52,8 @@ def check(task: Definition) -> None:
         source, _, name = function.rpartition(".")
         if not Path(f"{source}.py").resolve().is_relative_to(packaged().resolve()):
             raise UserError(f"{what} names a function outside of lm-eval's package, which is never run")
-        if name in _using_library(Path(f"{source}.py")):
-            raise UserError(f"{what} fetches a metric by its name and runs it, which is never done here")
+        if reached := _unsafe(Path(f"{source}.py")).get(name):
+            raise UserError(f"{what} uses {reached}, which can fetch or run more than lm-eval has; never done here")
 
 
 @cache
@@ -78,31 +93,50 @@ def _functions(value: Any) -> Iterator[str]:
 
 
 @cache
-def _using_library(source: Path) -> frozenset[str]:
-    """Names of a module's functions and classes that use the library that imports metrics, directly or through others;
-    all of them where it is used as the module is imported."""
+def _unsafe(source: Path) -> Mapping[str, str]:
+    """Names of a module's functions and classes that reach a package which is not in `PACKAGES`, or a function that
+    runs text, directly or through others of the module; each with what it reaches."""
     if not source.is_file():
-        return frozenset()
+        return {}
     tree = ast.parse(source.read_text())
-    tainted: set[str] = set()
+    reached = {name: name for name in RUNNING} | dict(_imported(tree))
     definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    at_import = [node for node in tree.body if node not in definitions and not isinstance(node, ast.If)]
+    before = -1
+    while len(reached) != before:
+        before = len(reached)
+        for node in definitions:
+            if node.name not in reached and (used := _uses(node, reached)) is not None:
+                reached[node.name] = used
+    whole = next((used for node in at_import if (used := _uses(node, reached)) is not None), None)
+    return {node.name: whole or reached[node.name] for node in definitions if whole or node.name in reached}
+
+
+def _uses(node: ast.AST, reached: Mapping[str, str]) -> str | None:
+    for each in ast.walk(node):
+        if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load) and each.id in reached:
+            return reached[each.id]
+        is_member = isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "os"
+        if is_member and each.attr not in ("path", "environ", "getenv"):  # type: ignore[attr-defined]
+            return f"os.{each.attr}"  # type: ignore[attr-defined]
+    return None
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(name in this module, what it is) of everything imported, at the top or inside, that is not allowed."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            tainted |= {each.asname or each.name for each in node.names if each.name.split(".")[0] == LIBRARY}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == LIBRARY:
-            tainted |= {each.asname or each.name for each in node.names}
-    before = -1
-    while tainted and len(tainted) != before:
-        before = len(tainted)
-        for node in definitions:
-            if any(isinstance(each, ast.Name) and each.id in tainted for each in ast.walk(node)):
-                tainted.add(node.name)
-    rest = [node for node in tree.body if node not in definitions]
-    if any(
-        isinstance(e, ast.Name) and isinstance(e.ctx, ast.Load) and e.id in tainted for n in rest for e in ast.walk(n)
-    ):
-        return frozenset(node.name for node in definitions)
-    return frozenset(tainted)
+            for each in node.names:
+                if each.name not in PACKAGES and each.name.split(".")[0] not in PACKAGES:
+                    yield each.asname or each.name.split(".")[0], each.name
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 0 and module.startswith("lm_eval.tasks."):
+                path = packaged().joinpath(*module.split(".")[2:]).with_suffix(".py")
+                unsafe = _unsafe(path)
+                yield from ((each.asname or each.name, unsafe[each.name]) for each in node.names if each.name in unsafe)
+            elif node.level or (module not in PACKAGES and module.split(".")[0] not in PACKAGES):
+                yield from ((each.asname or each.name, module or ".") for each in node.names)
 
 
 def keep_library_out() -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import Canaries
 from launching import run
 
+from sdd.answers import RULES, equal, extract
 from sdd.data import files
 from sdd.data.files import read_rows
 from sdd.data.instruct import GSM8K, Alpaca, Dolly, OpenMathInstruct2
@@ -211,6 +212,28 @@ def test_every_reader_is_held_to_it(source: Any, canaries: Canaries) -> None:
     os.mkfifo(path)
     with pytest.raises(UserError, match="not a regular file"):
         source(str(path)).spec()
+
+
+LONG = 20_000
+ANSWERS = {
+    "stars": "answer" + "*" * LONG,
+    "spaces": "answer" + " " * LONG,
+    "digits": "9" * LONG,
+    "commas": "1," * LONG,
+    "brackets": "(" * LONG + ")" * LONG,
+    "statements": "the answer is " * (LONG // 10) + "\n",
+    "marks": "#### " * (LONG // 10) + "\t",
+    "boxes": "\\boxed{" * LONG,
+    "dollars": "$" * LONG,
+}
+
+
+@pytest.mark.parametrize("text", ANSWERS.values(), ids=ANSWERS.keys())
+def test_answers_of_any_length_are_read_in_time(text: str, canaries: Canaries) -> None:
+    for rule in RULES:
+        answer = extract(text, rule)
+        assert equal(answer or text, answer or text)
+        assert not equal(answer or text, f"{answer or text} 1 b")
 
 
 def test_ordinary_files_are_read_as_ever(tmp_path: Path, bounds: None) -> None:
