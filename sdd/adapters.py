@@ -225,14 +225,33 @@ def save_student(student: Any, folder: Path, base: Path, base_name: str) -> None
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
 
 
-def merged(base: Any, adapter: Path) -> Any:
-    """The model `base` with the adapter in the folder `adapter` merged in, without PEFT's wrapper."""
-    from peft import PeftModel
+def merged(base: Any, adapter: Path, dtype: str | None = None) -> Any:
+    """The model `base` with the adapter in the folder `adapter` merged in, without PEFT's wrapper, in `dtype`.
 
-    check_adapter(adapter, f"adapter {adapter}")
+    `base` may be in the dtype that it is stored in: what the adapter changes is widened to float32, changed, and
+    rounded once, one layer at a time; trained copies of whole modules are rounded once. None is the dtype of `base`.
+    """
+    import torch
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    copied = tuple(check_adapter(adapter, f"adapter {adapter}").get("modules_to_save") or ())
+    target = base.dtype if dtype is None else getattr(torch, dtype)
+    for name, module in base.named_modules():
+        if copied and name.endswith(copied):
+            module.float()
     try:
         with view(adapter, [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]) as shown:
-            return PeftModel.from_pretrained(base, str(shown)).merge_and_unload()
+            student = PeftModel.from_pretrained(base, str(shown))
+        for layer in [module for module in student.modules() if isinstance(module, BaseTunerLayer)]:
+            layer.get_base_layer().float()
+            layer.merge()
+            layer.get_base_layer().to(target)
+        model = student.unload()
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"adapter {adapter}: does not fit its base ({reason}); retrain, or fetch it again") from None
+    for parameter in model.parameters():  # buffers stay: stock loading keeps rotary frequencies in float32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(target)
+    return model

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sdd.adapters import causal_lm
+from sdd.errors import UserError
 from sdd.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 from sdd.models import decoder, head_logits
 
@@ -139,7 +141,8 @@ def target_tokens(rows: Sequence[TrainingRow]) -> int:
 class StudentModule(pl.LightningModule):
     """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`.
 
-    `loss` is `loss_sum` or another function of the same signature.
+    `loss` is `loss_sum` or another function of the same signature. `run` says whose checkpoints these are: those of
+    another run are not gone on from.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class StudentModule(pl.LightningModule):
         micro_batch_tokens: int,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
         loss: Callable[..., tuple[Tensor, int]] = loss_sum,
+        run: str = "",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -160,7 +164,8 @@ class StudentModule(pl.LightningModule):
         self.rows, self.plan, self.validation = rows, plan, validation
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
-        self.on_step, self.loss = on_step, loss
+        self.on_step, self.loss, self.run = on_step, loss, run
+        self.began = False
 
     @property
     def causal_lm(self) -> Any:
@@ -174,6 +179,12 @@ class StudentModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Dropout and recomputed activations follow the mode, and a loaded model is in evaluation mode."""
         self.student.train()
+
+    def on_train_start(self) -> None:
+        """All that a checkpoint holds has been taken over, and Lightning's count of steps is its history's."""
+        if self.global_step != len(self.history):
+            raise ValueError(f"step {self.global_step}, and {len(self.history)} in the history")
+        self.began = True
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
@@ -216,8 +227,8 @@ class StudentModule(pl.LightningModule):
         return total / max(tokens, 1)
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.student.parameters() if p.requires_grad]
         settings = self.optimisation
+        trained = list(self.trained().values())
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         warmup = max(1, round(settings.warmup_share * settings.steps))
 
@@ -232,23 +243,65 @@ class StudentModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
         }
 
+    def trained(self) -> dict[str, Any]:
+        """What training changes, by name, in the optimiser's order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes, not the base; and the history, so that a resumed one reads the same."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        trained = self.trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["history"] = self.history
+        checkpoint.pop("callbacks", None)  # paths of files that go as new ones come
+        checkpoint |= {"history": self.history, "run": self.run}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.pop("callbacks", None)
         self.history = list(checkpoint["history"])
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all: a kill or a full disk leaves no half one to resume from."""
+    """Checkpoints that are there whole or not at all: a kill or a full disk leaves no half one to resume from.
+
+    The one that is gone on from has been read already, by `read_checkpoint`; no other file is opened, whatever
+    Lightning comes upon.
+    """
+
+    def __init__(self, resumed: dict[str, Any] | None = None) -> None:
+        self.resumed = resumed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         half = Path(f"{path}.half")
         super().save_checkpoint(checkpoint, half, storage_options)
         half.replace(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        resumed, self.resumed = self.resumed, None
+        assert resumed is not None, f"{path} is no checkpoint of this run"
+        return resumed
+
+
+def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
+    """The checkpoint in a file if it is one of the module's own run, else None; nothing in it is run.
+
+    Tensors, numbers, texts and containers of these are all that is read (`weights_only`), and a pickle of anything else
+    is refused; a damaged file and the checkpoint of another run are no checkpoint.
+    """
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in found["state_dict"].items()}
+        moments = {at: state["exp_avg"].shape for at, state in found["optimizer_states"][0]["state"].items()}
+        steps = [row["step"] for row in found["history"]]
+        run, step = found["run"], found["global_step"]
+    except UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
+    except Exception:  # whatever a stranger's bytes make of the reader
+        return None
+    expected = {name: parameter.shape for name, parameter in module.trained().items()}
+    taken = steps == list(range(1, step + 1)) and step <= len(module.plan)
+    known = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
+    return found if taken and known else None
 
 
 def _seed_of(seed: int, step: int) -> int:

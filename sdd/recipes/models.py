@@ -114,13 +114,14 @@ class Models:
         return dtype
 
     def _recipe(self, stage: str, spec: dict[str, Any], inputs: dict[str, Recipe], labels: dict[str, str]) -> Recipe:
-        return Recipe(stage, VERSIONS[stage] + self._raised(stage), spec, inputs, dict(labels))
+        return Recipe(stage, VERSIONS[stage] + self._raised(stage, spec, inputs), spec, inputs, dict(labels))
 
-    def _raised(self, stage: str) -> int:
+    def _raised(self, stage: str, spec: dict[str, Any], inputs: dict[str, Recipe]) -> int:
         """What the version of a stage is raised by where a model writes otherwise than it once did.
 
         By 1 where the checkpoint ships settings that steer generation, which were once obeyed; by 2 where rewrites are
-        sampled, whose noise was once drawn from another generator.
+        sampled, whose noise was once drawn from another generator; by 4 where a student with an adapter runs in 16
+        bits, whose rotary frequencies were once rounded too.
         """
         if stage not in ANSWERING:
             return 0
@@ -128,4 +129,7 @@ class Models:
         folder = self.sources.get(digest)
         steered = folder is not None and models.steers_generation(folder)
         sampled = stage == "rewrites" and self.config.engine.get("temperature", 0) > 0
-        return steered + 2 * sampled
+        student = inputs.get("model")
+        adapted = student is not None and student.stage == "tuned" and student.spec["adapter"].get("method") != "full"
+        rounded = adapted and spec["dtype"] != "float32"
+        return steered + 2 * sampled + 4 * rounded

@@ -40,13 +40,27 @@ def trained_prompts(folder: Path) -> set[str]:
 def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]:
     """The model of an artifact in `dtype`, adapter merged, and the folder of its tokenizer.
 
-    The adapter is merged in float32 before any cast, so that a small update is not rounded away twice; one trained on
-    a base in 4 bits is merged into the base as it was before. The device holds the model in `dtype` only.
+    The adapter is merged on the CPU, layer by layer, and each layer is rounded once, so that a small update is not
+    rounded away and the device holds the model in `dtype` alone; one trained on a base in 4 bits is merged into the
+    base as it was before.
     """
     base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
         return models.load_model(base, dtype, runtime.device, runtime.attention), base
-    import torch
+    model = models.load_model(base, stored_dtype(base), attention=runtime.attention)
+    return merged(model, folder / "adapter", dtype).to(runtime.device).eval(), base
 
-    model = models.load_model(base, "float32", "cpu", runtime.attention)
-    return merged(model, folder / "adapter").to(getattr(torch, dtype)).to(runtime.device).eval(), base
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of a checkpoint's weights that all of them fit in without rounding; float32 where there are several."""
+    from safetensors import safe_open
+
+    kinds = set()
+    for path in models.weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(sorted(kinds & FLOATS)), "float32")
+
+
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+"""Dtypes in a safetensors header that are rounded."""

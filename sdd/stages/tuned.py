@@ -4,10 +4,10 @@ import csv
 import json
 import logging
 import random
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from tqdm import tqdm
@@ -123,6 +123,30 @@ def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[in
     return beside_cut(cut["kept_blocks"], cut["removed_blocks"], adapter["blocks"])
 
 
+def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any] | None]:
+    """The latest checkpoint of the module's own run in its scratch folder, and what it holds; all else is removed.
+
+    A folder may have come from elsewhere. To begin anew costs time, and ends with the same bytes.
+    """
+    from sdd.module import read_checkpoint
+
+    if scratch.is_symlink():
+        scratch.unlink()
+    scratch.mkdir(exist_ok=True)
+    kept: tuple[Path | None, dict[str, Any] | None] = None, None
+    for path in sorted(scratch.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True):
+        if kept[1] is None and path.suffix == ".ckpt":
+            if (found := read_checkpoint(path, module)) is not None:
+                kept = path, found
+                continue
+            log.warning("%r in %s is no checkpoint of this run, or damaged; it is removed", path.name, scratch)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return kept
+
+
 def _fit(
     student: Any,
     loss: Any,
@@ -149,7 +173,6 @@ def _fit(
         len(plan),
         len(plan) // settings["epochs"],
     )
-    saved = sorted(scratch.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with tqdm(total=len(plan), desc="tune", unit="step") as progress, warnings.catch_warnings():
@@ -161,8 +184,18 @@ def _fit(
             progress.set_postfix(loss=f"{logged['loss']:.4f}", refresh=False)
 
         module = StudentModule(
-            student, training, plan, validation, optimisation, runtime.micro_batch_tokens, on_step=on_step, loss=loss
+            student,
+            training,
+            plan,
+            validation,
+            optimisation,
+            runtime.micro_batch_tokens,
+            on_step=on_step,
+            loss=loss,
+            run=recipe.address,
         )
+        saved, resumed = _checkpoint(scratch, module)
+        keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
@@ -170,18 +203,24 @@ def _fit(
             max_steps=len(plan),
             max_epochs=-1,
             logger=_logger(recipe, runtime),
-            callbacks=[ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)],
+            callbacks=[keeping],
             # Slurm's environment would write on a signal, and load, checkpoints that are not this run's.
-            plugins=[WholeCheckpoints(), LightningEnvironment()],
+            plugins=[WholeCheckpoints(resumed), LightningEnvironment()],
             default_root_dir=scratch,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
+        del resumed  # the plugin hands it over, and then it is gone
         try:
-            trainer.fit(module, ckpt_path=saved[-1] if saved else None, weights_only=True)
-        except UnpicklingError:
-            raise UserError(f"{saved[-1]} is no checkpoint of plain tensors and is not opened; remove it") from None
+            trainer.fit(module, ckpt_path=saved)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if saved is None or module.began:
+                raise
+            saved.unlink()
+            raise UserError(
+                f"{saved}: training cannot go on from it ({type(error).__name__}); it is removed, run the same again"
+            ) from None
     _finish_logger(trainer.logger)
     assert len(module.history) == len(plan), f"{len(module.history)} steps recorded of {len(plan)}"
     return module.history

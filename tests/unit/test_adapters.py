@@ -18,7 +18,7 @@ from sdd.pruning import prune_checkpoint
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
 from sdd.stages.student import open_student
 from sdd.stages.tuned import build_tuned
-from sdd.store import SCRATCH, Recipe
+from sdd.store import SCRATCH, Recipe, digest_of
 from sdd.tiny.tasks import instances
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
@@ -220,7 +220,7 @@ def recipe(adapter: dict[str, Any], quantisation: str | None = None) -> Recipe:
 def inputs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Blocks 0, 2 and 3 of the small Llama, block 1 removed, and a few targets."""
     store = tmp_path_factory.mktemp("store")
-    pruned, targets = store / "pruned" / "base", store / "targets" / "rows"
+    pruned, targets = store / "pruned" / ("a" * 16), store / "targets" / "rows"
     pruned.mkdir(parents=True)
     write_json(pruned / "pruning.json", prune_checkpoint(tiny_llama, pruned, [1]))
     targets.mkdir(parents=True)
@@ -230,10 +230,11 @@ def inputs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def tune(inputs: dict[str, Path], made: Recipe, name: str, runtime: Runtime | None = None) -> Path:
-    folder = inputs["pruned"].parent.parent / "tuned" / name
+    folder = inputs["pruned"].parent.parent / "tuned" / digest_of(name)[:16]
     (folder / SCRATCH).mkdir(parents=True)
     build_tuned(runtime or Runtime(), made, inputs, folder)
-    write_json(folder / "manifest.json", {"inputs": {"pruned": inputs["pruned"].name}, "spec": made.spec})
+    facts = {"stage": "tuned", "address": folder.name, "inputs": {"pruned": inputs["pruned"].name}, "spec": made.spec}
+    write_json(folder / "manifest.json", facts)
     return folder
 
 
@@ -300,3 +301,53 @@ def test_a_base_in_four_bits_trains_an_adapter_for_the_whole_one(inputs: dict[st
     whole = merged(opened(inputs["pruned"]), folder / "adapter")
     assert torch.equal(logits(student), logits(whole))
     assert {type(module) for module in student.modules() if hasattr(module, "in_features")} == {torch.nn.Linear}
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [LORA, HEAD_AND_NORMS], ids=["lora", "head_and_norms"])
+def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
+    adapter: dict[str, Any], stored: str, target: str, sharded_llama: Path, tmp_path: Path
+) -> None:
+    """Bit for bit; and but for the layer in hand nothing is in float32 that is not to stay so."""
+    from peft.tuners.lora.layer import Linear
+
+    base, tuned = tmp_path / "pruned" / ("a" * 16), tmp_path / "tuned" / ("b" * 16)
+    save_model(load_model(sharded_llama, stored, attention="eager"), base, sharded_llama)
+    student = adapted(opened(base), adapter, None)
+    for _ in range(2):
+        step(student)
+    save_student(student, tuned, base, f"pruned/{base.name}")
+    facts = {"stage": "tuned", "address": tuned.name, "inputs": {"pruned": base.name}, "spec": {}}
+    write_json(tuned / "manifest.json", facts)
+    expected = {
+        name: tensor.to(getattr(torch, target))
+        for name, tensor in merged(opened(base), tuned / "adapter").named_parameters()
+    }
+    wide: list[int] = []
+    merge = Linear.merge
+
+    def merging(self: Any, *rest: Any) -> None:
+        shown = [weight for name, weight in watched[0].named_parameters() if "lora_" not in name]
+        wide.append(sum(weight.dtype == torch.float32 for weight in shown))
+        merge(self, *rest)
+
+    watched: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sdd.stages.student.models.load_model", lambda *a, **k: watched.append(load_model(*a, **k)) or watched[0]
+        )
+        patch.setattr(Linear, "merge", merging)
+        model, _ = open_student(tuned, Runtime(), target)
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in found.items()
+    )
+    stock = load_model(base, target, attention="eager")
+    assert {n: b.dtype for n, b in model.named_buffers()} == {n: b.dtype for n, b in stock.named_buffers()}
+    if adapter is LORA and stored == target == "bfloat16":
+        assert set(wide) == {1}

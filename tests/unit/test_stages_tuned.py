@@ -3,7 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
+import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,3 +262,129 @@ def test_unknown_adapter_targets_are_a_users_mistake(inputs: dict[str, Path], tm
     with pytest.raises(UserError, match=r"adapter\.targets=\['nowhere_proj'\]") as caught:
         tune(tmp_path, inputs, wrong)
     assert "\n" not in str(caught.value)
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def break_off(folder: Path, inputs: dict[str, Path], recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
+    """The last checkpoint, of step 4, of a run that ends in its fifth step."""
+    record = StudentModule._record
+
+    def dying(self: StudentModule, step: int, loss: float, rate: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+        record(self, step, loss, rate)
+
+    with patch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patched.setattr(StudentModule, "_record", dying)
+        tune(folder, inputs, recipe)
+    return folder / SCRATCH / "step=4.ckpt"
+
+
+def test_no_run_goes_on_from_anothers_checkpoint(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither from one in the working folder, where Lightning looks under Slurm, nor from one in its own scratch."""
+    saved = break_off(tmp_path / "other", inputs, recipe(seed=1), monkeypatch)
+    whole = tune(tmp_path / "whole", inputs, recipe())
+    shutil.copyfile(saved, tmp_path / "hpc_ckpt_1.ckpt")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "arm"}.items():
+        monkeypatch.setenv(name, value)
+    assert same(tune(tmp_path / "beside", inputs, recipe()), whole)
+    for name in ("step=4.ckpt", "hpc_ckpt_1.ckpt"):
+        scratch = tmp_path / f"with {name}" / SCRATCH
+        scratch.mkdir(parents=True)
+        shutil.copyfile(saved, scratch / name)
+        assert same(tune(scratch.parent, inputs, recipe()), whole)
+        assert f"'{name}' in {scratch} is no checkpoint of this run, or damaged; it is removed" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged, cut short, or holding something else than this run would have left: each is removed, none is opened."""
+    from sdd.module import read_checkpoint
+
+    saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
+    content = torch.load(saved, weights_only=True)
+    name, tensor = next(iter(content["state_dict"].items()))
+    module = SimpleNamespace(run=recipe().address, plan=range(STEPS), trained=lambda: content["state_dict"])
+    assert read_checkpoint(saved, module) is not None  # type: ignore[arg-type]
+    moments = content["optimizer_states"][0]["state"]
+    wrong = [
+        {"run": "another"},
+        {"global_step": 3},
+        {"history": content["history"][1:]},
+        {"history": None},
+        {"state_dict": {}},
+        {"state_dict": content["state_dict"] | {name: tensor[:1]}},
+        {"state_dict": content["state_dict"] | {"more": tensor}},
+        {"optimizer_states": []},
+        {"optimizer_states": [{"state": moments | {0: {"exp_avg": tensor[:1]}}}]},
+    ]
+    for change in wrong:
+        torch.save(content | change, tmp_path / "wrong.ckpt")
+        assert read_checkpoint(tmp_path / "wrong.ckpt", module) is None, change  # type: ignore[arg-type]
+    (tmp_path / "cut.ckpt").write_bytes(saved.read_bytes()[:2000])
+    (tmp_path / "link.ckpt").symlink_to(saved)
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "empty.ckpt").touch()
+    for kind in ("cut", "empty", "link", "pipe", "folder"):
+        assert read_checkpoint(tmp_path / f"{kind}.ckpt", module) is None, kind  # type: ignore[arg-type]
+
+
+def test_one_that_lightning_cannot_take_over_ends_in_a_line_and_is_gone(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
+    content = torch.load(saved, weights_only=True)
+    torch.save(content | {"loops": {"fit_loop": {}}}, saved)
+    with pytest.raises(UserError, match=r"step=4\.ckpt: training cannot go on from it \(ValueError\); it is removed"):
+        tune(tmp_path, inputs, recipe())
+    assert not saved.exists()
+    assert same(tune(tmp_path, inputs, recipe()), tune(tmp_path / "whole", inputs, recipe()))
+
+
+@pytest.mark.parametrize("where", ["local", "above"])
+def test_what_a_checkpoint_names_is_not_removed(
+    where: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's callback removes what it remembers as the last checkpoint once there is a new one."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    saved = break_off(tmp_path / "run", inputs, recipe(), monkeypatch)
+    key = f"ModelCheckpoint{ {'monitor': None, 'mode': 'min', 'every_n_train_steps': 2, 'every_n_epochs': 0} }"
+    key = key.replace("}", ", 'train_time_interval': None}")
+    named = {"local": f"local://{mine}", "above": str(saved.parent / ".." / ".." / "mine")}[where]
+    content = torch.load(saved, weights_only=True)
+    state = {"best_model_path": named, "best_model_score": None, "dirpath": "/elsewhere"}
+    torch.save(content | {"callbacks": {key: state}}, saved)
+    tune(tmp_path / "run", inputs, recipe())
+    assert mine.is_dir()
+
+
+class Hostile:
+    """A pickle that makes a folder where it is read."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "legacy", "archive"])
+def test_a_strangers_checkpoint_runs_nothing(kind: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+    path, canary = tmp_path / SCRATCH / "step=4.ckpt", tmp_path / "canary"
+    path.parent.mkdir(parents=True)
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Hostile(canary), protocol=2))
+    else:
+        content = {"state_dict": {}, "global_step": 4, "history": Hostile(canary)}
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "archive")
+    with pytest.raises(UserError, match=r"step=4\.ckpt is no checkpoint of plain tensors and is not opened"):
+        tune(tmp_path, inputs, recipe())
+    assert not canary.exists()
