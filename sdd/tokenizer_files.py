@@ -50,9 +50,8 @@ def open_tokenizer(folder: Path, vocabulary: int | None) -> Any:
 
 def check_tokenizer_files(folder: Path, vocabulary: int | None) -> None:
     """Refuse tokenizer files that the libraries should not be given; `vocabulary` is the model's number of tokens."""
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    for path in (*(folder / name for name in (*FILES, *OTHERS)), *more):
-        name = path.name
+    for name in (*FILES, *OTHERS):
+        path = folder / name
         if path.is_symlink() or path.exists():
             status = check_regular(path, name)
             if status.st_size > SMALL_FILE:

@@ -6,8 +6,9 @@ from pathlib import Path
 from launching import Outcome
 
 SECRET = "s3cr3t-canary-value"
-LIMIT = 30.0
-"""Seconds after which a case counts as hanging; a refusal takes far less."""
+LIMIT = 120.0
+"""Seconds after which a case counts as hanging. A refusal takes far less; importing libraries, or reading the whole
+index of lm-eval, takes half a minute on a busy machine."""
 
 
 @dataclass(frozen=True)

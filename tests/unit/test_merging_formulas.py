@@ -133,7 +133,8 @@ def student(base: Path, adapter: dict[str, Any], seed: int, folder: Path) -> Pat
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     save_student(made, folder, base, "model/base")
-    (folder / "manifest.json").write_text(json.dumps({"inputs": {}, "spec": {"model": "base"}}))
+    place = {"stage": folder.parent.name, "address": folder.name}
+    (folder / "manifest.json").write_text(json.dumps({**place, "inputs": {}, "spec": {"model": "base"}}))
     return folder
 
 
