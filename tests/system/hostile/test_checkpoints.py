@@ -451,9 +451,9 @@ def test_kernels_are_never_imported(model: Path, canaries: Any) -> None:
     package = canaries.work / "site" / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f"open({str(canaries.ran)!r}, 'w').close()\n")
-    facts = package.with_name("kernels-0.99.0.dist-info")
+    facts = package.with_name("kernels-0.17.0.dist-info")
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.99.0\n")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.0\n")
     body = "import sys\nfrom pathlib import Path\nfrom sdd import models\nfrom sdd.pruning import prune_checkpoint\n"
     body += "source, target = map(Path, sys.argv[1:])\nprune_checkpoint(source, target, [1])\n"
     body += "models.load_model(target, 'float32')\n"
