@@ -20,6 +20,7 @@ from sdd.stages.student import base_folder, open_student
 from sdd.store import Store, share
 from sdd.untrusted import printable
 
+DTYPES = ("float32", "bfloat16", "float16")
 EXPORTED = ("pruned", "tuned", "merged")
 
 
@@ -35,6 +36,8 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
     base = base_folder(source, runtime) if source.parent.name == "tuned" else source
     config = models.read_config(base)
     kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    if kept not in DTYPES:
+        raise UserError(f"{source.parent.name}/{source.name} has a dtype {printable(str(kept)[:40])}; choose --dtype")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdd.export", description="Make a full checkpoint of a student.")
     parser.add_argument("address", help="address of a pruned, tuned or merged artifact")
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     add_arguments(parser)

@@ -8,6 +8,7 @@ here. Knows nothing of what the files mean.
 import json
 import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator
@@ -48,6 +49,26 @@ def _shown(character: str) -> str:
     if kind not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in "\n\t\r\u00ad\u200c\u200d":
         return character
     return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def as_markdown(text: str) -> str:
+    """One line of Markdown that is taken for neither HTML, a link, an image nor the end of a cell."""
+    text = " ".join(text.split())
+    for character, escape in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        text = text.replace(character, escape)
+    return text.replace("](", "]\\(").replace("![", "!\\[").replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def as_code(text: str) -> str:
+    """Text between backticks, on one line."""
+    return f"`{printable(' '.join(text.split())).replace('`', chr(39))}`"
+
+
+def as_block(text: str, language: str = "") -> list[str]:
+    """Lines of a block of code that nothing in it ends."""
+    runs = re.findall(r"`+", text)
+    fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
+    return [fence + language, *(printable(line) for line in text.splitlines()), fence]
 
 
 def check_regular(path: Path, what: str) -> os.stat_result:

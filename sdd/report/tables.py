@@ -15,6 +15,7 @@ from sdd.report.arms import text_of
 from sdd.report.contrasts import Study
 from sdd.report.files import write
 from sdd.report.measures import Comparison
+from sdd.untrusted import as_markdown
 
 METHOD = (
     "Percent; in brackets 95% intervals of a paired bootstrap over seeds, then items within a task, with the same "
@@ -54,17 +55,9 @@ def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str
     return [[row[i] for i in kept] for row in [header, *body]]
 
 
-def as_text(text: str) -> str:
-    """Text that neither ends a cell nor is taken for HTML, a link or an image; names of arms stay as they are."""
-    text = " ".join(text.split())
-    for character, escape in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        text = text.replace(character, escape)
-    return text.replace("](", "]\\(").replace("![", "!\\[").replace("://", ":\\//").replace("www.", "www\\.")
-
-
 def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     """Lines of a table, columns padded so that it reads as plain text too; empty columns are dropped."""
-    cells = [[as_text(cell) for cell in row] for row in without_empty(header, rows)]
+    cells = [[as_markdown(cell) for cell in row] for row in without_empty(header, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
@@ -141,7 +134,7 @@ def _contrast_tables(contrasts: list[dict[str, Any]]) -> list[tuple[str, list[st
         shown = markdown(header, lines[:most]) if lines else []
         if len(lines) > most:
             shown.append(f"\n{len(lines) - most} more in `contrasts.json`.")
-        found.append((f"Differences to {as_text(baseline)}, paired" if baseline else "Differences, paired", shown))
+        found.append((f"Differences to {as_markdown(baseline)}, paired" if baseline else "Differences, paired", shown))
     return found
 
 
@@ -162,7 +155,7 @@ def table_markdown(study: Study) -> str:
         names = {arm.name for arm in comparison.arms}
         tasks = [[row["arm"], *(percent(row["tasks"][task]) for task in comparison.tasks)] for row in rows]
         sections = [
-            (f"Arms ({as_text(evaluation_of(comparison))})", markdown(*arm_cells(rows))),
+            (f"Arms ({as_markdown(evaluation_of(comparison))})", markdown(*arm_cells(rows))),
             ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
             ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
             *_contrast_tables([row for row in study.contrasts if row["a"] in names]),
