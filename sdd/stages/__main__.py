@@ -33,20 +33,25 @@ SIZES = {
 """What a config in a manifest says of how much goes into one pass."""
 
 
-MOST_INPUTS = 1_000
+MOST_INPUTS = 500
 """Artifacts, counted once for each way to them, that one is made from; about twenty for a merge of three students."""
 
 
-def recipe_of(store: Store, manifest: dict[str, Any], left: Iterator[int] | None = None) -> Recipe:
+DEEPEST = 40
+"""Artifacts from one to the first of its inputs."""
+
+
+def recipe_of(store: Store, manifest: dict[str, Any], left: Iterator[int] | None = None, depth: int = 0) -> Recipe:
     """The recipe that a manifest records, inputs included."""
     left = left or iter(range(MOST_INPUTS))
-    if next(left, None) is None:
+    if next(left, None) is None or depth > DEEPEST:
         raise UserError(f"{manifest['stage']}/{manifest['address']}: inputs without an end; was the manifest edited?")
     if address_of(*(manifest[key] for key in ("stage", "version", "spec", "inputs"))) != manifest["address"]:
         raise UserError(
             f"{manifest['stage']}/{manifest['address']}: the manifest's recipe has another address; was it edited?"
         )
-    inputs = {name: recipe_of(store, read_manifest(store.find(a)), left) for name, a in manifest["inputs"].items()}
+    found = {name: read_manifest(store.find(address)) for name, address in manifest["inputs"].items()}
+    inputs = {name: recipe_of(store, upstream, left, depth + 1) for name, upstream in found.items()}
     return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
 
 

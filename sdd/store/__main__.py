@@ -22,16 +22,18 @@ from sdd.untrusted import printable
 
 MOST_COMPARED = 1_000
 """Pairs of artifacts that are compared; a merge of a dozen students takes about a hundred."""
+DEEPEST = 40
+"""Artifacts from one to the first of its inputs; a repaired, tuned and merged student's evaluation has seven."""
 
 
 def differences(
-    store: Store, one: str, other: str, where: str = "", compared: Iterator[int] | None = None
+    store: Store, one: str, other: str, where: str = "", compared: Iterator[int] | None = None, depth: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Every setting in which two recipes differ, followed upstream through their inputs."""
     if one == other:
         return
     compared = compared or iter(range(MOST_COMPARED))
-    if next(compared, None) is None or where.count(".") > MOST_COMPARED:
+    if next(compared, None) is None or depth > DEEPEST:
         raise UserError("inputs without an end: these manifests were not written by a store")
     a, b = read_manifest(store.find(one)), read_manifest(store.find(other))
     if a["stage"] != b["stage"]:
@@ -44,7 +46,7 @@ def differences(
         for key, value in sorted(_flat(own["spec"]).items()):
             if value != _flat(base["spec"]).get(key):
                 yield {"where": prefix + key, "a": None if own is b else value, "b": value if own is b else None}
-        yield from differences(store, made_over[0] or one, made_over[1] or other, where, compared)
+        yield from differences(store, made_over[0] or one, made_over[1] or other, where, compared, depth + 1)
         return
     if a["version"] != b["version"]:
         yield {"where": prefix + "version", "a": a["version"], "b": b["version"]}
@@ -58,7 +60,7 @@ def differences(
             yield {"where": f"{prefix}{name}", "a": x, "b": y}
         else:
             several = "" if a["stage"] != "merged" else f"{name}."  # inputs of one stage, told apart by name
-            yield from differences(store, x, y, prefix + several, compared)
+            yield from differences(store, x, y, prefix + several, compared, depth + 1)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -183,7 +183,11 @@ class Store:
 
     def find(self, address: str) -> Path:
         """The folder of a complete artifact by its address or an unambiguous start of it."""
-        hits = [folder for folder in self.folders() if folder.name.startswith(address)]
+        if ADDRESS.fullmatch(address):
+            places = [self.root / stage / address for stage in STAGES]
+            hits = [place for place in places if is_place(place) and (place / MANIFEST).exists()]
+        else:
+            hits = [folder for folder in self.folders() if folder.name.startswith(address)]
         if len(hits) != 1:
             what = "no artifact" if not hits else f"{len(hits)} artifacts"
             raise UserError(
