@@ -28,7 +28,7 @@ OPEN = {"metric": CRITERION, "width_metric": CRITERION, "engine": ENGINE}
 """Nodes for which the schema names no settings, and those of them that are kept, besides `_target_`."""
 FIELDS = ("prompt", "reference", "id", "answer")
 """Columns of `dataset.fields`."""
-GONE = "[left out]"
+GONE = "***"
 
 SECRET_WORDS = {"token", "secret", "secrets", "password", "passwd", "pwd", "passphrase", "credential", "credentials"}
 SECRET_WORDS |= {"bearer", "auth", "authorization", "authorisation", "apikey", "cookie"}

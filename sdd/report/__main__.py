@@ -11,16 +11,7 @@ from pathlib import Path
 from sdd.errors import UserError
 from sdd.untrusted import printable
 
-MALFORMED = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RecursionError,
-    OSError,
-)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 """What reading an artifact ends in that has another form than its stage writes, beyond what is checked on reading."""
 BUILD_ONE = "run `python evaluate.py` first, or give another folder"
 
@@ -64,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         written = report(options.folders, options.out, options.baseline)
     except UserError as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return 2
     except MALFORMED as error:
         if options.debug:

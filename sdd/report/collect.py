@@ -17,6 +17,7 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.report.library import AGAIN, STAGES, Artifact, Library, read_artifact, read_json
+from sdd.untrusted import check_shape
 
 NO_TEACHER = (
     "retention is missing: it needs the unpruned model on the same evaluation. "
@@ -181,6 +182,8 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     between = {address for artifact in (*pruned, *by_stage["scores"]) for address in artifact.inputs.values()}
     pruned = [artifact for artifact in pruned if artifact.address not in between]  # not those cut once more
     model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
+    for artifact in tuned:
+        check_shape(artifact.spec.get("seed"), (int, None), f"tuned/{artifact.address}: seed")
     seeds = {artifact.spec.get("seed") for artifact in tuned}
     pruning = read_cut(pruned[0].path / "pruning.json") if pruned else {}
     metric = pruning.get("metric") or (pruned[0].labels.get("metric") if pruned and pruned[0].inputs else None)

@@ -239,6 +239,42 @@ def test_folders_of_sweeps(case: str, canaries: Canaries, capsys: pytest.Capture
     canaries.check_refused(Outcome(code, *capsys.readouterr()))
 
 
+def test_a_report_that_cannot_be_written(canaries: Canaries, capsys: pytest.CaptureFixture[str]) -> None:
+    study(canaries.work / "artifacts")
+    (canaries.work / "out").write_text("x")
+    outcome = reported(canaries, capsys)
+    canaries.check_refused(outcome)
+    assert "File exists" in outcome.stderr
+
+
+ANALYSES: dict[str, dict[str, Any]] = {
+    "drafted": {"drafted.json": {}, "prompts.jsonl": {"id": 1, "tokens": 1, "matched": 1, "lengths": {"4": []}}},
+    "shifted": {"shift.json": {"similarity": {"histogram": {"edges": [1], "counts": ["a"]}}, "targets": []}},
+    "measured": {"costs.json": {"teacher": {"parameters": "x"}, "student": {}, "saved": []}, "timings.json": [1]},
+}
+
+
+@pytest.mark.parametrize("stage", ANALYSES)
+def test_analyses_of_another_form(
+    stage: str, whole: None, canaries: Canaries, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """These are nested too deeply to be checked one by one: what fails is one line all the same."""
+    root = study(canaries.work / "artifacts")
+    folder = put(root, stage, "9" * 16, {"model": PRUNED, "answers": "8" * 16}, {"context": 1})
+    for name, value in ANALYSES[stage].items():
+        write(folder / name, value)
+    code = main([str(root), "--out", str(canaries.work / "out")])
+    canaries.check_refused(Outcome(code, *capsys.readouterr()))
+
+
+@pytest.mark.parametrize("seed", [[1], "1", 1.5, True, {"a": 1}, 10**30], ids=str)
+def test_seeds_that_are_none(seed: Any, canaries: Canaries, capsys: pytest.CaptureFixture[str]) -> None:
+    root = study(canaries.work / "artifacts")
+    put(root, "tuned", "3" * 16, {"pruned": PRUNED}, {"seed": seed})
+    evaluated(root, "4" * 16, {"model": "3" * 16}, "add", {})
+    canaries.check_refused(reported(canaries, capsys))
+
+
 # ---- text stays text ------------------------------------------------------------------------------------------------
 
 HOSTILE = [
