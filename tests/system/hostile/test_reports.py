@@ -71,10 +71,16 @@ def whole(request: pytest.FixtureRequest) -> None:
     """Asked for where plots and the page are made too."""
 
 
+@pytest.fixture
+def paged(request: pytest.FixtureRequest) -> None:
+    """Asked for where the page is made, and no plots."""
+
+
 @pytest.fixture(autouse=True)
 def tables_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "whole" not in request.fixturenames:
         monkeypatch.setattr("sdd.report.plots.write_plots", lambda study, out: None)
+    if not {"whole", "paged"} & set(request.fixturenames):
         monkeypatch.setattr("sdd.report.page.write_page", lambda *parts: None)
 
 
@@ -256,7 +262,7 @@ ANALYSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stage", ANALYSES)
 def test_analyses_of_another_form(
-    stage: str, whole: None, canaries: Canaries, capsys: pytest.CaptureFixture[str]
+    stage: str, paged: None, canaries: Canaries, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """These are nested too deeply to be checked one by one: what fails is one line all the same."""
     root = study(canaries.work / "artifacts")
@@ -357,7 +363,7 @@ def test_hostile_text_everywhere_in_a_whole_report(
 
 
 def test_a_scores_file_that_is_no_models_is_refused(
-    whole: None, canaries: Canaries, capsys: pytest.CaptureFixture[str]
+    paged: None, canaries: Canaries, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = study(canaries.work / "artifacts")
     scores = put(root, "scores", "f" * 16, {}, {"metric": "angular"})
