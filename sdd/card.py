@@ -93,12 +93,12 @@ def lineage(store: Store, folder: Path) -> Lineage:
         if place in seen:
             continue
         seen.add(place)
-        manifest = cleaned(read_manifest(place))
+        manifest = cleaned(store.manifest(place))
         check_shape(manifest["spec"], SPECS.get(manifest["stage"], ANY), f"{place}: its recipe")
         manifests.setdefault(manifest["stage"], manifest)  # the last of its stage, not what that was made from
         folders.setdefault(manifest["stage"], place)
         queue += [store.find(address) for address in manifest["inputs"].values()]
-    own = cleaned(read_manifest(folder))
+    own = cleaned(store.manifest(folder))
     stages = [stage for stage in ("pruned", "tuned") if stage in manifests and "model" in manifests[stage]["spec"]]
     if not stages:
         raise UserError(f"{folder}: no recipe of it names the unpruned model")
@@ -305,7 +305,7 @@ def _data(line: Lineage, title: str) -> str:
 
 def evaluated_pairs(store: Store, line: Lineage) -> list[tuple[Path, Path]]:
     """Evaluations of the artifact, each with the unpruned model's on exactly the same tasks and settings."""
-    found = [(folder, read_manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
+    found = [(folder, store.manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
     pairs = []
     for folder, manifest in found:
         if manifest["inputs"].get("model") != line.address:

@@ -21,7 +21,7 @@ from sdd.errors import UserError
 from sdd.stages import builds
 from sdd.stages.runtime import Runtime, read_facts
 from sdd.stages.sources import add_arguments, runtime_of
-from sdd.store import TIMINGS, Recipe, Store, file_digest, read_manifest
+from sdd.store import TIMINGS, Recipe, Store, file_digest
 from sdd.store.recipe import address_of
 from sdd.untrusted import check_shape, parse_json, printable
 
@@ -50,7 +50,7 @@ def recipe_of(store: Store, manifest: dict[str, Any], left: Iterator[int] | None
         raise UserError(
             f"{manifest['stage']}/{manifest['address']}: the manifest's recipe has another address; was it edited?"
         )
-    found = {name: read_manifest(store.find(address)) for name, address in manifest["inputs"].items()}
+    found = {name: store.manifest(store.find(address)) for name, address in manifest["inputs"].items()}
     inputs = {name: recipe_of(store, upstream, left, depth + 1) for name, upstream in found.items()}
     return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
 
@@ -88,7 +88,7 @@ def _num_texts(folder: Path) -> int:
 def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     """What differs between the artifact and a fresh build of its recipe; empty if nothing does."""
     folder = store.find(address)
-    manifest = read_manifest(folder)
+    manifest = store.manifest(folder)
     recipe = recipe_of(store, manifest)
     if "texts" in recipe.spec:
         find_texts(runtime, recipe, _num_texts(folder))

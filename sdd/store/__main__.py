@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store.store import MANIFEST, RESULTS, Store, files_of, is_place, read_manifest
+from sdd.store.store import MANIFEST, RESULTS, Store, files_of, is_place
 from sdd.untrusted import printable
 
 MOST_COMPARED = 1_000
@@ -35,7 +35,7 @@ def differences(
     compared = compared or iter(range(MOST_COMPARED))
     if next(compared, None) is None or depth > DEEPEST:
         raise UserError("inputs without an end: these manifests were not written by a store")
-    a, b = read_manifest(store.find(one)), read_manifest(store.find(other))
+    a, b = store.manifest(store.find(one)), store.manifest(store.find(other))
     if a["stage"] != b["stage"]:
         yield {"where": where + "stage", "a": a["stage"], "b": b["stage"]}
         return

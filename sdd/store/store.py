@@ -59,7 +59,11 @@ FIELDS = {
     "command?": str,
     "config?": {str: ANY},
 }
-"""What a manifest holds."""
+"""What a manifest of a store's holds."""
+LINKED = {
+    key if key.endswith("?") or key in ("stage", "address", "inputs") else f"{key}?": FIELDS[key] for key in FIELDS
+}
+"""The same as far as a stage needs it of an input."""
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
 
 Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
@@ -179,7 +183,15 @@ class Store:
         return [path.parent for path in paths if is_place(path.parent)]
 
     def manifests(self) -> list[dict[str, Any]]:
-        return [read_manifest(folder) for folder in self.folders()]
+        return [self.manifest(folder) for folder in self.folders()]
+
+    def manifest(self, folder: Path) -> dict[str, Any]:
+        """The whole manifest of an artifact of this store."""
+        if folder.parent.parent != self.root or not is_place(folder):
+            raise UserError(f"{folder}: no artifact, which is a folder STAGE/ADDRESS of {self.root} and no link")
+        manifest = read_manifest(folder)
+        check_shape(manifest, FIELDS, _damaged(folder))
+        return manifest
 
     def find(self, address: str) -> Path:
         """The folder of a complete artifact by its address or an unambiguous start of it."""
@@ -198,7 +210,7 @@ class Store:
     def verify(self, folder: Path) -> list[str]:
         """What is wrong with a complete artifact: files changed, missing, or unlisted; the manifest."""
         try:
-            manifest = read_manifest(folder)
+            manifest = self.manifest(folder)
             recorded: dict[str, str] = manifest["files"]
             address = address_of(*(manifest[key] for key in ("stage", "version", "spec", "inputs")))
         except (UserError, ValueError):
@@ -244,19 +256,23 @@ def is_place(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete artifact, checked: it says where it lies, and names files within its folder."""
-    what = f"{folder}/{MANIFEST} is damaged; delete the folder and build it again"
-    if not is_place(folder):
-        raise UserError(f"{folder}: no artifact, which is a folder STAGE/ADDRESS and no link")
+    what = _damaged(folder)
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise UserError(f"{folder}: a link, which is no artifact")
     check_inside(folder / MANIFEST, folder, what)
     manifest = read_json(folder / MANIFEST, what, LARGEST)
-    check_shape(manifest, FIELDS, what)
+    check_shape(manifest, LINKED, what)
     if (manifest["stage"], manifest["address"]) != (folder.parent.name, folder.name):
         raise UserError(f"{what}: it is of another artifact")
     if not all(map(ADDRESS.fullmatch, manifest["inputs"].values())) or folder.name in manifest["inputs"].values():
         raise UserError(f"{what}: an input that is no address")
-    if not all(map(_is_inner, manifest["files"])):
+    if not all(map(_is_inner, manifest.get("files", ()))):
         raise UserError(f"{what}: a file outside")
     return manifest
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder}/{MANIFEST} is damaged; delete the folder and build it again"
 
 
 def _is_inner(name: str) -> bool:
