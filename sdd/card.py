@@ -6,6 +6,7 @@ model, whose licence applies, and the command and config that made it. Every num
 
 import contextlib
 import json
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,44 @@ import yaml
 
 from sdd.errors import UserError
 from sdd.hub import PAGE, checkpoint_folder, is_hub_id
-from sdd.stages.runtime import Runtime
+from sdd.stages.runtime import Runtime, read_facts
 from sdd.store import Store, read_manifest
+from sdd.untrusted import ANY, as_block, as_code, as_markdown, check_inside, check_shape, cleaned
+
+TUNED = {"finetune": {"epochs": int, "learning_rate": float, "batch_size": int}, "seed": int}
+SPECS = {
+    "pruned": {"model?": str},
+    "targets": {"mode": str},
+    "tuned": {**TUNED, "model?": str},
+    "merged": {"method": str},
+    "evaluated": {"suite": str},
+}
+"""What the page says of recipes, by stage."""
+HELD_OUT = {"before": float, "after": float}
+CUT: dict[str, Any] = {
+    "removed_blocks": [int],
+    "kept_blocks": [int],
+    "parameters_before": int,
+    "parameters_after": int,
+    "metric?": (str, None),
+    "width_before?": int,
+    "width_after?": int,
+    "removed_of_mlp?": float,
+    "repair?": (
+        {"method": str, "penalty": float, "tokens_fitted": int, "cuts": [{"block": int, "held_out": HELD_OUT}]},
+        None,
+    ),
+}
+RESULT = {"value": float, "stderr?": (float, None), "metric": str, "n": int}
+FILES = {
+    "pruning.json": CUT,
+    "rows.json": {"trained": int, "target_tokens": int},
+    "summary.json": {"reasons?": {str: int}},
+    "merging.json": {"note": str},
+    "results.json": {"tasks": {str: RESULT}},
+}
+"""What the page says of files, by name."""
+LARGEST_PAGE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -37,37 +74,50 @@ class Lineage:
 
     def read(self, stage: str, name: str) -> dict[str, Any]:
         """A JSON file of the artifact of a stage; empty where there is none."""
-        if stage not in self.folders:
-            return {}
-        found: dict[str, Any] = json.loads((self.folders[stage] / name).read_text())
-        return found
+        return _facts(self.folders[stage], name) if stage in self.folders else {}
+
+
+def _facts(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of an artifact, in the shape that the page needs."""
+    check_inside(folder / name, folder, f"{folder / name}")
+    facts: dict[str, Any] = cleaned(read_facts(folder / name, FILES[name]))
+    return facts
 
 
 def lineage(store: Store, folder: Path) -> Lineage:
     manifests: dict[str, dict[str, Any]] = {}
     folders: dict[str, Path] = {}
-    queue = [folder]
+    queue, seen = [folder], set()
     while queue:
         place = queue.pop(0)
-        manifest = read_manifest(place)
+        if place in seen:
+            continue
+        seen.add(place)
+        manifest = cleaned(store.manifest(place))
+        check_shape(manifest["spec"], SPECS.get(manifest["stage"], ANY), f"{place}: its recipe")
         manifests.setdefault(manifest["stage"], manifest)  # the last of its stage, not what that was made from
         folders.setdefault(manifest["stage"], place)
         queue += [store.find(address) for address in manifest["inputs"].values()]
-    own = read_manifest(folder)
-    digest = next(
-        str(manifests[stage]["spec"]["model"])
-        for stage in ("pruned", "tuned")
-        if stage in manifests and "model" in manifests[stage]["spec"]
-    )
+    own = cleaned(store.manifest(folder))
+    stages = [stage for stage in ("pruned", "tuned") if stage in manifests and "model" in manifests[stage]["spec"]]
+    if not stages:
+        raise UserError(f"{folder}: no recipe of it names the unpruned model")
+    digest = str(manifests[stages[0]]["spec"]["model"])
     merged = sorted(own["inputs"].items()) if own["stage"] == "merged" else ()
-    students = tuple(lineage(store, store.find(address)) for _, address in merged)
+    made_of = [store.find(address) for _, address in merged]
+    students = tuple(lineage(store, place) for place in made_of if place.parent.name == "tuned")
     return Lineage(folder.name, digest, folders, manifests, own.get("config", {}), own.get("command", ""), students)
 
 
 def base_name(line: Lineage) -> str | None:
     """The hub id of the unpruned model, if it came from there."""
-    path = str(line.config.get("model", {}).get("path", ""))
+    path = _path(line)
     return path if is_hub_id(path) else None
+
+
+def _path(line: Lineage) -> str:
+    model = line.config.get("model")
+    return str(model.get("path") or "") if isinstance(model, dict) else ""
 
 
 def base_page(line: Lineage, runtime: Runtime) -> dict[str, Any]:
@@ -77,14 +127,26 @@ def base_page(line: Lineage, runtime: Runtime) -> dict[str, Any]:
     folder = runtime.sources.get(line.digest)
     name = base_name(line)
     if folder is None and name is not None:
+        revision = line.config["model"].get("revision")
         with contextlib.suppress(UserError):
-            folder = checkpoint_folder(name, line.config["model"].get("revision"), fetch=False)
-    if folder is None or not (folder / PAGE).is_file():
+            folder = checkpoint_folder(name, revision if isinstance(revision, str) else None, fetch=False)
+    if folder is None or not (folder / PAGE).is_file() or (folder / PAGE).stat().st_size > LARGEST_PAGE:
         return {}
     try:
-        return dict(metadata_load(folder / PAGE) or {})
-    except (ValueError, TypeError, yaml.YAMLError):
+        page = metadata_load(folder / PAGE)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}
+    return {key: page[key] for key in STATED if _is_stated(page.get(key))} if isinstance(page, dict) else {}
+
+
+STATED = ("license", "license_name", "license_link", "language")
+
+
+def _is_stated(value: Any) -> bool:
+    """Whether what a page states is a name, a list of names, or a plain link to a page."""
+    if isinstance(value, list):
+        return 0 < len(value) <= 300 and all(isinstance(one, str) and _is_stated(one) for one in value)
+    return isinstance(value, str) and re.fullmatch(r"[\w][\w .,+()-]{0,99}|https://[\w./%+-]{1,300}", value) is not None
 
 
 def front_matter(line: Lineage, page: dict[str, Any]) -> Any:
@@ -97,7 +159,7 @@ def front_matter(line: Lineage, page: dict[str, Any]) -> Any:
     if "license" not in licence:
         licence = {"license": "other", "license_name": "see-the-base-model"}
     made_of = line.students or (line,)
-    datasets = [name for one in made_of for name in repositories(one.config.get("dataset", {}))] if tuned else []
+    datasets = [name for one in made_of for name in repositories(one.config.get("dataset"))] if tuned else []
     modes = {_mode(one) for one in made_of}
     return ModelCardData(
         base_model=base,
@@ -110,11 +172,14 @@ def front_matter(line: Lineage, page: dict[str, Any]) -> Any:
     )
 
 
-def repositories(dataset: dict[str, Any]) -> list[str]:
+def repositories(dataset: Any) -> list[str]:
     """The hub repositories that a dataset's settings name, those of a mixture's parts included."""
-    named = (dataset.get("hub") or {}).get("repository")
-    own = [named] if named and not dataset.get("path") else []
-    return own + [name for part in (dataset.get("parts") or {}).values() for name in repositories(part)]
+    if not isinstance(dataset, dict):
+        return []
+    hub, parts = dataset.get("hub"), dataset.get("parts")
+    named = hub.get("repository") if isinstance(hub, dict) else None
+    own = [named] if isinstance(named, str) and is_hub_id(named) and not dataset.get("path") else []
+    return own + [name for part in (parts.values() if isinstance(parts, dict) else ()) for name in repositories(part)]
 
 
 def _merge_tag(line: Lineage) -> list[str]:
@@ -138,8 +203,9 @@ def model_card(store: Store, folder: Path, runtime: Runtime) -> str:
 
 def _removed(line: Lineage) -> str:
     base, facts = base_name(line), line.read("pruned", "pruning.json")
-    name = base.split("/")[1] if base else Path(str(line.config.get("model", {}).get("path", "a model"))).name
-    of = f"[{base}](https://huggingface.co/{base})" if base else f"the checkpoint `{name}`"
+    plain = base.split("/")[1] if base else Path(_path(line) or "a model").name
+    name = as_markdown(plain)
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"the checkpoint {as_code(plain)}"
     if not facts:
         return f"# {name}, fine-tuned\n\nMade from {of}, of which nothing was removed."
     removed, blocks = facts["removed_blocks"], len(facts["removed_blocks"]) + len(facts["kept_blocks"])
@@ -172,6 +238,7 @@ def _criteria(facts: dict[str, Any]) -> tuple[str, str]:
     blocks, channels = facts.get("metric") or "", ""
     if "width_after" in facts:
         blocks, _, channels = blocks.rpartition("+")
+    blocks, channels = as_markdown(blocks), as_markdown(channels)
     return f", chosen by {blocks}" if blocks else "", f", chosen by {channels}" if channels else ""
 
 
@@ -187,8 +254,9 @@ def _repaired(facts: dict[str, Any]) -> str:
     )
     return (
         "\n\nThen, without training, the last projection of the MLP before each cut was refitted to lead to the states "
-        f"behind the cut ({repair['method']} regression, penalty {repair['penalty']:g}, {repair['tokens_fitted']:,} "
-        f"tokens of calibration texts). Relative error of those states on texts held out: {errors}."
+        f"behind the cut ({as_markdown(repair['method'])} regression, penalty {repair['penalty']:g}, "
+        f"{repair['tokens_fitted']:,} tokens of calibration texts). Relative error of those states on texts held out: "
+        f"{errors}."
     )
 
 
@@ -212,10 +280,10 @@ def _tuning(line: Lineage) -> str:
 
 def _merging(line: Lineage) -> str:
     spec, facts = line.manifests["merged"]["spec"], line.read("merged", "merging.json")
-    settings = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "method")
+    settings = as_markdown(", ".join(f"{key} {value}" for key, value in spec.items() if key != "method"))
     return (
-        f"## Merging\n\n{len(line.students)} students of the pruned model were merged by {spec['method']} "
-        f"({settings}); {facts['note']}."
+        f"## Merging\n\n{len(line.students)} students of the pruned model were merged by "
+        f"{as_markdown(spec['method'])} ({settings}); {as_markdown(facts['note'])}."
     )
 
 
@@ -224,10 +292,10 @@ def _data(line: Lineage, title: str) -> str:
     spec, rows = line.manifests["tuned"]["spec"], line.read("tuned", "rows.json")
     dataset, mode = line.manifests["tuned"]["labels"].get("dataset", "a dataset"), _mode(line)
     reasons = line.read("targets", "summary.json").get("reasons", {})
-    counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    counted = as_markdown(", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())))
     settings = spec["finetune"]
     lines = [
-        f"Tuned on `{dataset}`: {TARGETS.get(str(mode), mode)}.",
+        f"Tuned on {as_code(dataset)}: {TARGETS.get(str(mode)) or as_markdown(str(mode))}.",
         f"{rows['trained']:,} rows, {rows['target_tokens']:,} target tokens, {settings['epochs']} epochs, learning "
         f"rate {settings['learning_rate']:g}, {settings['batch_size']} rows a step, seed {spec['seed']}.",
         f"Targets of all rows by what became of them: {counted}.",
@@ -237,7 +305,7 @@ def _data(line: Lineage, title: str) -> str:
 
 def evaluated_pairs(store: Store, line: Lineage) -> list[tuple[Path, Path]]:
     """Evaluations of the artifact, each with the unpruned model's on exactly the same tasks and settings."""
-    found = [(folder, read_manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
+    found = [(folder, store.manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
     pairs = []
     for folder, manifest in found:
         if manifest["inputs"].get("model") != line.address:
@@ -255,11 +323,14 @@ def _retention(store: Store, line: Lineage) -> str:
 
 
 def _table(student: Path, teacher: Path) -> str:
-    mine, whole = (json.loads((folder / "results.json").read_text())["tasks"] for folder in (student, teacher))
-    spec = read_manifest(student)["spec"]
+    mine, whole = (_facts(folder, "results.json")["tasks"] for folder in (student, teacher))
+    if not mine or not set(mine) <= set(whole):
+        raise UserError(f"{student} and {teacher} are not results of the same tasks")
+    spec = cleaned(read_manifest(student)["spec"])
+    check_shape(spec, {"suite": str, "limit?": (int, None)}, f"{student}: its recipe")
     limit = "" if spec.get("limit") is None else f", at most {spec['limit']} items a task"
     lines = [
-        f"`{spec['suite']}`{limit}; value ± standard error.",
+        f"{as_code(spec['suite'])}{limit}; value ± standard error.",
         "",
         "| task | metric | n | unpruned | this model | retention |",
         "|---|---|---|---|---|---|",
@@ -270,7 +341,14 @@ def _table(student: Path, teacher: Path) -> str:
         share = f"{100 * after / before:.1f}%" if before else "-"
         if before:
             kept.append(after / before)
-        cells = (name, result["metric"], str(result["n"]), _shown(whole[name]), _shown(result), share)
+        cells = (
+            as_markdown(name),
+            as_markdown(result["metric"]),
+            str(result["n"]),
+            _shown(whole[name]),
+            _shown(result),
+            share,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     before, after = (statistics.fmean(one["value"] for one in results.values()) for results in (whole, mine))
     if before:
@@ -288,7 +366,7 @@ def _shown(result: dict[str, Any]) -> str:
 def _licence(line: Lineage, page: dict[str, Any]) -> str:
     base = base_name(line)
     of = f"[the base model](https://huggingface.co/{base})" if base else "the base model"
-    stated = page.get("license_name") or page.get("license")
+    stated = as_markdown(str(page.get("license_name") or page.get("license") or ""))
     return f"## Licence\n\nThat of {of}: " + (
         f"{stated}." if stated else "see there; it was not found on the machine that wrote this page."
     )
@@ -296,16 +374,16 @@ def _licence(line: Lineage, page: dict[str, Any]) -> str:
 
 def _making(line: Lineage) -> str:
     own = next(line.manifests[stage] for stage in ("merged", "tuned", "pruned") if stage in line.manifests)
-    versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+    versions = as_markdown(", ".join(f"{name} {version}" for name, version in own.get("versions", {}).items()))
     lines = [
         "## How it was made",
         "",
-        f"Artifact `{own['stage']}/{line.address}`, base model digest `{line.digest}`, commit `{own['commit']}` of the "
-        f"code; {versions}.",
+        f"Artifact `{own['stage']}/{line.address}`, base model digest {as_code(line.digest)}, commit "
+        f"{as_code(str(own.get('commit')))} of the code; {versions}.",
     ]
     if line.command:
-        lines += ["", "```", line.command, "```", "", "The composed config:", "", "```yaml"]
-        lines += [yaml.safe_dump(line.config, sort_keys=False, allow_unicode=True).rstrip(), "```"]
+        config = yaml.safe_dump(line.config, sort_keys=False, allow_unicode=True).rstrip()
+        lines += ["", *as_block(line.command), "", "The composed config:", "", *as_block(config, "yaml")]
     else:
-        lines += ["", "Its recipe:", "", "```json", json.dumps(own["spec"], indent=1, ensure_ascii=False), "```"]
+        lines += ["", "Its recipe:", "", *as_block(json.dumps(own["spec"], indent=1, ensure_ascii=False), "json")]
     return "\n".join(lines)

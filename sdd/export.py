@@ -18,7 +18,9 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.stages.student import base_folder, open_student
 from sdd.store import Store, share
+from sdd.untrusted import printable
 
+DTYPES = ("float32", "bfloat16", "float16")
 EXPORTED = ("pruned", "tuned", "merged")
 
 
@@ -27,18 +29,27 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
     source = store.find(address)
     if source.parent.name not in EXPORTED:
         raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned, tuned or merged artifact")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; name a new folder")
+    if target.parent.resolve().joinpath(target.name).is_relative_to(store.root.resolve()):
+        raise UserError(f"{target} lies among the artifacts; name a folder elsewhere")
     base = base_folder(source, runtime) if source.parent.name == "tuned" else source
     config = models.read_config(base)
     kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if kept not in DTYPES:
+        raise UserError(f"{source.parent.name}/{source.name} has a dtype {printable(str(kept)[:40])}; choose --dtype")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / "checkpoint"
         model, _ = open_student(source, runtime, kept)
         models.save_model(model, folder, base)
         (folder / PAGE).write_text(model_card(store, source, runtime), encoding="utf-8")
         share(folder)
+        if target.exists() or target.is_symlink():  # made meanwhile; a rename would replace an empty folder
+            raise UserError(f"{target} exists; name a new folder")
         folder.rename(target)
     return target
 
@@ -86,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdd.export", description="Make a full checkpoint of a student.")
     parser.add_argument("address", help="address of a pruned, tuned or merged artifact")
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     add_arguments(parser)
@@ -99,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.push:
             print(push(arguments.folder, arguments.push, arguments.public))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,43 +1,235 @@
 """What an artifact's manifest says of the job that built it: its command and its composed config, fit to be shared.
 
-Nothing of the machine or its owner is in it: absolute paths keep their last part, and where things are put, who tracks
-them and anything that is named like a secret is left out. Never part of a key. Knows nothing of what the settings mean.
+Nothing of the machine or its owner is in it. Only settings that the config's schema knows are kept, and of them none
+that say where things are put or who tracks them; of what a schema leaves open, only what is named here. In what is kept
+absolute paths keep their last part, and what looks like a credential, or was typed under a setting that is left out, is
+replaced. Never part of a key. Knows nothing of what the settings mean.
 """
 
+import contextlib
+import math
 import re
 import shlex
+import types
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
-from typing import Any
+from dataclasses import is_dataclass
+from itertools import pairwise
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-LEFT_OUT = ("paths", "logger", "store", "dry_run", "hydra")
-"""Groups and settings that say where and by whom, not what."""
+from sdd.config.schema import Config
 
-SECRET = re.compile(r"(?:^|[._])(?:token|secrets?|passwords?|api_?keys?)$", re.IGNORECASE)
+LEFT_OUT = ("paths", "logger", "store", "dry_run", "study")
+"""Settings that say where and by whom, not what; `study` holds what other settings refer to, which have the values."""
+CRITERION = ("by", "depth", "contiguous", "keep_final", "seed", "num_texts", "alpha", "temperature", "first_cut")
+ENGINE = ("batch_size", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "tries", "seed")
+OPEN = {"metric": CRITERION, "width_metric": CRITERION, "engine": ENGINE}
+"""Nodes for which the schema names no settings, and those of them that are kept, besides `_target_`."""
+FIELDS = ("prompt", "reference", "id", "answer")
+"""Columns of `dataset.fields`."""
+GONE = "***"
+
+SECRET_WORDS = {"token", "secret", "secrets", "password", "passwd", "pwd", "passphrase", "credential", "credentials"}
+SECRET_WORDS |= {"bearer", "auth", "authorization", "authorisation", "apikey", "cookie"}
+SECRET_KEYS = {"api", "access", "private", "secret", "ssh", "signing", "encryption", "account"}
+"""What makes a key a secret one: `api_key`, `accessKey`."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_PLAIN = re.compile(r"[\w.-]{1,40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_KNOWN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_|sk-|pk-|rk_|gh[opsur]_|github_pat_|glpat-|xox[abeprs]-|AKIA|ASIA|AIza|ya29\.|npm_|pypi-"
+    r"|wandb_|eyJ)[\w.~+/=-]{8,}"
+)
+_LONG = re.compile(r"[\w+/=-]{32,}")
+_NAMED = re.compile(r"([A-Za-z][\w.-]*)(['\"]?\s*[=:]\s*)(?:(?:Bearer|Basic)\s+)?(\"[^\"]*\"|'[^']*'|[^\s,;&\]}'\"]+)")
+_USER = re.compile(r"(?<=://)[^\s/@]+@")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?|true|false|null", re.IGNORECASE)
+
+_ROOT = r"(?:file:/*(?=/)|)(?:/+|~[\w.-]*[/\\]+|[A-Za-z]:[/\\]+|\\\\(?=\w))"
+_PART = r"[^\s/\\,;:'\"\[\](){}<>|=]+"
+_WHOLE = re.compile(r"['\"]?(?:/|~|[A-Za-z]:[/\\]|\\\\|file:/)[^\n{,=]*[/\\]\S")
+_QUOTED = re.compile(rf"(['\"])(?={_ROOT})([^'\"\n]*[/\\][^'\"\n]*)\1")
+_WITHIN = re.compile(
+    rf"(?P<url>(?<!\w)(?!file:)[A-Za-z][A-Za-z\d+.-]+://[^\s'\"]*)"
+    rf"|(?<![\w./\\}}~])(?P<path>{_ROOT}{_PART}(?:[/\\]+{_PART})+[/\\]*|(?:~[\w.-]*|[A-Za-z]:)[/\\]+{_PART})"
+)
 
 
 def provenance(script: str, overrides: Iterable[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """`command` (a line for a shell) and `config` (plain values) of a job."""
+    overrides = list(overrides)
+    typed = [*_secrets(config), *(value for word in overrides for value in _values_left_out(word))]
     kept = {key: value for key, value in config.items() if key not in LEFT_OUT}
-    return {"command": command(script, overrides), "config": shareable(kept)}
+    return {"command": command(script, overrides), "config": _kept(kept, Config, "", typed)}
 
 
 def command(script: str, overrides: Iterable[str]) -> str:
+    overrides = list(overrides)
+    typed = [value for word in overrides for value in _values_left_out(word)]
     words = [f"python {script}.py"]
     for override in overrides:
         key, separator, value = override.partition("=")
-        bare = key.lstrip("+~")
-        if re.split(r"[./@]", bare)[0] not in LEFT_OUT and not SECRET.search(bare):
-            words.append(shlex.quote(f"{key}{separator}{shareable(value)}"))
+        if is_known(key) and (shared := _word(key, value, typed)) is not None:
+            words.append(shlex.quote(f"{key}{separator}{shared}"))
     return " ".join(words)
 
 
-def shareable(value: Any) -> Any:
-    """The value without absolute paths and secrets, containers included."""
+def _word(key: str, value: str, typed: Iterable[str]) -> str | None:
+    """The value of an override as it is kept; None where it is not."""
+    bare = key.lstrip("+~")
+    if bare.split(".")[-1].endswith("revision") and _COMMIT.fullmatch(value.strip("'\"")):
+        return value
+    shared = str(shareable(value, typed))
+    if bare.startswith("study."):
+        plain = all(_PLAIN.fullmatch(one.removeprefix(".../")) for one in shared.strip("'\"").split(","))
+        return shared if plain and not is_secret(bare) else None
+    return shared
+
+
+def is_known(key: str) -> bool:
+    """Whether an override's key is a setting, or a group, that is kept: `+dataset@analysis.prompts`, `~metric.by`."""
+    group, _, package = key.lstrip("+~").partition("@")
+    if group == "experiment":
+        return not package
+    if group.startswith("study."):
+        return not package
+    return _is_setting(group) and (not package or _is_setting(package))
+
+
+def _is_setting(dotted: str) -> bool:
+    names, kind, path = dotted.split("."), Config, ""
+    if names[0] in LEFT_OUT:
+        return False
+    for name in names:
+        path, kind = _below(path, name, kind)
+        if kind is None:
+            return False
+    return True
+
+
+def _below(path: str, name: str, kind: Any) -> tuple[str, Any]:
+    """The path and the type of what lies in a node under a name; no type for what is not kept."""
+    inner = f"{path}.{name}" if path else name
+    plain = _PLAIN.fullmatch(name) and not is_secret(name)
+    if is_dataclass(kind):
+        found = get_type_hints(kind).get(name)
+        parts = get_args(found) if get_origin(found) in (Union, types.UnionType) else (found,)
+        return inner, next((part for part in parts if part is not types.NoneType), None)
+    if path in OPEN:
+        return inner, Any if name in (*OPEN[path], "_target_") else None
+    of_text = kind == dict[str, str]
+    if of_text or get_origin(kind) is dict:
+        return inner, get_args(kind)[1] if plain and (name in FIELDS or not of_text) else None
+    return inner, Any if kind is Any and plain and path.startswith(("merge.t", "model.shape.")) else None
+
+
+def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
+    """The value without what its type, or `OPEN`, does not name."""
     if isinstance(value, Mapping):
-        return {str(key): shareable(item) for key, item in value.items() if not SECRET.search(str(key))}
-    if isinstance(value, list):
-        return [shareable(item) for item in value]
-    if isinstance(value, str) and re.match(r"['\"]?(?:/|~|[A-Za-z]:\\)[^\n{]*[/\\]\S", value):
-        return f".../{PurePath(value.strip(chr(39) + chr(34))).name}"
-    return value
+        kept = {}
+        for key, item in value.items():
+            where, below = _below(path, str(key), kind)
+            if below is not None:
+                kept[str(key)] = _kept(item, below, where, typed)
+        return kept
+    if path == "merge.students" and isinstance(value, list):
+        return [[w for one in words if (w := _student_word(str(one), typed)) is not None] for words in value]
+    if path.endswith("revision") and isinstance(value, str) and _COMMIT.fullmatch(value):
+        return value
+    return shareable(value, typed)
+
+
+def _student_word(override: str, typed: Iterable[str]) -> str | None:
+    key, separator, value = override.partition("=")
+    shared = _word(key, value, typed) if is_known(key) else None
+    return None if shared is None else f"{key}{separator}{shared}"
+
+
+def _values_left_out(override: str) -> list[str]:
+    """What was typed under a setting that is not kept, if it is long enough to be told from other words."""
+    key, _, value = override.partition("=")
+    value = value.strip("'\"")
+    group = key.lstrip("+~").split(".")[0]
+    if not is_secret(key) and (is_known(key) or group in LEFT_OUT or group.startswith("hydra")):
+        return []
+    return [value] if len(value) >= 6 and not _NUMBER.fullmatch(value) else []
+
+
+def _secrets(node: Any, secret: bool = False) -> list[str]:
+    """Text under a name of a credential anywhere in a config, to which other settings may refer."""
+    if isinstance(node, Mapping):
+        return [found for key, item in node.items() for found in _secrets(item, secret or is_secret(str(key)))]
+    if isinstance(node, list | tuple):
+        return [found for item in node for found in _secrets(item, secret)]
+    return [node] if secret and isinstance(node, str) and len(node) >= 6 else []
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting is named like a credential: `hfToken`, `engine.api_key`; not `max_new_tokens`."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    return bool(SECRET_WORDS & set(words)) or any(
+        one in SECRET_KEYS and two in ("key", "keys") for one, two in pairwise(words)
+    )
+
+
+def shareable(value: Any, typed: Iterable[str] = ()) -> Any:
+    """The value without absolute paths and credentials, containers included; `typed` is what must not be in it."""
+    if isinstance(value, Mapping):
+        return {str(shareable(str(k))): shareable(v, typed) for k, v in value.items() if not is_secret(str(k))}
+    if isinstance(value, list | tuple):
+        return [shareable(item, typed) for item in value]
+    if isinstance(value, str):
+        return _text(value, typed)
+    return value if value is None or isinstance(value, bool | int | float) else _text(str(value), typed)
+
+
+def _text(text: str, typed: Iterable[str]) -> str:
+    for secret in typed:
+        text = text.replace(secret, GONE)
+    text = _KNOWN.sub(GONE, _USER.sub("", text))
+    text = _LONG.sub(lambda found: GONE if _is_random(found[0]) else found[0], text)
+    text = _NAMED.sub(_named, text)
+    if _WHOLE.match(text) and (bare := text.strip("'\"")) not in _places():
+        return f".../{_name(bare)}"
+    for place in _places():
+        text = re.sub(rf"{re.escape(place)}(?![\w.-])((?:[/\\]+{_PART})*)", _below_place, text)
+    text = _QUOTED.sub(lambda found: f"{found[1]}.../{_name(found[2])}{found[1]}", text)
+    return _WITHIN.sub(lambda found: found["url"] or f".../{_name(found['path'])}", text)
+
+
+def _named(found: re.Match[str]) -> str:
+    """A setting within a text: `api_key=...` keeps its name; `max_tokens=4`, and a template's `token: {x}`, all."""
+    name, sign, value = found.groups()
+    if is_secret(name) and not _NUMBER.fullmatch(value) and not value.startswith("{"):
+        return f"{name}{sign}{GONE}"
+    return f"{name}{sign}{_NAMED.sub(_named, value)}"
+
+
+def _below_place(found: re.Match[str]) -> str:
+    return f".../{_name(found[1])}" if found[1] else "..."
+
+
+def _is_random(text: str) -> bool:
+    """Whether 32 characters or more are digits of a key rather than words: hexadecimal, or base 64."""
+    if re.fullmatch(r"[0-9a-fA-F-]+", text):
+        return bool(re.search(r"\d", text)) and len(set(text)) >= 6
+    kinds = sum(bool(re.search(pattern, text)) for pattern in ("[a-z]", "[A-Z]", r"\d"))
+    counts = Counter(text)
+    bits = -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
+    return kinds == 3 and bits > (3.9 if text.rstrip("=").isalnum() else 4.4)
+
+
+def _name(path: str) -> str:
+    kind = PureWindowsPath if "\\" in path or re.match(r"[A-Za-z]:", path) else PurePath
+    return kind(path).name
+
+
+def _places() -> list[str]:
+    """Folders of this machine that a value may hold in any form, the longest first."""
+    package = Path(__file__).resolve().parent
+    found = {str(Path.home()), str(package), str(package.parent)}
+    with contextlib.suppress(OSError):  # deleted under this process
+        found.add(str(Path.cwd()))
+    return sorted((place for place in found if len(place) > 4), key=len, reverse=True)

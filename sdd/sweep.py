@@ -1,13 +1,29 @@
 """The end of a multirun: which jobs failed, the exit code, and the report of what was evaluated."""
 
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from sdd.config.checks import LOGGER_SETTINGS
+from sdd.errors import UserError
+from sdd.untrusted import ANY, check_shape, printable, read_json, read_text
+
+RECORD = {
+    "overrides": [str],
+    "error?": str,
+    "code?": int,
+    "stage?": str,
+    "path?": str,
+    "plan?": [ANY],
+}
+"""What a job says of itself in `result.json`."""
+LARGEST = 4 << 20
+"""Bytes of a job's record or config."""
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +43,13 @@ class SweepEnd(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         names = {str(p.parent.relative_to(folder)): p for p, _ in set(_records(folder)) - self.earlier}
-        jobs = [(name, json.loads(names[name].read_text())) for name in sorted(names, key=lambda n: (len(n), n))]
+        jobs = [(name, _record(names[name])) for name in sorted(names, key=lambda n: (len(n), n))]
         failed = [(name, job) for name, job in jobs if "error" in job]
         app.outcome[:] = [job.get("code", 0) for _, job in jobs]
         if failed:
             print(f"{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
             for name, job in failed:
-                print(f"  #{name} {' '.join(job['overrides'])}: {job['error']}", file=sys.stderr)
+                print(printable(f"  #{name} {' '.join(job['overrides'])}: {job['error']}"), file=sys.stderr)
         plans = [record for _, job in jobs for record in job.get("plan", [])]
         if plans:
             from sdd.plan import summary
@@ -66,14 +82,40 @@ class SweepEnd(Callback):
 
 
 def _tracker(folder: Path) -> dict[str, Any] | None:
-    """The tracker that the job of a run folder was composed with, if any; it has what each job overrode."""
+    """The tracker that the job of a run folder was composed with, if any; it has what each job overrode.
+
+    Taken as it is written, nothing in it resolved: a setting that refers to anything else is left out.
+    """
     file = folder / ".hydra" / "config.yaml"
     if not file.is_file():
         return None
-    composed: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    logger: dict[str, Any] = composed.get("logger") or {}
-    return logger if "_target_" in logger else None
+    try:
+        composed: Any = yaml.safe_load(read_text(file, f"{file}", LARGEST))
+    except (UserError, yaml.YAMLError, RecursionError, ValueError) as error:
+        log.warning("%s cannot be read: %s", printable(str(file)), printable(str(error).splitlines()[0]))
+        return None
+    logger: Any = composed.get("logger") if isinstance(composed, dict) else None
+    if not isinstance(logger, dict) or not _literal(logger.get("_target_")):
+        return None
+    return {name: logger[name] for name in LOGGER_SETTINGS if name in logger and _literal(logger[name])}
+
+
+def _literal(value: Any) -> bool:
+    """Whether a setting of the tracker's is a plain value, or a list of such, that refers to nothing."""
+    if isinstance(value, list):
+        return all(map(_literal, value))
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A job's record; one that cannot be read counts as a job that failed."""
+    try:
+        record = read_json(path, f"{path}", LARGEST)
+        check_shape(record, RECORD, f"{path}")
+    except UserError as error:
+        return {"overrides": [], "error": str(error), "code": 1}
+    return record
 
 
 def _records(folder: Path) -> list[tuple[Path, int]]:
-    return [(path, path.stat().st_mtime_ns) for path in folder.rglob("result.json")]
+    return [(path, path.lstat().st_mtime_ns) for path in folder.rglob("result.json")]

@@ -6,8 +6,12 @@ here. Knows nothing of what the files mean.
 """
 
 import json
+import math
 import os
+import re
 import stat
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,55 @@ from sdd.errors import UserError
 SMALL_FILE = 64 << 20
 """Bytes of the largest file that is read as a whole: a tokenizer with a vocabulary of 256k takes 35 MB."""
 
+LARGE_FILE = 8 << 30
+"""Bytes of the largest file that is read row by row."""
+LONGEST_ROW = 16 << 20
+"""Bytes of a row: a prompt of a few million tokens."""
+DEEPEST = 40
+"""Levels of a value that a stage wrote; they nest about five."""
+ANY = object
+"""A shape that holds anything that is not nested too deeply."""
+
 
 def printable(text: str) -> str:
     """The text with every character that steers a terminal (control, format, line separator, surrogate) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def cleaned(value: Any) -> Any:
+    """JSON as text to be shown: what steers a page or hides in it is escaped, keys included; lines and joiners stay."""
+    if isinstance(value, str):
+        return value if value.isascii() and value.isprintable() else "".join(map(_shown, value))
+    if isinstance(value, list):
+        return [cleaned(item) for item in value]
+    return {cleaned(key): cleaned(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _shown(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in "\n\t\r\u00ad\u200c\u200d":
+        return character
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def as_markdown(text: str) -> str:
+    """One line of Markdown that is taken for neither HTML, a link, an image nor the end of a cell."""
+    text = " ".join(text.split())
+    for character, escape in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        text = text.replace(character, escape)
+    return text.replace("](", "]\\(").replace("![", "!\\[").replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def as_code(text: str) -> str:
+    """Text between backticks, on one line."""
+    return f"`{printable(' '.join(text.split())).replace('`', chr(39))}`"
+
+
+def as_block(text: str, language: str = "") -> list[str]:
+    """Lines of a block of code that nothing in it ends."""
+    runs = re.findall(r"`+", text)
+    fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
+    return [fence + language, *(printable(line) for line in text.splitlines()), fence]
 
 
 def check_regular(path: Path, what: str) -> os.stat_result:
@@ -66,9 +115,109 @@ def parse_json(text: str, what: str) -> Any:
         raise UserError(f"{what}: not valid JSON") from None
 
 
+def strict_json(text: str, what: str, advice: str = "") -> Any:
+    """JSON without NaN and infinities."""
+
+    def refuse(name: str) -> None:
+        raise UserError(f"{what} holds {name}, which is no number{advice}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise UserError(f"{what}: JSON that is nested too deeply{advice}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} is not valid JSON (line {error.lineno}){advice}") from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"{what}: not valid JSON{advice}") from None
+
+
 def read_json(path: Path, what: str, at_most: int = SMALL_FILE) -> dict[str, Any]:
     """A JSON object from a regular file."""
     value = parse_json(read_text(path, what, at_most), what)
     if not isinstance(value, dict):
         raise UserError(f"{what}: not a JSON object")
     return value
+
+
+def read_rows(path: Path, what: str, at_most: int = LARGE_FILE) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a regular file, one a line; lines without any are left out."""
+    size = check_regular(path, what).st_size
+    if size > at_most:
+        raise UserError(f"{what}: {size:,} bytes, more than the {at_most:,} that are read")
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_ROW + 1):
+            number += 1
+            where = f"{what}, line {number}"
+            if len(line) > LONGEST_ROW:
+                raise UserError(f"{where}: more than {LONGEST_ROW:,} bytes")
+            try:
+                text = line.decode().strip()
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: not UTF-8 text") from None
+            if text:
+                row = parse_json(text, where)
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: not a JSON object")
+                yield row
+
+
+def check_shape(value: Any, shape: Any, what: str) -> None:
+    """Refuse a value that is not of a shape.
+
+    A shape is `str`, `bool`, `int`, `float` (any finite number), None, `ANY`, a tuple of alternatives, `[shape]` for a
+    list, `{str: shape}` for an object of any names, or `{name: shape}` for one with these, of which those with a
+    question mark may be missing, and with others that are not looked at.
+    """
+    if shape is ANY:
+        _check_depth(value, what)
+    elif isinstance(shape, tuple):
+        if not any(_is_like(value, one) for one in shape):
+            raise UserError(f"{what}: not {' or '.join(map(_named, shape))}")
+        check_shape(value, next(one for one in shape if _is_like(value, one)), what)
+    elif not _is_like(value, shape):
+        raise UserError(f"{what}: not {_named(shape)}")
+    elif isinstance(shape, list):
+        for number, item in enumerate(value):
+            check_shape(item, shape[0], f"{what}[{number}]")
+    elif isinstance(shape, dict) and str in shape:
+        for name, item in value.items():
+            check_shape(item, shape[str], f"{what}: {name[:80]}")
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name in value:
+                check_shape(value[name], inner, f"{what}: {name}")
+            elif name == key:
+                raise UserError(f"{what}: without {name}")
+
+
+def _is_like(value: Any, shape: Any) -> bool:
+    """Whether a value is of the kind of a shape, whatever is in it."""
+    if shape is None or shape is ANY:
+        return shape is ANY or value is None
+    if shape in (int, float):
+        number = isinstance(value, int) or (shape is float and isinstance(value, float) and math.isfinite(value))
+        return number and not isinstance(value, bool) and abs(value) < 1e18
+    return isinstance(value, shape if isinstance(shape, type) else type(shape))
+
+
+def _named(shape: Any) -> str:
+    names = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number", None: "null"}
+    return "a list" if isinstance(shape, list) else "an object" if isinstance(shape, dict) else names[shape]
+
+
+def _check_depth(value: Any, what: str) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise UserError(f"{what}: nested more than {DEEPEST} levels")

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdd.errors import UserError
+from sdd.untrusted import printable
 
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+"""What reading an artifact ends in that has another form than its stage writes, beyond what is checked on reading."""
 BUILD_ONE = "run `python evaluate.py` first, or give another folder"
 
 
@@ -46,13 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
         help="also contrast every arm with the one that has this value and is otherwise the same, such as "
         "metric=magnitude or adapter.rank=16; may be given more than once",
     )
+    parser.add_argument("--debug", action="store_true", help="show where a file that is not as it should be is read")
     options = parser.parse_args(arguments)
     try:
         written = report(options.folders, options.out, options.baseline)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    print((written / "table.md").read_text(encoding="utf-8"), file=sys.stderr)
+    except OSError as error:
+        print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except MALFORMED as error:
+        if options.debug:
+            raise
+        said = printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        print(f"error: an artifact is not as its stage writes it ({said}); --debug shows where", file=sys.stderr)
+        return 2
+    lines = (written / "table.md").read_text(encoding="utf-8").splitlines()
+    print("\n".join(map(printable, lines)), file=sys.stderr)
     print(written)
     return 0
 

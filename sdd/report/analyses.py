@@ -26,12 +26,18 @@ import numpy as np
 
 from sdd.report.arms import Arm
 from sdd.report.contrasts import Study
+from sdd.report.files import write
 from sdd.report.forgetting import against_forgetting
 from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
-from sdd.report.library import Artifact, Library, read_artifact, read_json
+from sdd.report.library import AGAIN, Artifact, Library, read_artifact, read_json, read_jsonl
+from sdd.untrusted import check_shape
 
 KINDS = {"drafted": "speculative", "shifted": "shift", "measured": "cost"}
 RESULT = {"drafted": "drafted.json", "shifted": "shift.json", "measured": "costs.json"}
+
+SHIFT_ROW = {"id": (str, int), "tokens": int, "kl": float, "similarity?": float}
+COUNTS = {"passes": int, "drafted": int, "accepted": int}
+DRAFT_ROW = {"id": (str, int), "tokens": int, "matched": int, "sampling_acceptance": float, "lengths": {str: COUNTS}}
 
 Rows = dict[str, dict[str, Any]]
 """A seed's records by the prompt's id."""
@@ -86,7 +92,12 @@ def _rows(artifact: Artifact) -> Rows:
     path = artifact.path / "prompts.jsonl"
     if not path.is_file():
         return {}
-    return {str(row["id"]): row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    shape = SHIFT_ROW if artifact.stage == "shifted" else DRAFT_ROW
+    rows = {}
+    for row in read_jsonl(path, artifact.path):
+        check_shape(row, shape, f"{path} has a broken row; {AGAIN}: row")
+        rows[str(row["id"])] = row
+    return rows
 
 
 def find(arms: list[Arm], library: Library) -> list[Analysis]:
@@ -171,4 +182,4 @@ def analyse(study: Study, library: Library) -> dict[str, list[dict[str, Any]]]:
 def write_analyses(analyses: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Write `analyses.json`, unless there are none."""
     if analyses["arms"]:
-        (out / "analyses.json").write_text(json.dumps(analyses, indent=1) + "\n", encoding="utf-8")
+        write(out / "analyses.json", json.dumps(analyses, indent=1) + "\n")

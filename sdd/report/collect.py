@@ -9,17 +9,33 @@ Knows nothing of statistics or layout.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdd.report.library import STAGES, Artifact, Library, read_artifact, read_json
+from sdd.errors import UserError
+from sdd.report.library import AGAIN, STAGES, Artifact, Library, read_artifact, read_json
+from sdd.untrusted import check_shape
 
 NO_TEACHER = (
     "retention is missing: it needs the unpruned model on the same evaluation. "
     "`python evaluate.py pruning=none finetune=none`, with the same evaluation settings, gives it."
 )
+
+TASK = re.compile(r"[\w(][\w .,:+@()=-]{0,199}")
+"""Names of tasks, which name files of samples too."""
+MOST_TASKS = 2_000
+MOST_BLOCKS = 2_000
+LONGEST_NAME = 200
+RESULT: dict[str, Any] = {"value?": (float, None), "stderr?": (float, None), "n?": (int, None), "metric?": (str, None)}
+RESULT |= {"lenient?": (float, None), "malformed?": (float, None), "weight_by_size?": bool}
+RESULTS = {"tasks": {str: RESULT}, "likelihood?": ({"nll?": ({"value": float, "stderr?": (float, None)}, None)}, None)}
+CUT: dict[str, Any] = {"metric?": (str, None), "removed_blocks?": ([int], None)}
+CUT |= {"kept_blocks?": ([int], None), "ratio?": (float, None), "ratio_of?": (str, None), "flops_saved?": (float, None)}
+CUT |= {"parameters_before?": (int, None), "parameters_after?": (int, None)}
+SUMMARY = {"groups?": ({str: int}, None), "reasons?": {str: int}}
 
 
 @dataclass
@@ -96,8 +112,32 @@ def _cut_settings(pruned: Artifact, library: Library) -> dict[str, Any]:
     return cut | flatten(_without(pruned.spec, "model"), "pruning.")
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What an evaluated artifact says of its tasks, numbers checked, and names that name no other file."""
+    results: dict[str, Any] = read_json(path, RESULTS)
+    if len(results["tasks"]) > MOST_TASKS:
+        raise UserError(f"{path}: more than {MOST_TASKS:,} tasks; {AGAIN}")
+    for task in results["tasks"]:
+        if not TASK.fullmatch(task) or ".." in task:
+            raise UserError(f"{path}: {task[:80]!r} cannot be the name of a task")
+    return results
+
+
+def read_cut(path: Path) -> dict[str, Any]:
+    """What a pruned model says of its cut."""
+    cut: dict[str, Any] = read_json(path, CUT)
+    if max(len(cut.get(name) or []) for name in ("removed_blocks", "kept_blocks")) > MOST_BLOCKS:
+        raise UserError(f"{path}: more than {MOST_BLOCKS:,} blocks; {AGAIN}")
+    return cut
+
+
+def one_line(text: Any) -> str:
+    """A name of a stranger's as a word of an arm's."""
+    return " ".join(str(text).split())[:LONGEST_NAME]
+
+
 def _names(values: Iterable[Any]) -> str | None:
-    known = list(dict.fromkeys(str(value) for value in values if value is not None))
+    known = list(dict.fromkeys(one_line(value) for value in values if value is not None))
     return "+".join(known) or None
 
 
@@ -142,11 +182,14 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     between = {address for artifact in (*pruned, *by_stage["scores"]) for address in artifact.inputs.values()}
     pruned = [artifact for artifact in pruned if artifact.address not in between]  # not those cut once more
     model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
+    for artifact in tuned:
+        check_shape(artifact.spec.get("seed"), (int, None), f"tuned/{artifact.address}: seed")
     seeds = {artifact.spec.get("seed") for artifact in tuned}
-    pruning = read_json(pruned[0].path / "pruning.json") if pruned else {}
+    pruning = read_cut(pruned[0].path / "pruning.json") if pruned else {}
     metric = pruning.get("metric") or (pruned[0].labels.get("metric") if pruned and pruned[0].inputs else None)
+    metric = metric and one_line(metric)
     removed = pruning.get("removed_blocks") or []
-    summaries = [read_json(artifact.path / "summary.json").get("groups") for artifact in targets]
+    summaries = [read_json(artifact.path / "summary.json", SUMMARY).get("groups") for artifact in targets]
     groups = frozenset(name for each in summaries if each for name, count in each.items() if count)
     labels = [artifact.labels.get("dataset") or artifact.spec.get("dataset") for artifact in targets]
     settings = {
@@ -172,7 +215,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         blocks_removed=len(removed) if removed or not pruned else None,
         width=float(pruning.get("ratio") or 0),
         dataset=_names(label for label in labels if isinstance(label, str)),
-        merge=str(merged[0].spec.get("method", "merged")) if merged else "none",
+        merge=one_line(merged[0].spec.get("method", "merged")) if merged else "none",
         base=pruned[0].address if pruned else None,
         cut=pruned[0].inputs.get("pruned", pruned[0].address) if pruned else None,
         tuned=frozenset(artifact.address for artifact in tuned),
@@ -181,7 +224,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         settings=settings,
         parameters=pruning.get("parameters_after"),
         flops_saved=pruning.get("flops_saved") if pruned else 0.0,
-        results=read_json(evaluated.path / "results.json"),
+        results=read_results(evaluated.path / "results.json"),
         histories=[artifact.path / "history.csv" for artifact in tuned] if not merged else [],
     )
 
@@ -216,4 +259,4 @@ def collect(evaluated: list[Path], library: Library) -> tuple[list[Run], list[st
 
 def _parameters_before(run: Run, library: Library) -> int | None:
     pruned = library.get(run.base or "")
-    return read_json(pruned.path / "pruning.json").get("parameters_before") if pruned else None
+    return read_cut(pruned.path / "pruning.json").get("parameters_before") if pruned else None

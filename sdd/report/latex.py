@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdd.report.contrasts import Study
+from sdd.report.files import write
 from sdd.report.tables import arm_cells, contrast_cells, evaluation_of, without_empty
 
 SPECIAL = {
@@ -20,11 +21,17 @@ SPECIAL = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
 }
-NUMBER = re.compile(r"([+-]?[\d.,]+)(?: (\[.*\]))?")
+NUMBER = re.compile(r"([+-]?[\d.,]+)(?: (\[[-+\d., ]*\]))?")
 
 
 def escaped(text: str) -> str:
+    text = " ".join(text.split())
     return "".join(SPECIAL.get(character, character) for character in text)
+
+
+def comment(text: str) -> str:
+    """One line, in which `^^M`, TeX's other way to end it, cannot stand."""
+    return f"% {' '.join(text.split())}".replace("^^", "^ ^")
 
 
 def cell(text: str) -> str:
@@ -52,10 +59,10 @@ def write_latex(study: Study, out: Path) -> None:
     contrasts: list[str] = []
     for comparison in study.comparisons:
         names = {arm.name for arm in comparison.arms}
-        about = f"% {evaluation_of(comparison)}"
+        about = comment(evaluation_of(comparison))
         tasks = [task.replace("_", " ") for task in comparison.tasks]
         arms += [about, *tabular(*arm_cells([by_name[arm.name] for arm in comparison.arms])), ""]
         pairs = contrast_cells([row for row in study.contrasts if row["a"] in names])
-        contrasts += [about, f"% tasks: {', '.join(tasks)}", *tabular(*pairs), ""] if pairs[1] else []
+        contrasts += [about, comment(f"tasks: {', '.join(tasks)}"), *tabular(*pairs), ""] if pairs[1] else []
     for name, lines in (("table.tex", arms), ("contrasts.tex", contrasts)):
-        (out / name).write_text("\n".join(lines), encoding="utf-8")
+        write(out / name, "\n".join(lines))

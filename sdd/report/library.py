@@ -5,13 +5,14 @@ sweep has one `result.json` per job that names the artifact the job asked for. O
 stages mean.
 """
 
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_rows, read_text, strict_json
 
 MAKING = ("command", "config", "commit", "seconds", "created")
 STAGES = (
@@ -36,29 +37,73 @@ class Artifact:
     """What the manifest says of the making: command, config, commit, seconds, created."""
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read; build its artifact again") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}); build its artifact again") from error
+ADDRESS = re.compile(r"[0-9a-f]{12,64}")
+AGAIN = "build its artifact again"
+MANIFEST = {
+    "stage": str,
+    "address": str,
+    "version?": (int, None),
+    "spec?": ({str: ANY}, None),
+    "inputs?": ({str: str}, None),
+    "labels?": ({str: (str, None)}, None),
+    "command?": (str, None),
+    "config?": ({str: ANY}, None),
+    "commit?": (str, None),
+    "seconds?": (float, None),
+    "created?": (str, None),
+}
+
+
+def read_json(path: Path, shape: Any = ANY) -> Any:
+    """JSON of an artifact in a shape (see `check_shape`), finite numbers only, cleaned for showing."""
+    check_file(path, path.parent)
+    value = strict_json(read_text(path, f"{path}"), f"{path}", f"; {AGAIN}")
+    check_shape(value, shape, f"{path}")
+    return cleaned(value)
+
+
+def read_jsonl(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of an artifact, cleaned for showing."""
+    check_file(path, folder)
+    for row in read_rows(path, f"{path}"):
+        check_shape(row, ANY, f"{path}")
+        yield cleaned(row)
+
+
+def check_file(path: Path, folder: Path) -> None:
+    """Refuse what is not there, or is a link out of the artifact's folder."""
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"{path} is missing; {AGAIN}")
+    check_inside(path, folder, f"{path}")
 
 
 def read_artifact(path: Path) -> Artifact:
-    manifest = read_json(path / "manifest.json")
-    if not {"stage", "address"} <= set(manifest):
-        raise UserError(f"{path}/manifest.json names no stage and address; build its artifact again")
+    manifest = read_json(path / "manifest.json", MANIFEST)
+    inputs = manifest.get("inputs") or {}
+    if (manifest["stage"], manifest["address"]) != (path.parent.name, path.name) or manifest["stage"] not in STAGES:
+        raise UserError(f"{path}/manifest.json is of another artifact; {AGAIN}")
+    if not all(ADDRESS.fullmatch(address) for address in (path.name, *inputs.values())):
+        raise UserError(f"{path}/manifest.json holds an address that is none; {AGAIN}")
     return Artifact(
         path=path,
         stage=manifest["stage"],
         address=manifest["address"],
         version=manifest.get("version"),
         spec=manifest.get("spec") or {},
-        inputs=manifest.get("inputs") or {},
+        inputs=inputs,
         labels=manifest.get("labels") or {},
         record={name: manifest[name] for name in MAKING if manifest.get(name)},
     )
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a complete artifact lies there; a link, or what lies under a linked stage, is none."""
+    return (folder / "manifest.json").exists() and not folder.is_symlink() and not folder.parent.is_symlink()
+
+
+def artifacts_in(root: Path, stage: str) -> list[Path]:
+    """Folders of the complete artifacts of a stage."""
+    return [path.parent for path in sorted((root / stage).glob("*/manifest.json")) if is_artifact(path.parent)]
 
 
 class Library:
@@ -71,7 +116,7 @@ class Library:
     def get(self, address: str) -> Artifact | None:
         if address not in self._known:
             folders = (root / stage / address for root in self.roots for stage in STAGES)
-            found = next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
+            found = next((folder for folder in folders if ADDRESS.fullmatch(address) and is_artifact(folder)), None)
             self._known[address] = read_artifact(found) if found else None
         return self._known[address]
 
@@ -79,9 +124,8 @@ class Library:
         return self.of_stages(["evaluated"])
 
     def of_stages(self, stages: Iterable[str]) -> list[Artifact]:
-        folders = [root / stage for root in self.roots for stage in stages]
-        manifests = (path for folder in folders for path in sorted(folder.glob("*/manifest.json")))
-        return [read_artifact(path.parent) for path in manifests]
+        stages = list(stages)
+        return [read_artifact(path) for root in self.roots for stage in stages for path in artifacts_in(root, stage)]
 
     def upstream(self, artifact: Artifact) -> list[Artifact]:
         """The artifact and everything it was made from, as far as it is on disk, each once."""
@@ -101,7 +145,7 @@ def find_evaluated(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a folder of artifacts or the folder of a sweep")
     if (folder / "evaluated").is_dir():
-        return [path.parent for path in sorted(folder.glob("evaluated/*/manifest.json"))]
+        return artifacts_in(folder, "evaluated")
     return _asked_for(folder, ("evaluated",))
 
 
@@ -115,10 +159,10 @@ def _asked_for(folder: Path, stages: tuple[str, ...]) -> list[Path]:
     paths = []
     for file in sorted(folder.glob("**/result.json")):
         result = read_json(file)
-        if not isinstance(result, dict) or result.get("stage") not in stages or "path" not in result:
+        if not isinstance(result, dict) or result.get("stage") not in stages or not isinstance(result.get("path"), str):
             continue
         path = Path(result["path"])
-        if not (path / "manifest.json").is_file():
+        if path.parent.name not in stages or not is_artifact(path):
             raise UserError(f"{file} names {path}, which is gone; run the sweep again")
         paths.append(path)
     return paths

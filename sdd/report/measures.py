@@ -10,7 +10,6 @@ Every value is recomputed from the per-sample records, joined by item id. The st
 likelihood only a mean and a standard error are on disk, which enters as normal noise.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,10 @@ from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.collect import Run
 from sdd.report.intervals import RESAMPLES, Array, interval, item_means, normal_noise, over_seeds, ratio
+from sdd.report.library import AGAIN, read_jsonl
+from sdd.untrusted import check_shape
+
+SAMPLE = {"id": (str, int), "score": (float, bool), "task?": (str, None)}
 
 
 @dataclass
@@ -45,18 +48,12 @@ def read_scores(run: Run, task: str) -> dict[str, float]:
     path = run.path / "samples" / f"{task}.jsonl"
     scores: dict[str, float] = {}
     parts: dict[str, list[str]] = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.strip():
-                    row = json.loads(line)
-                    if str(row["id"]) in scores:
-                        raise UserError(f"{path} has item {row['id']} twice; build its artifact again")
-                    scores[str(row["id"])] = float(row["score"])
-                    parts.setdefault(row.get("task", task), []).append(str(row["id"]))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        reason = "is missing" if isinstance(error, OSError) else "has a broken row"
-        raise UserError(f"{path} {reason}; build its artifact again") from error
+    for row in read_jsonl(path, run.path):
+        check_shape(row, SAMPLE, f"{path} has a broken row; {AGAIN}: row")
+        if str(row["id"]) in scores:
+            raise UserError(f"{path} has item {row['id']} twice; {AGAIN}")
+        scores[str(row["id"])] = float(row["score"])
+        parts.setdefault(row.get("task") or task, []).append(str(row["id"]))
     if run.results["tasks"][task].get("weight_by_size", True):
         return scores
     return {id: scores[id] * len(scores) / len(parts) / len(ids) for ids in parts.values() for id in ids}

@@ -13,11 +13,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.contrasts import Study
+from sdd.report.library import AGAIN, check_file
 from sdd.report.measures import Comparison, trained_tasks
 from sdd.report.selection import basis, by_series, labels, pick, seeds_of
 from sdd.report.style import SETTINGS, SOFT, legend_outside, looks, new_figure, points, save
+from sdd.untrusted import read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,11 +154,15 @@ def _has_quadrant(limits: tuple[float, float], at: float) -> bool:
 
 def read_history(path: Path) -> list[tuple[float, float]]:
     """(step, validation loss) where it was measured; empty if there is no history."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [(row.get("step"), row.get("validation_loss")) for row in csv.DictReader(file)]
-    measured = [(float(step), float(loss)) for step, loss in rows if step and loss]
+    check_file(path, path.parent)
+    lines = read_text(path, f"{path}").splitlines()
+    try:
+        rows = [(row.get("step"), row.get("validation_loss")) for row in csv.DictReader(lines)]
+        measured = [(float(step), float(loss)) for step, loss in rows if step and loss]
+    except (ValueError, csv.Error):
+        raise UserError(f"{path} has a broken row; {AGAIN}") from None
     return [(step, loss) for step, loss in measured if math.isfinite(loss)]
 
 
@@ -212,7 +219,6 @@ def write_plots(study: Study, out: Path) -> None:
             "learning_curves.png": learning_curves(comparison),
         }
         for name, figure in figures.items():
-            if figure is None:
-                (out / name).unlink(missing_ok=True)
-            else:
+            (out / name).unlink(missing_ok=True)
+            if figure is not None:
                 save(figure, out / name)

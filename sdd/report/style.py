@@ -78,6 +78,7 @@ SETTINGS: Any = {
     "legend.fontsize": 9,
     "hatch.linewidth": 0.6,
     "hatch.color": "white",
+    "text.parse_math": False,  # names of others may hold a $
 }
 
 

@@ -4,14 +4,18 @@ Scores are shares in [0, 1] in the files for programs and percent in `table.md`.
 """
 
 import csv
+import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sdd.report.arms import text_of
 from sdd.report.contrasts import Study
+from sdd.report.files import write
 from sdd.report.measures import Comparison
+from sdd.untrusted import as_markdown
 
 METHOD = (
     "Percent; in brackets 95% intervals of a paired bootstrap over seeds, then items within a task, with the same "
@@ -19,6 +23,9 @@ METHOD = (
     "tasks, are too narrow with few seeds, and are not corrected for many comparisons. "
     "Average: unweighted mean over tasks. Retention: average / average of the unpruned model."
 )
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+"""What a formula begins with in one spreadsheet or another."""
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 SHOWN = ("average", "trained_on", "not_trained_on", "retention", "nll")
 MOST_CONTRASTS = 60
 
@@ -50,7 +57,7 @@ def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     """Lines of a table, columns padded so that it reads as plain text too; empty columns are dropped."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in without_empty(header, rows)]
+    cells = [[as_markdown(cell) for cell in row] for row in without_empty(header, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
@@ -127,7 +134,7 @@ def _contrast_tables(contrasts: list[dict[str, Any]]) -> list[tuple[str, list[st
         shown = markdown(header, lines[:most]) if lines else []
         if len(lines) > most:
             shown.append(f"\n{len(lines) - most} more in `contrasts.json`.")
-        found.append((f"Differences to {baseline}, paired" if baseline else "Differences, paired", shown))
+        found.append((f"Differences to {as_markdown(baseline)}, paired" if baseline else "Differences, paired", shown))
     return found
 
 
@@ -141,14 +148,14 @@ def evaluation_of(comparison: Comparison) -> str:
 
 def table_markdown(study: Study) -> str:
     """The report to read: notes, then for each evaluation the arms, their tasks and their differences."""
-    lines = [METHOD, "", *(f"Note: {note}" for note in study.notes), *([""] if study.notes else [])]
+    lines = [METHOD, "", *(f"Note: {_note(note)}" for note in study.notes), *([""] if study.notes else [])]
     by_name = {row["arm"]: row for row in study.rows}
     for comparison in study.comparisons:
         rows = [by_name[arm.name] for arm in comparison.arms]
         names = {arm.name for arm in comparison.arms}
         tasks = [[row["arm"], *(percent(row["tasks"][task]) for task in comparison.tasks)] for row in rows]
         sections = [
-            (f"Arms ({evaluation_of(comparison)})", markdown(*arm_cells(rows))),
+            (f"Arms ({as_markdown(evaluation_of(comparison))})", markdown(*arm_cells(rows))),
             ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
             ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
             *_contrast_tables([row for row in study.contrasts if row["a"] in names]),
@@ -157,6 +164,11 @@ def table_markdown(study: Study) -> str:
             if table:
                 lines += [f"## {title}", "", *table, ""]
     return "\n".join(lines)
+
+
+def _note(note: str) -> str:
+    """A note of this program's, in which names of others stand; its own code marks stay."""
+    return " ".join(note.split()).replace("<", "&lt;").replace("](", "]\\(")
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -183,14 +195,23 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def inert(value: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula; numbers stay numbers."""
+    if not isinstance(value, str) or NUMBER.fullmatch(value):
+        return "" if value is None else value
+    return f"'{value}" if value.lstrip().startswith(FORMULA) or value.startswith(("\t", "\r", "\n")) else value
+
+
 def write_tables(study: Study, out: Path) -> None:
     """Write table.json, contrasts.json, table.csv and table.md."""
     for name, content in (("table.json", study.rows), ("contrasts.json", study.contrasts)):
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-        (out / name).write_text(text + "\n", encoding="utf-8")
+        write(out / name, text + "\n")
     flat = [_flat(row) for row in study.rows]
-    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in flat for name in row)))
-        writer.writeheader()
-        writer.writerows(flat)
-    (out / "table.md").write_text(table_markdown(study), encoding="utf-8")
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(map(inert, columns))
+    writer.writerows([inert(row.get(name)) for name in columns] for row in flat)
+    write(out / "table.csv", file.getvalue())
+    write(out / "table.md", table_markdown(study))

@@ -8,9 +8,9 @@ no content and are not compared.
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,39 @@ from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError
 from sdd.stages import builds
-from sdd.stages.runtime import Runtime
+from sdd.stages.runtime import Runtime, read_facts
 from sdd.stages.sources import add_arguments, runtime_of
-from sdd.store import TIMINGS, Recipe, Store, file_digest, read_manifest
+from sdd.store import TIMINGS, Recipe, Store, file_digest
+from sdd.store.recipe import address_of
+from sdd.untrusted import check_shape, parse_json, printable
+
+SIZES = {
+    "trainer": {"micro_batch_tokens": int, "inference_batch_size": int},
+    "engine": {"batch_size?": (int, None)},
+    "evaluation": {"batch_size": int},
+}
+"""What a config in a manifest says of how much goes into one pass."""
 
 
-def recipe_of(store: Store, manifest: dict[str, Any]) -> Recipe:
+MOST_INPUTS = 500
+"""Artifacts, counted once for each way to them, that one is made from; about twenty for a merge of three students."""
+
+
+DEEPEST = 40
+"""Artifacts from one to the first of its inputs."""
+
+
+def recipe_of(store: Store, manifest: dict[str, Any], left: Iterator[int] | None = None, depth: int = 0) -> Recipe:
     """The recipe that a manifest records, inputs included."""
-    inputs = {name: recipe_of(store, read_manifest(store.find(a))) for name, a in manifest["inputs"].items()}
+    left = left or iter(range(MOST_INPUTS))
+    if next(left, None) is None or depth > DEEPEST:
+        raise UserError(f"{manifest['stage']}/{manifest['address']}: inputs without an end; was the manifest edited?")
+    if address_of(*(manifest[key] for key in ("stage", "version", "spec", "inputs"))) != manifest["address"]:
+        raise UserError(
+            f"{manifest['stage']}/{manifest['address']}: the manifest's recipe has another address; was it edited?"
+        )
+    found = {name: store.manifest(store.find(address)) for name, address in manifest["inputs"].items()}
+    inputs = {name: recipe_of(store, upstream, left, depth + 1) for name, upstream in found.items()}
     return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
 
 
@@ -44,7 +69,9 @@ def find_texts(runtime: Runtime, recipe: Recipe, num_texts: int) -> None:
     elif path is None:
         source = TinyTexts(num_texts)
     else:
-        node = json.loads(recipe.labels.get("calibration", '{"_target_": "sdd.data.texts.LocalTexts"}'))
+        label = recipe.labels.get("calibration", '{"_target_": "sdd.data.texts.LocalTexts"}')
+        node = parse_json(label, "the manifest's label calibration")
+        check_shape(node, {"_target_": str}, "the manifest's label calibration")
         source = build(node, num_texts=num_texts, path=str(path))
     if source.spec()["texts"] != digest:
         raise UserError(f"the calibration texts {digest} are not at hand; name the file with --source {digest}=PATH")
@@ -54,20 +81,19 @@ def find_texts(runtime: Runtime, recipe: Recipe, num_texts: int) -> None:
 def _num_texts(folder: Path) -> int:
     """The number of calibration texts that the scores, or the repair, in a folder were made of."""
     if (folder / "scores.json").is_file():
-        return int(json.loads((folder / "scores.json").read_text())["num_texts"])
-    return int(json.loads((folder / "pruning.json").read_text())["repair"]["num_texts"])
+        return int(read_facts(folder / "scores.json", {"num_texts": int})["num_texts"])
+    return int(read_facts(folder / "pruning.json", {"repair": {"num_texts": int}})["repair"]["num_texts"])
 
 
 def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     """What differs between the artifact and a fresh build of its recipe; empty if nothing does."""
     folder = store.find(address)
-    manifest = read_manifest(folder)
+    manifest = store.manifest(folder)
     recipe = recipe_of(store, manifest)
-    if recipe.address != manifest["address"]:
-        raise UserError(f"{folder}: the manifest's recipe has address {recipe.address}; was the manifest edited?")
     if "texts" in recipe.spec:
         find_texts(runtime, recipe, _num_texts(folder))
     if "config" in manifest:
+        check_shape(manifest["config"], SIZES, f"{folder}/manifest.json: config")
         runtime = dataclasses.replace(runtime, **Runtime.sizes(manifest["config"]))
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -94,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         differing = rerun(Store(arguments.artifacts.absolute()), arguments.address, runtime_of(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    print("\n".join(differing) if differing else "identical")
+    print("\n".join(map(printable, differing)) if differing else "identical")
     return 1 if differing else 0
 
 

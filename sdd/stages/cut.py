@@ -1,6 +1,5 @@
 """Stages `scores` and `pruned`: from a model and texts to a smaller checkpoint."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,12 @@ from sdd.importance import ModelCriterion, chosen_blocks
 from sdd.pruning import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
 from sdd.stages.rows import read_examples
-from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.runtime import Runtime, read_facts, write_json
 from sdd.stages.width import build_channel_scores, build_narrowed
 from sdd.store import Recipe
+
+SCORES = {"metric": str, "num_blocks?": (int, None), "distance?": {str: [(float, None)]}}
+CUT = {"removed_blocks": [int], "kept_blocks": [int]}
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +97,11 @@ def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
         return
     metric, score = None, None
     if "scores" in inputs:
-        scores = json.loads((inputs["scores"] / "scores.json").read_text())
-        removed, score = chosen_blocks(scores, spec["size"])
+        scores = read_facts(inputs["scores"] / "scores.json", SCORES)
+        try:
+            removed, score = chosen_blocks(scores, spec["size"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"{inputs['scores']}/scores.json says nothing of {spec['size']} blocks") from None
         metric = scores["metric"]
     else:
         removed = spec["blocks"]
@@ -121,7 +126,7 @@ def _build_repaired(runtime: Runtime, recipe: Recipe, pruned: Path, folder: Path
     from sdd.repair import repair, replace_tensors
 
     spec = recipe.spec
-    facts = json.loads((pruned / "pruning.json").read_text())
+    facts = read_facts(pruned / "pruning.json", CUT)
     source = runtime.source(spec["model"], "model")
     rows = tokenize_texts(models.load_tokenizer(source), runtime.texts[spec["texts"]], spec["max_length"])
     how = spec["dtype"], runtime.device, runtime.attention, runtime.inference_batch_size

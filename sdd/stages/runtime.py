@@ -8,6 +8,7 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.store import write_atomically
+from sdd.untrusted import ANY, check_shape, read_json, read_rows
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,15 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    """The objects of a file of an artifact, which may be a stranger's."""
+    yield from read_rows(path, f"{path}")
+
+
+def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
+    """A JSON object of an artifact, in a shape (see `sdd.untrusted.check_shape`)."""
+    facts = read_json(path, f"{path}")
+    check_shape(facts, shape, f"{path}")
+    return facts
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,7 +4,6 @@
 model's and its own greedy answers to held-out prompts. Prompts that the student was trained on are left out.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from sdd.errors import UserError
 from sdd.forcing import Row
 from sdd.prompts import training_ids
 from sdd.stages.answered import shown
-from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.runtime import Runtime, read_facts, read_jsonl, write_json, write_jsonl
 from sdd.store import Recipe
 
 log = logging.getLogger(__name__)
@@ -100,6 +99,6 @@ def build_shifted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], 
         result["similarity"] = {"mean": fmean(found), "histogram": shift.histogram(found)}
     write_jsonl(folder / "prompts.jsonl", records)
     if "surprisals" in inputs:
-        result["targets"] = json.loads((inputs["surprisals"] / "surprisals.json").read_text())
+        result["targets"] = read_facts(inputs["surprisals"] / "surprisals.json")
     write_json(folder / "shift.json", result)
     log.info("KL to the unpruned model: %.4f nats per token", result["kl"])

@@ -26,7 +26,7 @@ def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
     sources = {models.model_digest(TEACHER, memory): TEACHER}
     for given in arguments.source:
         digest, separator, path = given.partition("=")
-        if not separator:
+        if not separator or not digest:
             raise UserError(f"--source {given}: write DIGEST=PATH")
         folder = checkpoint_folder(path, None) if is_hub_id(path) else Path(path)
         if not folder.exists():

@@ -1,6 +1,5 @@
 """Stages `scores` and `pruned` where channels are scored and removed instead of blocks."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from sdd import models
 from sdd.channels import SDM, kept_channels
 from sdd.stages.figures import channel_curves
-from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.runtime import Runtime, read_facts, write_json
 from sdd.store import Recipe
 from sdd.width import Share, check_narrowable, narrow_checkpoint, sizes_of
 
@@ -83,6 +82,10 @@ def read_channels(folder: Path) -> list[Any]:
     return [found[str(block)] for block in range(len(found))]
 
 
+DEPTH = {"metric": (str, None), "removed_blocks": [int], "kept_blocks": [int], "parameters_before": int}
+DEPTH |= {"size": (int, None), "start": (int, None), "score": (float, None)}
+
+
 def build_narrowed(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """The checkpoint with narrower MLPs, and `pruning.json`.
 
@@ -95,11 +98,11 @@ def build_narrowed(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path],
     width = sizes.width(Share(spec["ratio"], spec["ratio_of"], spec["multiple"]))
     kept = [kept_channels(importance.tolist(), width) for importance in read_channels(inputs["scores"])]
     facts = narrow_checkpoint(source, folder, kept)
-    metric = json.loads((inputs["scores"] / "scores.json").read_text())["metric"]
+    metric = read_facts(inputs["scores"] / "scores.json", {"metric": str})["metric"]
     cut: dict[str, Any] = {"kind": "width", "metric": metric, "size": None, "start": None, "score": None}
     cut |= {"removed_blocks": [], "kept_blocks": list(range(sizes.num_blocks))}
     if "pruned" in inputs:
-        depth = json.loads((inputs["pruned"] / "pruning.json").read_text())
+        depth = read_facts(inputs["pruned"] / "pruning.json", DEPTH)
         cut |= {key: depth[key] for key in cut if key not in ("kind", "metric")}
         cut |= {"kind": "depth+width", "metric": "+".join(name for name in (depth["metric"], metric) if name)}
         facts["parameters_before"] = depth["parameters_before"]

@@ -7,7 +7,9 @@ python -m sdd.store prune [--yes]          # what no result needs; deletes only 
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,15 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store.store import RESULTS, Store, files_of, read_manifest
+from sdd.store.store import MANIFEST, RESULTS, Store, files_of, is_place
 from sdd.untrusted import printable
 
+MOST_COMPARED = 1_000
+"""Pairs of artifacts that are compared; a merge of a dozen students takes about a hundred."""
+DEEPEST = 40
+"""Artifacts from one to the first of its inputs; a repaired, tuned and merged student's evaluation has seven."""
 
-def differences(store: Store, one: str, other: str, where: str = "") -> Iterator[dict[str, Any]]:
+
+def differences(
+    store: Store, one: str, other: str, where: str = "", compared: Iterator[int] | None = None, depth: int = 0
+) -> Iterator[dict[str, Any]]:
     """Every setting in which two recipes differ, followed upstream through their inputs."""
     if one == other:
         return
-    a, b = read_manifest(store.find(one)), read_manifest(store.find(other))
+    compared = compared or iter(range(MOST_COMPARED))
+    if next(compared, None) is None or depth > DEEPEST:
+        raise UserError("inputs without an end: these manifests were not written by a store")
+    a, b = store.manifest(store.find(one)), store.manifest(store.find(other))
     if a["stage"] != b["stage"]:
         yield {"where": where + "stage", "a": a["stage"], "b": b["stage"]}
         return
@@ -34,7 +46,7 @@ def differences(store: Store, one: str, other: str, where: str = "") -> Iterator
         for key, value in sorted(_flat(own["spec"]).items()):
             if value != _flat(base["spec"]).get(key):
                 yield {"where": prefix + key, "a": None if own is b else value, "b": value if own is b else None}
-        yield from differences(store, made_over[0] or one, made_over[1] or other, where)
+        yield from differences(store, made_over[0] or one, made_over[1] or other, where, compared, depth + 1)
         return
     if a["version"] != b["version"]:
         yield {"where": prefix + "version", "a": a["version"], "b": b["version"]}
@@ -48,7 +60,7 @@ def differences(store: Store, one: str, other: str, where: str = "") -> Iterator
             yield {"where": f"{prefix}{name}", "a": x, "b": y}
         else:
             several = "" if a["stage"] != "merged" else f"{name}."  # inputs of one stage, told apart by name
-            yield from differences(store, x, y, prefix + several)
+            yield from differences(store, x, y, prefix + several, compared, depth + 1)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -75,7 +87,24 @@ def unneeded(store: Store) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in files_of(folder))
+    return sum(path.lstat().st_size for path in files_of(folder))
+
+
+def delete(root: Path, folder: Path) -> None:
+    """Delete the artifact `<root>/<stage>/<address>`; whatever is put in its place meanwhile, nothing elsewhere."""
+    if folder.parent.parent != root or not is_place(folder):
+        raise UserError(f"{folder} is no artifact of {root}; nothing of it was deleted")
+    real = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with contextlib.ExitStack() as opened:
+        try:
+            stage = os.open(folder.parent, real)
+            opened.callback(os.close, stage)
+            own = os.open(folder.name, real, dir_fd=stage)
+            opened.callback(os.close, own)
+            os.unlink(MANIFEST, dir_fd=own)  # first, so that what is left of an interrupted deletion is no artifact
+            shutil.rmtree(folder.name, dir_fd=stage)
+        except OSError as error:
+            raise UserError(f"{folder} could not be deleted: {error.strerror}") from None
 
 
 def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
@@ -110,8 +139,7 @@ def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
     rows = [{"stage": f.parent.name, "address": f.name, "bytes": _size(f)} for f in folders]
     if arguments.yes:
         for folder in folders:
-            (folder / "manifest.json").unlink()
-            shutil.rmtree(folder)
+            delete(store.root, folder)
     verb = "deleted" if arguments.yes else "would delete"
     lines = [f"{verb} {row['stage']}/{row['address']}  {row['bytes']:,} bytes" for row in rows]
     total = f"{verb} {len(rows)} artifacts, {sum(row['bytes'] for row in rows):,} bytes"

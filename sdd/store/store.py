@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
 from sdd.store.recipe import Recipe, address_of
-from sdd.untrusted import read_json
+from sdd.untrusted import ANY, check_inside, check_regular, check_shape, printable, read_json
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,28 @@ SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
 MANIFEST = "manifest.json"
 ADDRESS = re.compile(r"[0-9a-f]{16}")
+LARGEST = 16 << 20
+"""Bytes of a manifest; a merged student's holds a few thousand."""
+FIELDS = {
+    "stage": str,
+    "address": str,
+    "version": int,
+    "spec": {str: ANY},
+    "inputs": {str: str},
+    "labels": {str: str},
+    "files": {str: str},
+    "seconds": float,
+    "created": str,
+    "commit?": (str, None),
+    "versions?": {str: str},
+    "command?": str,
+    "config?": {str: ANY},
+}
+"""What a manifest of a store's holds."""
+LINKED = {
+    key if key.endswith("?") or key in ("stage", "address", "inputs") else f"{key}?": FIELDS[key] for key in FIELDS
+}
+"""The same as far as a stage needs it of an input."""
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
 
 Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
@@ -157,38 +179,62 @@ class Store:
 
     def folders(self) -> list[Path]:
         """The folders of all complete artifacts, by stage, then by address; a link is none."""
-        stages = [self.root / stage for stage in STAGES if not (self.root / stage).is_symlink()]
-        paths = [path for stage in stages for path in sorted(stage.glob("*/manifest.json"))]
-        return [path.parent for path in paths if ADDRESS.fullmatch(path.parent.name) and not path.parent.is_symlink()]
+        paths = [path for stage in STAGES for path in sorted((self.root / stage).glob(f"*/{MANIFEST}"))]
+        return [path.parent for path in paths if is_place(path.parent)]
 
     def manifests(self) -> list[dict[str, Any]]:
-        return [read_manifest(folder) for folder in self.folders()]
+        return [self.manifest(folder) for folder in self.folders()]
+
+    def manifest(self, folder: Path) -> dict[str, Any]:
+        """The whole manifest of an artifact of this store."""
+        if folder.parent.parent != self.root or not is_place(folder):
+            raise UserError(f"{folder}: no artifact, which is a folder STAGE/ADDRESS of {self.root} and no link")
+        manifest = read_manifest(folder)
+        check_shape(manifest, FIELDS, _damaged(folder))
+        return manifest
 
     def find(self, address: str) -> Path:
         """The folder of a complete artifact by its address or an unambiguous start of it."""
-        hits = [path.parent for stage in STAGES for path in (self.root / stage).glob(f"{address}*/manifest.json")]
+        if ADDRESS.fullmatch(address):
+            places = [self.root / stage / address for stage in STAGES]
+            hits = [place for place in places if is_place(place) and (place / MANIFEST).exists()]
+        else:
+            hits = [folder for folder in self.folders() if folder.name.startswith(address)]
         if len(hits) != 1:
             what = "no artifact" if not hits else f"{len(hits)} artifacts"
-            raise UserError(f"{what} under {self.root} with address {address}; see: python -m sdd.store list")
+            raise UserError(
+                f"{what} under {self.root} with address {printable(address[:80])}; see: python -m sdd.store list"
+            )
         return hits[0]
 
     def verify(self, folder: Path) -> list[str]:
         """What is wrong with a complete artifact: files changed, missing, or unlisted; the manifest."""
         try:
-            manifest = read_manifest(folder)
+            manifest = self.manifest(folder)
             recorded: dict[str, str] = manifest["files"]
             address = address_of(*(manifest[key] for key in ("stage", "version", "spec", "inputs")))
-        except (UserError, KeyError, TypeError):
+        except (UserError, ValueError):
             return ["changed manifest.json: it cannot be read"]
         if (folder.parent.name, folder.name) != (manifest["stage"], address):
             return [f"changed manifest.json: its recipe is {manifest['stage']}/{address}"]
-        present = {str(path.relative_to(folder)) for path in files_of(folder)} - {MANIFEST}
+        present = {str(path.relative_to(folder)) for path in _leaves(folder)} - {MANIFEST}
         problems = [f"missing {name}" for name in sorted(set(recorded) - present)]
         problems += [f"not in the manifest: {name}" for name in sorted(present - set(recorded))]
         for name in sorted(present & set(recorded)):
+            try:
+                check_inside(folder / name, folder, name)
+                check_regular(folder / name, name)
+            except UserError as error:
+                problems.append(f"changed {error}")
+                continue
             if file_digest(folder / name) != recorded[name]:
                 problems.append(f"changed {name}")
-        return problems
+        return [printable(problem) for problem in problems]
+
+
+def _leaves(folder: Path) -> list[Path]:
+    """All that lies in a folder but folders: files, links to whatever, pipes."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -202,14 +248,37 @@ def share(folder: Path) -> None:
         path.chmod(readable)
 
 
+def is_place(folder: Path) -> bool:
+    """Whether a folder lies where an artifact does, `<stage>/<address>`, no link among the two."""
+    named = folder.parent.name in STAGES and ADDRESS.fullmatch(folder.name) is not None
+    return named and folder.is_dir() and not folder.is_symlink() and not folder.parent.is_symlink()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete artifact, which says where it lies."""
-    manifest = read_json(folder / MANIFEST, f"{folder}/{MANIFEST} is damaged; delete the folder and build it again")
-    inputs = manifest.get("inputs")
-    linked = isinstance(inputs, dict) and all(ADDRESS.fullmatch(str(address)) for address in inputs.values())
-    if not linked or (manifest.get("stage"), manifest.get("address")) != (folder.parent.name, folder.name):
-        raise UserError(f"{folder}/{MANIFEST} is damaged; delete the folder and build it again")
+    """The manifest of a complete artifact, checked: it says where it lies, and names files within its folder."""
+    what = _damaged(folder)
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise UserError(f"{folder}: a link, which is no artifact")
+    check_inside(folder / MANIFEST, folder, what)
+    manifest = read_json(folder / MANIFEST, what, LARGEST)
+    check_shape(manifest, LINKED, what)
+    if (manifest["stage"], manifest["address"]) != (folder.parent.name, folder.name):
+        raise UserError(f"{what}: it is of another artifact")
+    if not all(map(ADDRESS.fullmatch, manifest["inputs"].values())) or folder.name in manifest["inputs"].values():
+        raise UserError(f"{what}: an input that is no address")
+    if not all(map(_is_inner, manifest.get("files", ()))):
+        raise UserError(f"{what}: a file outside")
     return manifest
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder}/{MANIFEST} is damaged; delete the folder and build it again"
+
+
+def _is_inner(name: str) -> bool:
+    """Whether a file's name stays within its folder, on any system, and steers no terminal."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)
 
 
 def current_commit() -> str | None:

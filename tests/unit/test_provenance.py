@@ -47,7 +47,7 @@ def test_command_can_be_pasted() -> None:
         ("'/a b/c d'", ".../c d"),
         ("C:\\models\\x/y", ".../y"),
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
-        ("a /b/c", "a /b/c"),
+        ("a /b/c", "a .../c"),
         (3, 3),
         (None, None),
     ],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.report.contrasts import Study
+from sdd.report.files import write
 from sdd.report.library import Library
 from sdd.report.page import charts, costs, heat_map, merging, samples, shift, speculative, words
 from sdd.report.page.marks import dark_palette, glyph_rules
@@ -55,7 +56,7 @@ def vega() -> str:
 
 def write_page(study: Study, library: Library, analyses: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Write `report.html` of a study and the analyses of its students into a folder."""
-    (out / "report.html").write_text(page(Subject(study, library, analyses)), encoding="utf-8")
+    write(out / "report.html", page(Subject(study, library, analyses)))
 
 
 def page(subject: Subject) -> str:

@@ -4,6 +4,7 @@ Charts show the largest comparison of the study; `heat_map` has the one of score
 """
 
 import json
+import re
 from typing import Any
 
 from sdd.report.arms import Arm, text_of
@@ -207,6 +208,6 @@ def _scaling(subject: Subject, setting: str, curves: dict[str, list[Arm]]) -> Ch
     )
     look = Look(list(curves), [arms[0].look for arms in curves.values()])
     note = f"Average over tasks against {setting}{' (logarithmic)' if wide else ''}; 95% bootstrap intervals."
-    name = setting.replace(".", "-").replace("_", "-")
+    name = re.sub(r"[^A-Za-z\d]", "-", setting)
     chart = curves_of(look, x, "average, %", ("x", setting))
     return Chart(f"scaling-{name}", f"Average against {setting}", note, finished(chart, records))

@@ -3,11 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
-from sdd.report.library import Artifact, read_json
+from sdd.errors import UserError
+from sdd.report.collect import read_cut
+from sdd.report.library import AGAIN, Artifact, read_json
 from sdd.report.page.marks import finished, rows_of_chart
 from sdd.report.page.section import Chart, Section, Subject
 
 MOST_HEAT_MAPS = 6
+MOST_BLOCKS, MOST_SCORES = 500, 130_000
+STEP = {"removed": int, "scores": [(float, None)]}
+SCORES = {"metric": str, "num_blocks?": int, "num_texts?": (int, None), "distance?": {str: [(float, None)]}}
+SCORES |= {"steps?": ([STEP], None)}
 MOST_LABELLED_BLOCKS = 14
 """Up to as many blocks, the cells of the heat map have room for their numbers."""
 
@@ -21,13 +27,24 @@ def _used_scores(subject: Subject) -> dict[str, tuple[Artifact, dict[str, dict[s
         scores = subject.library.get(pruned.inputs.get("scores", ""))  # a repaired model has none: that below it has
         if scores and (scores.path / "scores.json").is_file():
             cuts = found.setdefault(scores.address, (scores, {}))[1]
-            cuts[pruned.address] = read_json(pruned.path / "pruning.json")
+            cuts[pruned.address] = read_cut(pruned.path / "pruning.json")
     return found
+
+
+def _scores(artifact: Artifact) -> dict[str, Any]:
+    path = artifact.path / "scores.json"
+    scores: dict[str, Any] = read_json(path, SCORES)
+    rows = [*scores.get("distance", {}).values(), *(step["scores"] for step in scores.get("steps") or [])]
+    numbered = all(size.isdecimal() and len(size) < 6 for size in scores.get("distance", {}))
+    longest = max([scores.get("num_blocks", 0), *map(len, rows)])
+    if not numbered or longest > MOST_BLOCKS or sum(map(len, rows)) > MOST_SCORES:
+        raise UserError(f"{path} has scores of no model; {AGAIN}")
+    return scores
 
 
 def redundancy(subject: Subject) -> Section | None:
     """The heat map of every criterion by which blocks were removed, with what was removed."""
-    used = [(scores, read_json(scores.path / "scores.json"), cuts) for scores, cuts in _used_scores(subject).values()]
+    used = [(scores, _scores(scores), cuts) for scores, cuts in _used_scores(subject).values()]
     blocks = [each for each in used if "distance" in each[1]]  # others score channels within blocks
     charts = [_heat_map(scores, content, list(cuts.values())) for scores, content, cuts in blocks[:MOST_HEAT_MAPS]]
     if not charts:

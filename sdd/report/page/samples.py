@@ -6,14 +6,17 @@ distinct text is stored once and named by its number.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdd.errors import UserError
 from sdd.report.arms import Arm
-from sdd.report.library import read_json
+from sdd.report.collect import SUMMARY
+from sdd.report.library import AGAIN, read_json, read_jsonl
 from sdd.report.page.section import Section, Subject, render
+from sdd.untrusted import check_shape
+
+TRAINED = {"id": (str, int), "prompt": str, "reference": str, "target": str, "source": str, "reason": str}
+WRITTEN = {"id": (str, int), "rewrite": (str, None)}
 
 MOST_PER_TASK = 24
 MOST_PER_REASON = 10
@@ -49,17 +52,9 @@ def by_digest(ids: Any) -> list[str]:
     return sorted(ids, key=lambda each: hashlib.sha256(each.encode()).hexdigest())
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read; build its artifact again") from error
-
-
 def read_items(arm: Arm, task: str, wanted: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """Samples of an arm's first seed by item id, all or those wanted."""
-    rows = read_lines(arm.run.path / "samples" / f"{task}.jsonl")
+    rows = read_jsonl(arm.run.path / "samples" / f"{task}.jsonl", arm.run.path)
     return {str(row["id"]): row for row in rows if wanted is None or str(row["id"]) in wanted}
 
 
@@ -121,16 +116,17 @@ def rewrites(subject: Subject) -> Section | None:
     sets: list[dict[str, Any]] = []
     for artifact in _targets(subject):
         source = subject.library.get(artifact.inputs.get("rewrites", ""))
-        written = {str(row["id"]): row for row in read_lines(source.path / "rewrites.jsonl")} if source else {}
+        written = {} if source is None else _written(source.path)
         rows: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in read_lines(artifact.path / "train.jsonl"):
+        for row in read_jsonl(artifact.path / "train.jsonl", artifact.path):
+            check_shape(row, TRAINED, f"{artifact.path}/train.jsonl has a broken row; {AGAIN}: row")
             rows.setdefault(str(row["reason"]), {})[str(row["id"])] = row
         shown = [
             _row(by_id[each], written.get(each), texts)
             for by_id in rows.values()
             for each in by_digest(by_id)[:MOST_PER_REASON]
         ]
-        reasons = read_json(artifact.path / "summary.json")["reasons"]
+        reasons = read_json(artifact.path / "summary.json", SUMMARY).get("reasons", {})
         name = f"{artifact.labels.get('dataset') or 'targets'} ({artifact.address})"
         sets.append({"name": name, "address": artifact.address, "reasons": reasons, "rows": shown})
     if not sets:
@@ -141,6 +137,14 @@ def rewrites(subject: Subject) -> Section | None:
     )
     body = render("rewrites.html", sets=sets)
     return Section("rewrites", "Rewrites", lead, body=body, data={"texts": list(texts.numbers), "sets": sets})
+
+
+def _written(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for row in read_jsonl(folder / "rewrites.jsonl", folder):
+        check_shape(row, WRITTEN, f"{folder}/rewrites.jsonl has a broken row; {AGAIN}: row")
+        rows[str(row["id"])] = row
+    return rows
 
 
 def _row(row: dict[str, Any], written: dict[str, Any] | None, texts: Texts) -> dict[str, Any]:
