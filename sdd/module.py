@@ -296,7 +296,11 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         run, step = found["run"], found["global_step"]
     except UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
-    except Exception:  # whatever a stranger's bytes make of the reader
+    except (OSError, MemoryError):  # of the machine, not of the file, which is kept
+        raise
+    except Exception as error:  # whatever a stranger's bytes make of the reader
+        if "can't allocate memory" in str(error):
+            raise
         return None
     expected = {name: parameter.shape for name, parameter in module.trained().items()}
     taken = steps == list(range(1, step + 1)) and step <= len(module.plan)

@@ -82,14 +82,7 @@ def _is_function(value: str) -> bool:
 
 
 def _functions(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for member in value.values():
-            yield from _functions(member)
-    elif isinstance(value, list | tuple):
-        for member in value:
-            yield from _functions(member)
-    elif isinstance(value, str) and _is_function(value):
-        yield value
+    return (text for text in _strings(value) if _is_function(text))
 
 
 @cache

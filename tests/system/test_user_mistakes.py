@@ -294,3 +294,37 @@ def test_failure_that_is_not_the_users_has_a_traceback_and_code_1(
     assert outcome.errors == ["error: RuntimeError: something broke"]
     assert "Traceback" in outcome.stderr
     assert outcome.stdout == ""
+
+
+def test_attention_without_its_package_is_refused_before_any_work(small: list[str], tmp_path: Path) -> None:
+    outcome = run("train", *small, "trainer.attention=flash_attention_2", cwd=tmp_path)
+    assert (outcome.code, len(outcome.errors)) == (2, 1), outcome.stderr
+    assert "flash-attn" in outcome.errors[0]
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_missing_gpu_is_said_before_the_model_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's folder is not there either, which would be said first if it were looked for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = run("train", "model=local", "model.path=nowhere", "trainer=gpu", cwd=tmp_path)
+    assert outcome.code == 2
+    assert "no GPU is visible" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("kind", ["host", "device", "allocator"])
+def test_out_of_memory_names_what_to_turn(kind: str) -> None:
+    import torch
+
+    from sdd.app import explained
+
+    error = {
+        "host": MemoryError(),
+        "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        "allocator": RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+    }[kind]
+    code, line = explained(error)
+    assert code == 2
+    for knob in ("trainer.micro_batch_tokens", "trainer.gradient_checkpointing", "engine.batch_size"):
+        assert knob in line

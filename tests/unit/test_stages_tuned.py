@@ -301,6 +301,25 @@ def test_no_run_goes_on_from_anothers_checkpoint(
         assert f"'{name}' in {scratch} is no checkpoint of this run, or damaged; it is removed" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_fault_of_the_machine_costs_no_checkpoint(
+    error: Exception, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
+
+    def failing(*words: Any, **named: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "load", failing)
+        with pytest.raises(type(error)):
+            tune(tmp_path, inputs, recipe())
+    assert saved.is_file()
+
+
 def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
