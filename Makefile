@@ -12,6 +12,9 @@ EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 WORKERS ?= 2
 
+# Compiled once, read ever after: a process that imports torch, transformers and peft anew takes twice as long without.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: env arms trained demo merged analysed criteria test lint clean
 
 env: .venv/.made

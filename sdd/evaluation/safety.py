@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from sdd.errors import UserError
@@ -33,6 +33,8 @@ PACKAGES = frozenset(
 )
 """What the functions of a task may be made of: computing and text; no processes, no requests, no models, no pickles."""
 RUNNING = ("eval", "exec", "compile", "__import__")
+LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+"""Kinds of tasks whose metrics lm-eval computes itself, from likelihoods: what a metric's name stands for is not used."""
 
 
 def check(task: Definition) -> None:
@@ -70,7 +72,7 @@ def _metrics(config: Mapping[str, Any]) -> Iterator[str]:
         return
     for metric in config.get("metric_list") or ():
         name = str(metric.get("metric"))
-        if metric.get("hf_evaluate"):
+        if metric.get("hf_evaluate") and config.get("output_type") not in LIKELIHOODS:
             yield f"{name} of the library {LIBRARY}"
         elif not _is_function(name):
             yield name
@@ -133,10 +135,13 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def keep_library_out() -> None:
-    """Whatever asks for the library that imports metrics by name gets one that does not."""
+    """Whatever asks for the library that imports metrics by name gets one whose metrics are never computed."""
 
     def load(name: Any, *_: Any, **__: Any) -> Any:
-        raise UserError(f"evaluation.tasks: the metric {name} would be fetched by its name and run; not done here")
+        def compute(*_: Any, **__: Any) -> Any:
+            raise UserError(f"evaluation.tasks: the metric {name} would be fetched by its name and run; not done here")
+
+        return SimpleNamespace(compute=compute)
 
     stub = ModuleType(LIBRARY)
     stub.load = load  # type: ignore[attr-defined]
