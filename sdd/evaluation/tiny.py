@@ -8,6 +8,7 @@ down for its register. Lenient: such a line anywhere. Malformed: the last line s
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sdd.errors import UserError
 from sdd.tiny.tasks import FAMILIES, WORLD, WORLD_VALUES, Instance, instances, stated
@@ -71,6 +72,7 @@ def suite_tasks(suite: str, names: list[str] | None, split: str, seed: int, limi
     return {name: _task(name, split, seed, limit or DEFAULT_LIMIT) for name in (names or known)}
 
 
+@lru_cache(maxsize=64)
 def _task(name: str, split: str, seed: int, limit: int) -> Task:
     try:
         if name == "fact_choice":
