@@ -86,9 +86,8 @@ def all_addresses(folder: Path) -> dict[str, list[str]]:
     composed: dict[tuple[str, ...], Any] = {}
 
     def config(words: list[str]) -> Any:
-        placed = [
-            word.replace("=ROWS", f"={folder / 'ROWS'}").replace("=TEXTS", f"={folder / 'TEXTS'}") for word in words
-        ]
+        words = words if words and words[-1].startswith("experiment=") else [*SMALL, *words]
+        placed = [re.sub("(ROWS|TEXTS)$", lambda name: str(folder / name[0]), word) for word in words]
         if tuple(placed) not in composed:
             composed[tuple(placed)] = compose("config", placed)
         return composed[tuple(placed)].copy()
