@@ -2,7 +2,7 @@
 
 Somebody else's config can choose among this project's parts and the library classes they configure, and run nothing
 else. The list is checked on every composed config, the `hydra` node included, before Hydra instantiates anything;
-`build` is the only place where a node becomes an object of ours, and it looks at the object found as well as its name.
+`build` is the only place where a node becomes an object of ours: a name stands for the class that `parts` gives it.
 """
 
 import re
@@ -13,55 +13,8 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
+from sdd.config.parts import PLACES, TARGETS, class_of
 from sdd.errors import UserError
-
-_CRITERIA = (
-    "sdd.importance.Angular",
-    "sdd.importance.BlockInfluence",
-    "sdd.importance.Random",
-    "sdd.importance.Last",
-    "sdd.block_weights.Magnitude",
-    "sdd.block_weights.Taylor",
-    "sdd.removal.Perplexity",
-    "sdd.removal.Iterative",
-    "sdd.channels.SDM",
-    "sdd.channels.TaylorWidth",
-    "sdd.channels.ActivationWidth",
-    "sdd.channels.MagnitudeWidth",
-    "sdd.channels.RandomWidth",
-)
-_TEXTS = (
-    "sdd.data.tiny.TinyTexts",
-    "sdd.data.texts.LocalTexts",
-    "sdd.data.texts.CorpusTexts",
-    "sdd.data.texts.WikiText2",
-    "sdd.data.texts.DatasetTexts",
-)
-_ROWS = (
-    "sdd.data.tiny.TinyTasks",
-    "sdd.data.local.LocalRows",
-    "sdd.data.instruct.GSM8K",
-    "sdd.data.instruct.Dolly",
-    "sdd.data.instruct.Alpaca",
-    "sdd.data.instruct.OpenMathInstruct1",
-    "sdd.data.instruct.OpenMathInstruct2",
-)
-TARGETS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("metric",): _CRITERIA,
-    ("width_metric",): _CRITERIA,
-    ("calibration",): _TEXTS,
-    ("dataset",): (*_ROWS, "sdd.data.mixture.Mixture"),
-    ("dataset", "parts", "*"): _ROWS,
-    ("analysis", "prompts"): _ROWS,
-    ("engine",): ("sdd.engines.HFEngine",),
-    ("logger",): ("pytorch_lightning.loggers.WandbLogger",),
-    ("hydra", "callbacks", "*"): ("sdd.sweep.SweepEnd",),
-}
-"""Under each key of the config, the exact names of the classes that may stand there; under any other, none.
-
-`build` also checks that the object found under a name is defined where the name says.
-"""
-ALLOWED_TARGETS = frozenset(name for names in TARGETS.values() for name in names)
 
 ALLOWED_PLUGINS = frozenset(
     {
@@ -132,12 +85,12 @@ def _check_target(value: Any, path: tuple[Any, ...]) -> None:
         raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
 
 
-def _targets_at(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _targets_at(path: tuple[Any, ...]) -> frozenset[str]:
     """The classes that may stand at a key."""
     for key, names in TARGETS.items():
         if len(key) == len(path) and all(part in ("*", own) for part, own in zip(key, path, strict=True)):
             return names
-    return ()
+    return frozenset()
 
 
 def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
@@ -205,23 +158,18 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def build(node: Any, *args: Any, **values: Any) -> Any:
-    """Instantiate a config node (a mapping with `_target_`), after checking name, identity and arguments."""
+    """The object that a config node (a mapping with `_target_`) describes, after checking name and arguments."""
     import inspect
-
-    from hydra.utils import get_object, instantiate
 
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
     name = node.get("_target_")
-    if name not in ALLOWED_TARGETS:
+    if name not in PLACES:
         raise UserError(f"_target_={name} is not one of this project's parts; refused")
-    found = get_object(name)
-    home = f"{found.__module__}.{found.__qualname__}"
-    if home != name and not home.startswith("pytorch_lightning.loggers."):
-        raise UserError(f"_target_={name} is really {home}; refused")
+    found = class_of(name)
     given = {key: value for key, value in node.items() if key != "_target_"} | values
     try:
         inspect.signature(found).bind(*args, **given)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
-    return instantiate({"_target_": name, "_partial_": True})(*args, **given)
+    return found(*args, **given)

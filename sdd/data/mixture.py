@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sdd.config.parts import id_of
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.store import digest_of
@@ -74,7 +75,7 @@ class Mixture:
         """What recipes say of these rows: every part's own spec and weight."""
         parts = {
             name: {
-                "_target_": f"{type(source).__module__}.{type(source).__qualname__}",
+                "_target_": id_of(source),
                 "weight": self.weights[name],
                 **self._asked(name, source.spec),
             }

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sdd.config.parts import id_of
 from sdd.data import Example
 from sdd.data.files import data_files, read_rows, text_of
 from sdd.data.hub import Repository, fetched_rows, streamed_rows
@@ -87,7 +88,7 @@ class CorpusTexts:
         if self.repository is None:
             return {"texts": digest_of(self.texts())}
         source = {
-            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            "_target_": id_of(self),
             "hub": self.repository.spec(),
             "num_texts": self.num_texts,
             "seed": self.seed,

@@ -13,9 +13,10 @@ from hydra.utils import get_object
 from launching import REPOSITORY, run
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.allowed import ALLOWED_PLUGINS, ALLOWED_TARGETS, build, check_targets
+from sdd.allowed import ALLOWED_PLUGINS, build, check_targets
 from sdd.app import config_folder
 from sdd.config import check_values
+from sdd.config.parts import PLACES, SWEEP_END
 from sdd.prompts import REWRITE_TEMPLATE
 
 CONF = REPOSITORY / "conf"
@@ -87,7 +88,9 @@ def targets(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
 
 def assert_bound(path: tuple, node: dict) -> None:
     name = node["_target_"]
-    assert name in (ALLOWED_PLUGINS if path[0] == "hydra" and path[1] != "callbacks" else ALLOWED_TARGETS), name
+    assert name in (
+        ALLOWED_PLUGINS if path[0] == "hydra" and path[1] != "callbacks" else PLACES.keys() | {SWEEP_END}
+    ), name
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     if name in MADE_OF_OTHERS:
         return

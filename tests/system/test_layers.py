@@ -94,9 +94,10 @@ def test_store_knows_nothing_of_what_it_stores() -> None:
         assert rooms_used(path) <= {"errors", "untrusted"}, path
 
 
-def test_instantiate_is_called_in_one_place() -> None:
-    calls = [path for path in MODULES if "instantiate" in {name for _, name in imports(path)}]
-    assert [path.name for path in calls] == ["allowed.py"]
+def test_names_become_classes_in_one_place() -> None:
+    """Hydra's own ways from a name to an object are not used."""
+    for path in MODULES:
+        assert not {name for _, name in imports(path)} & {"instantiate", "get_object", "get_class", "get_method"}, path
 
 
 def test_lightning_is_imported_under_one_name() -> None:
