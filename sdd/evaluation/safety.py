@@ -34,7 +34,7 @@ PACKAGES = frozenset(
 """What the functions of a task may be made of: computing and text; no processes, no requests, no models, no pickles."""
 RUNNING = ("eval", "exec", "compile", "__import__")
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-"""Kinds of tasks whose metrics lm-eval computes itself, from likelihoods: what a metric's name stands for is not used."""
+"""Kinds of tasks whose metrics lm-eval computes itself, from likelihoods, whatever a metric's name stands for."""
 
 
 def check(task: Definition) -> None:
