@@ -27,7 +27,7 @@ REPEATS = 3
 MAYBES, FEW = 6, 4
 """Parts of one alternative that may be there or not, or up to `FEW` times: as `\\p{N}{1,3}`."""
 GROWTH = 64
-"""How many times longer a text may get in normalization; sentencepiece's space takes 3 bytes for 1."""
+"""How many times longer a text may get in one part; sentencepiece's space takes 3 bytes for 1."""
 LONGEST_TOKEN = 1024
 """Characters of a token that is added, prepended or put in for another."""
 MOST_PARTS = 100
@@ -43,7 +43,7 @@ def open_tokenizer(folder: Path, vocabulary: int | None) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("a b 1!\n")  # what fails on any text fails here
+        tokenizer.decode(tokenizer("a b 1!\n")["input_ids"])  # what fails on any text fails here
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
@@ -168,6 +168,7 @@ def _check_part(part: Any, what: str) -> None:
     growth, wrapped, depth, parts = 1.0, 0, 0, 0
     for node, level in _nodes(part):
         parts += "type" in node
+        growth *= 2 if node.get("type") == "ByteLevel" else 1  # one character for each byte, of two bytes itself
         depth = max(depth, level)
         pattern, content = node.get("pattern"), node.get("content", node.get("prepend"))
         found = pattern.get("String") if isinstance(pattern, Mapping) else None
@@ -178,7 +179,9 @@ def _check_part(part: Any, what: str) -> None:
                 raise UserError(f"{what}: puts in a text of more than {LONGEST_TOKEN} characters")
             growth *= max(1.0, len(content.encode("utf-8", "replace")) / max(1, len(found or "")))
         for side in ("single", "pair"):
-            wrapped += len(node[side]) if isinstance(node.get(side), list) else 0
+            pieces = node[side] if isinstance(node.get(side), list) else []
+            wrapped += len(pieces)
+            growth *= max(1, sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces))
         for entry in (
             (node.get("special_tokens") or {}).values() if isinstance(node.get("special_tokens"), dict) else ()
         ):

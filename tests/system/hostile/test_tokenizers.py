@@ -112,6 +112,13 @@ TOKENIZER: dict[str, Change | str] = {
         "pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 9_999}
     ),
     "pieces of no length": part("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    "bytes of bytes": part("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+    "bytes of bytes in the split": part(
+        "pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}] * 40}
+    ),
+    "a text in a text": part("post_processor", {"type": "Sequence", "processors": [{"type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9, "pair": [], "special_tokens": {}}] * 6}),
+    "a decoder that takes too much": part("decoder", {"type": "Strip", "content": "a", "start": 1, "stop": 10**12}),
     "an unknown normalizer": part("normalizer", {"type": "Run", "code": "RAN"}),
     "a normalizer that is a number": part("normalizer", 7),
     "a broken character map": part("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
