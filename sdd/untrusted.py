@@ -220,6 +220,8 @@ def _named(shape: Any) -> str:
 def _check_depth(value: Any, what: str) -> None:
     level = [value]
     for _ in range(DEEPEST):
+        if any(isinstance(one, float) and not math.isfinite(one) for one in level):
+            raise UserError(f"{what}: not a finite number")
         level = [
             item
             for one in level
