@@ -118,7 +118,6 @@ def check_values(config: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     _check_keys(config)
-    _check_values(values, "")
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices:
             raise UserError(f"{key}={value} is unknown; choose one of {', '.join(choices)}")
@@ -183,6 +182,7 @@ def check_values(config: DictConfig) -> None:
             raise UserError(f"dataset.parts: a part's name has no slash; rename {name}")
         if not 0 < part.weight < math.inf:
             raise UserError(f"dataset.parts.{name}.weight={part.weight} must be positive and finite")
+    _check_values(values, "")
 
 
 def _check_values(value: Any, where: str) -> None:
