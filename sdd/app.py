@@ -28,7 +28,8 @@ from sdd.config_loader import PACKAGE, CheckedConfigLoader, config_folder
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
 from sdd.students import composed_students, quoted
-from sdd.untrusted import printable
+from sdd.tokenizer_files import is_panic
+from sdd.untrusted import expanded, printable
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def run_job(script: str, config: DictConfig) -> int:
     code = 0
     try:
         record |= make(script, config, folder)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         code, message = explained(error)
         record["error"], record["code"] = message, code
         print(f"error: {message}", file=sys.stderr)
@@ -84,7 +87,7 @@ def run_job(script: str, config: DictConfig) -> int:
     return code
 
 
-def explained(error: Exception) -> tuple[int, str]:
+def explained(error: BaseException) -> tuple[int, str]:
     """(exit code, one line) for an exception; a full disk is the user's to mend, wherever it is noticed."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error) or "os error 28" in str(error):
@@ -99,7 +102,11 @@ def explained(error: Exception) -> tuple[int, str]:
         )
     if isinstance(error, UserError):
         return USER, printable(" ".join(str(error).split()))
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return USER, printable(f"{error.strerror}: {str(error.filename)[:200]}")
     first = (str(error).splitlines() or [""])[0]
+    if is_panic(error):
+        return USER, printable(f"the tokenizer gives up on a text ({first[:200]}); use another tokenizer.json")
     return FAILURE, printable(f"{kind}: {first}")
 
 
@@ -114,7 +121,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     from sdd.recipes import Recipes
     from sdd.store import Store
 
-    root = Path(config.paths.artifacts).expanduser().absolute()
+    root = expanded(config.paths.artifacts).absolute()
     store = Store(root, provenance(script, HydraConfig.get().overrides.task, plain(config)))
     students = composed_students(config)
     recipes = Recipes(config, root / ".digests", [Recipes(student, root / ".digests") for student, _ in students])

@@ -7,6 +7,7 @@ anything, in every job of a sweep too. Hydra 1.4 takes the same list as `executi
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import GroupDefault
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +29,18 @@ from omegaconf.errors import OmegaConfBaseException
 import sdd
 from sdd.allowed import check_targets
 from sdd.errors import UserError
-from sdd.shared_configs import LARGEST, check_defaults, check_shared, check_yaml
+from sdd.shared_configs import LARGEST, check_defaults, check_jobs, check_shared, check_yaml
 from sdd.students import COMPOSING
 from sdd.untrusted import printable, read_text
 
 PACKAGE = Path(sdd.__file__).resolve().parent
 SHARED = "experiment"
 """The group whose options are made to be passed on; they are nobody's own, wherever they lie."""
+
+LONGEST_LINE = 2_000
+"""Characters of a refusal: more than any of ours."""
+MOST_FILES = 1_000
+"""Files of a config, counted once for each place that names them; ours is made of some hundred."""
 
 Found = TypeVar("Found")
 
@@ -92,20 +100,72 @@ class CheckedRepository(ConfigRepository):
                 self.sources[index] = BoundedFileSource(source.provider, source.path)
 
 
+def is_shared(found: ConfigResult, config_path: str) -> bool:
+    return found.path.startswith("file://") and BoundedFileSource("", found.path).is_shared(config_path)
+
+
+class FilesOfOne(CachingConfigRepository):
+    """The files of one composition: no more than a config is made of, and whether one of them is somebody else's."""
+
+    def __init__(self, delegate: ConfigRepository) -> None:
+        super().__init__(delegate)
+        self.number, self.shared = 0, False
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        self.number += 1
+        if self.number > MOST_FILES:
+            raise UserError(f"{config_path}: the defaults lists name more than {MOST_FILES:,} files; refused")
+        found = super().load_config(config_path)
+        self.shared = self.shared or (found is not None and is_shared(found, config_path))
+        return found
+
+
 class CheckedConfigLoader(ConfigLoaderImpl):
     """Hydra's loader; every composition passes here."""
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.repository = _composed(lambda: CheckedRepository(config_search_path=config_search_path))
+        self.files = FilesOfOne(self.repository)
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         def load() -> DictConfig:
-            config: DictConfig = super(CheckedConfigLoader, self).load_configuration(*args, **kwargs)
+            try:
+                config: DictConfig = super(CheckedConfigLoader, self).load_configuration(*args, **kwargs)
+            except HydraException as error:
+                if not self.files.shared:
+                    raise
+                cause = (str(error.__cause__ or "").splitlines() or [""])[0]
+                raise UserError(f"{str(error).partition('Config search path:')[0]} {cause}") from None
             check_targets(config)
+            if OmegaConf.select(config, "logger._target_") and not self._is_asked_for(config, "logger"):
+                raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
+            sweeper = config.hydra.sweeper
+            if sweeper.get("params"):
+                check_jobs(sweeper.params, all_combined=sweeper._target_.endswith(".BasicSweeper"))
             return config
 
         return _composed(load)
+
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: list[str]
+    ) -> tuple[list[Any], CachingConfigRepository]:
+        parsed = OverridesParser.create().parse_overrides(overrides=overrides)
+        self.files = FilesOfOne(self.repository)
+        self._process_config_searchpath(config_name, parsed, self.files)
+        return parsed, self.files
+
+    def _is_asked_for(self, config: DictConfig, group: str) -> bool:
+        """Whether the command line, or a root of our own, chose a group's option."""
+        typed = (re.split(r"[@=]", word.lstrip("+"))[0] for word in config.hydra.overrides.task)
+        if any(key in (group, f"{group}._target_") for key in typed):
+            return True
+        name, chosen = config.hydra.job.config_name, config.hydra.runtime.choices.get(group)
+        root, option = self.files.load_config(name), self.files.load_config(f"{group}/{chosen}")
+        if root is None or option is None or not isinstance(option.config, DictConfig) or is_shared(root, name):
+            return False
+        defaults = [entry for entry in root.defaults_list or [] if isinstance(entry, GroupDefault)]
+        return "_target_" in option.config and any((one.group, one.value) == (group, chosen) for one in defaults)
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: list[Any], repo: Any) -> None:
         primary = repo.load_config(config_path=config_name) if config_name is not None else None
@@ -122,7 +182,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
         found = repo.load_config(config_path=default.config_path)
-        if found.path.startswith("file://") and BoundedFileSource("", found.path).is_shared(default.config_path):
+        if is_shared(found, default.config_path):
             placed = self._embed_result_config(found, default.package)
             check_shared(_content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")
         result: ConfigResult = super()._load_single_config(default, repo)
@@ -150,7 +210,7 @@ def _content(result: ConfigResult) -> dict[str, Any]:
 
 
 def _composed(compose: Callable[[], Found]) -> Found:
-    """What is composed; a refusal is one line. Hydra's own refusals keep its words and its code."""
+    """What is composed; a refusal is one line. Hydra's own of what is typed keep its words and its code."""
     try:
         return compose()
     except (HydraException, OmegaConfBaseException):
@@ -167,5 +227,5 @@ def _composed(compose: Callable[[], Found]) -> Found:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))[:LONGEST_LINE]}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -15,6 +15,7 @@ from typing import Any
 from sdd import models
 from sdd.checkpoint_files import SIDE_FILES
 from sdd.errors import NotFetched, UserError
+from sdd.untrusted import expanded
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def checkpoint_folder(path: str, revision: str | None, fetch: bool = True) -> Pa
     What is not in the cache is fetched, or with `fetch=False` raises NotFetched.
     """
     if not is_hub_id(path):
-        return Path(path).expanduser()
+        return expanded(path)
     cached = _cached(path, revision)
     if cached is not None:
         return cached

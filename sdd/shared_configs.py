@@ -7,12 +7,17 @@ file may stand for another setting (`${finetune.mode}`), and for nothing else: n
 written so that it would be resolved a second time. Knows nothing of where files come from.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sdd.allowed import interpolations
@@ -25,7 +30,15 @@ DEEPEST = 100
 MOST_NODES = 50_000
 """Values of a config file once its aliases are written out."""
 
-_PLAIN = (bool, int, float)
+MOST_JOBS = 10_000
+"""Jobs of a sweep."""
+TRACKED = ("project", "group", "job_type", "tags", "notes")
+"""What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
+NEVER_SWEPT = ("hydra", "paths", "logger")
+AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
+LARGEST_NUMBER = 1_000_000
+"""Of the launcher's and the sweeper's."""
+
 _SWEPT = re.compile(r"[A-Za-z_][\w.@/-]*")
 _LAUNCHER_WORD = re.compile(r"[a-z_]+")
 
@@ -101,6 +114,8 @@ def check_shared(config: Any, where: str) -> None:
             _check_hydra(value, where)
         elif key == "paths":
             _check_paths(value, where)
+        elif key == "logger":
+            _check_logger(value, where)
         else:
             _check_value(value, str(key), where)
 
@@ -142,6 +157,13 @@ def _check_paths(paths: Any, where: str) -> None:
             raise UserError(f"{where}: paths.artifacts={value} is a link out of {parts[0]}/")
 
 
+def _check_logger(logger: Any, where: str) -> None:
+    for key, value in logger.items() if isinstance(logger, dict) else [("", logger)] if logger else []:
+        if key not in TRACKED:
+            raise UserError(f"{where}: logger.{key}={value} is not a config file's to set; say it on the command line")
+        _check_value(value, f"logger.{key}", where)
+
+
 def _check_hydra(node: Any, where: str) -> None:
     """`mode`, `verbose`, what is swept, and plain numbers of launcher and sweeper."""
     if not isinstance(node, dict):
@@ -159,12 +181,19 @@ def _check_hydra(node: Any, where: str) -> None:
                 _check_swept(setting, where)
             elif place == "sweeper.sampler" and isinstance(setting, dict):
                 for one, number in setting.items():
-                    if one != "_target_" and not isinstance(number, _PLAIN):
+                    if one != "_target_" and not _is_moderate(str(one), number):
                         raise _not_allowed(f"{place}.{one}", number, where)
             elif place == "sweeper.direction" and _words(setting):
                 continue
-            elif not (_LAUNCHER_WORD.fullmatch(str(name)) and (setting is None or isinstance(setting, _PLAIN))):
+            elif not (_LAUNCHER_WORD.fullmatch(str(name)) and (setting is None or _is_moderate(name, setting))):
                 raise _not_allowed(place, setting, where)
+
+
+def _is_moderate(name: str, value: Any) -> bool:
+    """A switch, or a number that a launcher or sweeper can be given; `n_jobs: -1` stands for all processors."""
+    if isinstance(value, bool) or (name == "n_jobs" and value == -1):
+        return isinstance(value, bool | int) and not (isinstance(value, bool) and name in AT_LEAST_ONE)
+    return isinstance(value, int | float) and int(name in AT_LEAST_ONE) <= value <= LARGEST_NUMBER
 
 
 def _words(value: Any) -> bool:
@@ -175,12 +204,33 @@ def _words(value: Any) -> bool:
 def _check_swept(params: dict[Any, Any], where: str) -> None:
     """Settings of this project and what they are swept over. These words become overrides, so they call nothing."""
     for key, value in params.items():
-        if not (isinstance(key, str) and _SWEPT.fullmatch(key)) or re.split(r"[./@]", key)[0] in ("hydra", "paths"):
+        if not (isinstance(key, str) and _SWEPT.fullmatch(key)) or re.split(r"[./@]", key)[0] in NEVER_SWEPT:
             raise _not_allowed(f"sweeper.params.{key}", value, where)
         if ".." in f"{key}={value}":
             raise UserError(f"{where}: hydra.sweeper.params.{key}={value} leaves the search path; refused")
-        if isinstance(value, dict | list) or "$" in str(value):
+        if isinstance(value, dict | list) or "$" in str(value) or not str(value).isprintable():
             raise UserError(f"{where}: hydra.sweeper.params.{key}={value} must be plain choices, such as 1,2,3")
+
+
+def check_jobs(params: Mapping[Any, Any], all_combined: bool) -> None:
+    """Refuse a sweep of more jobs than anybody wants, before its choices are written out."""
+    jobs = 1.0
+    for key, value in params.items():
+        try:
+            override = OverridesParser.create().parse_override(f"{key}={value}")
+        except HydraException as error:
+            raise UserError(f"hydra.sweeper.params.{key}: {str(error).splitlines()[0]}") from None
+        swept = override.value()
+        if isinstance(swept, IntervalSweep) and all_combined:
+            raise UserError(f"hydra.sweeper.params.{key}={value} is no list of choices, such as 1,2,3")
+        if isinstance(swept, RangeSweep):
+            start, stop, step = (float(part or 0) for part in (swept.start, swept.stop, swept.step))
+            number = abs(stop - start) / abs(step) if step else math.inf
+        else:
+            number = len(swept.list) if isinstance(swept, ChoiceSweep) else 1
+        jobs = max(jobs * number if all_combined else number, 1)
+        if not jobs <= MOST_JOBS:
+            raise UserError(f"hydra.sweeper.params.{key}={str(value)[:80]} makes more than {MOST_JOBS:,} jobs")
 
 
 def _not_allowed(key: str, value: Any, where: str) -> UserError:

@@ -17,6 +17,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.forcing import Row, per_token
 from sdd.store import digest_of, remembered_digest
+from sdd.untrusted import expanded
 
 EMBEDDER_MODULES = ("Transformer", "Pooling", "Normalize")
 """What an embedder may be made of; its file of modules could name any class that is installed."""
@@ -67,7 +68,7 @@ def histogram(values: Sequence[float], bins: int = 40) -> dict[str, list]:
 
 def embedder_folder(path: str, revision: str | None, fetch: bool = True) -> Path | None:
     """The folder of an embedder named by a folder or a hub id; None where it would have to be fetched and may not."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

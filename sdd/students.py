@@ -73,7 +73,7 @@ def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
         config: DictConfig = compose(asked.job.config_name, [*searched, *words, "merge=none"])
         OmegaConf.resolve(config)
         check_values(config)
-    except (HydraException, OmegaConfBaseException, UserError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
     finally:
         COMPOSING.reset(within)

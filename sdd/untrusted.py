@@ -71,6 +71,14 @@ def as_block(text: str, language: str = "") -> list[str]:
     return [fence + language, *(printable(line) for line in text.splitlines()), fence]
 
 
+def expanded(path: str) -> Path:
+    """A path with `~` as the home of its user; one of nobody's stays as it is, and leads nowhere."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def check_regular(path: Path, what: str) -> os.stat_result:
     """The status of a regular file, links followed; `what` opens the line that refuses a pipe, a device, a folder."""
     try:
@@ -212,6 +220,8 @@ def _named(shape: Any) -> str:
 def _check_depth(value: Any, what: str) -> None:
     level = [value]
     for _ in range(DEEPEST):
+        if any(isinstance(one, float) and not math.isfinite(one) for one in level):
+            raise UserError(f"{what}: not a finite number")
         level = [
             item
             for one in level

@@ -71,6 +71,14 @@ AT_LEAST = {
     "metric.num_texts": 1,
     "width_metric.seed": 0,
 }
+LARGEST = (1 << 31) - 1
+"""Of whole numbers: what libraries take as a seed, a size or a count."""
+AT_MOST = {
+    "finetune.epochs": 10_000,
+    "adapter.rank": 65_536,
+    "trainer.threads": 1_024,
+}
+"""Where less than `LARGEST` is too much for any machine."""
 WITHIN = {
     "finetune.gold_share": (0.0, 1.0),
     "finetune.noise_share": (0.0, 1.0),
@@ -90,6 +98,8 @@ WITHIN = {
     },
 }
 NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks", "analysis.draft_lengths")
+MOST_STUDENTS = 32
+"""Each is composed and checked like a config of its own."""
 MERGE_SETTINGS = {
     "slerp": ("t", "space"),
     "linear": ("weights",),
@@ -104,7 +114,7 @@ LOGGER_SETTINGS = ("_target_", "project", "entity", "group", "job_type", "tags",
 def check_values(config: DictConfig) -> None:
     """Refuse values that are wrong on their own or together, whatever the model."""
     try:
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     _check_keys(config)
@@ -115,6 +125,10 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{key}={value} must be an integer of at least {least}")
+    for key, most in AT_MOST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value > most:
+            raise UserError(f"{key}={value} must be an integer of at most {most:,}")
     for key, (low, high) in WITHIN.items():
         value = OmegaConf.select(config, key)
         if value is not None and not (_is_number(value) and low <= value <= high):
@@ -168,12 +182,36 @@ def check_values(config: DictConfig) -> None:
             raise UserError(f"dataset.parts: a part's name has no slash; rename {name}")
         if not 0 < part.weight < math.inf:
             raise UserError(f"dataset.parts.{name}.weight={part.weight} must be positive and finite")
+    _check_values(values, "")
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Every value is one that libraries take: a number is finite, and a whole one of 32 bits; a text is Unicode."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_values(key, f"{where}: a key")
+            _check_values(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_values(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value} is no finite number")
+    elif isinstance(value, str) and not value.isascii() and _is_cut(value):
+        raise UserError(f"{where} has half a character (a lone surrogate such as \\ud800), which is no text")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{where}={str(value)[:40]} must be an integer of at most {LARGEST:,}")
+
+
+def _is_cut(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_merge(merge: Any) -> None:
     method, number = merge.method, len(merge.students)
     if method == "none":
         return
+    if number > MOST_STUDENTS:
+        raise UserError(f"merge.students has {number:,} students; choose at most {MOST_STUDENTS}")
     if number < 2 or (method == "slerp" and number > 2):
         needs = "exactly two students" if method == "slerp" else "at least two students"
         instead = "; choose merge=linear for more" if number > 2 else ""
@@ -226,6 +264,8 @@ def _check_keys(node: Any, where: str = "") -> None:
     """Refuse a key that `+key=...` added beside those of the schema."""
     kind = OmegaConf.get_type(node)
     known = {item.name for item in fields(kind)} if is_dataclass(kind) else set(node)
+    if gone := sorted(known - set(node)):
+        raise UserError(f"{where}{gone[0]} was taken out, which no setting can be; leave it as it is")
     for key in node:
         if key not in known:
             raise UserError(f"{where}{key} is not a setting; choose from {', '.join(sorted(known))}")

@@ -138,16 +138,19 @@ def _parquet(path: Path, what: str, columns: Sequence[str]) -> Iterator[tuple[st
             if file.metadata.num_rows > ROWS_PER_BYTE * path.stat().st_size:
                 raise UserError(f"{name}: says that it has {file.metadata.num_rows:,} rows, which it cannot hold")
             _check_ratio(sum(_unpacked(file.metadata)), path, name)
-            texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+            leaves = map(file.schema.column, range(len(file.schema)))
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         number, read = 0, 0
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(BATCH_ROWS):
-                read += _bytes(batch)
+                read += sum(map(_bytes, batch.columns))
                 _check_ratio(read, path, name)
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}: row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:300]
         raise UserError(f"{name}: not a complete Parquet file ({reason})") from None
 
@@ -158,19 +161,22 @@ def _unpacked(metadata: Any) -> Iterator[int]:
         yield metadata.row_group(number).total_byte_size
 
 
-def _bytes(batch: Any) -> int:
-    """Bytes of a batch's values once they are written out: a dictionary may hold a long one that every row names."""
+def _bytes(column: Any) -> int:
+    """Bytes of a column's values once they are written out: a dictionary may hold a long one that every value names."""
     import pyarrow as pa
     from pyarrow import compute
 
-    total = 0
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            lengths = compute.cast(compute.binary_length(column.dictionary), pa.int64())
-            total += compute.sum(lengths.take(column.indices)).as_py() or 0
-        else:
-            total += column.nbytes
-    return total
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        lengths = compute.cast(compute.binary_length(column.dictionary), pa.int64())
+        return int(compute.sum(lengths.take(column.indices)).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(map(_bytes, column.flatten()))
+    if pa.types.is_map(kind):
+        return _bytes(column.keys) + _bytes(column.items)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _bytes(column.flatten())
+    return int(column.nbytes)
 
 
 def text_of(row: dict[str, Any], field: str, place: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sdd.data.files import read_rows
 from sdd.errors import UserError
-from sdd.hub import UNREACHABLE, explained, is_due_to, snapshot
+from sdd.hub import HUB_ID, UNREACHABLE, explained, is_due_to, snapshot
 from sdd.store import digest_of
 
 BUFFER_ROWS = 10_000
@@ -40,6 +40,8 @@ class Repository:
                 f"{where} is no commit; pin {what}.hub.revision to the 40 hexadecimal digits of one "
                 f"(https://huggingface.co/datasets/{node['repository']}/commits), or name local files by {what}.path"
             )
+        if not HUB_ID.fullmatch(node["repository"]):
+            raise UserError(f"{what}.hub.repository={node['repository']} is no repository; write OWNER/NAME")
         if not node.get("files"):
             raise UserError(f"{what}.hub.files names no file of {node['repository']}")
         return cls(node["repository"], node["revision"], tuple(node["files"]), bool(node.get("stream")))

@@ -16,6 +16,7 @@ from sdd.data.files import data_files, files_digest, read_rows
 from sdd.data.hub import Repository, fetched_rows, stream
 from sdd.errors import UserError
 from sdd.store import digest_of
+from sdd.untrusted import expanded
 
 
 class Rows(ABC):
@@ -38,7 +39,7 @@ class Rows(ABC):
     ) -> None:
         if families:
             raise UserError("dataset.families belongs to the embedded datasets; leave it out")
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else expanded(path)
         self.repository = None
         if path is None:
             if not hub:

@@ -4,7 +4,6 @@ import random
 import re
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 from sdd.config.parts import id_of
@@ -13,6 +12,7 @@ from sdd.data.files import data_files, read_rows, text_of
 from sdd.data.hub import Repository, fetched_rows, streamed_rows
 from sdd.errors import UserError
 from sdd.store import digest_of
+from sdd.untrusted import expanded
 
 
 class LocalTexts:
@@ -21,7 +21,7 @@ class LocalTexts:
     def __init__(self, num_texts: int, path: str | None = None) -> None:
         if path is None:
             raise UserError("calibration.path is not set; name a JSONL or Parquet file whose rows have `text`")
-        self.path, self.num_texts = Path(path).expanduser(), num_texts
+        self.path, self.num_texts = expanded(path), num_texts
 
     def texts(self) -> list[str]:
         files = data_files(self.path, "calibration.path")
@@ -54,7 +54,7 @@ class CorpusTexts:
         if path is None and not hub:
             raise UserError("calibration.path is not set; name a JSONL or Parquet file whose rows have `text`")
         self.num_texts, self.seed = num_texts, seed
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else expanded(path)
         self.repository = Repository.of(hub, "calibration") if path is None and hub else None
 
     def documents(self, rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[str]:

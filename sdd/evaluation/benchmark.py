@@ -18,6 +18,7 @@ from sdd.evaluation.definitions import Definition, Entry, find
 from sdd.evaluation.files import check_file, find_file, folder_of, read_rows
 from sdd.evaluation.suites import REVISIONS, asked
 from sdd.store import digest_of, remembered_digest
+from sdd.untrusted import expanded
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Benchmark:
         """What a recipe says of the rows, and the local files by digest."""
         if data_dir is None:
             return {"revisions": self.revisions()}, {}
-        files = self.local_files(Path(data_dir).expanduser())
+        files = self.local_files(expanded(data_dir))
         digests = {name: remembered_digest(path, memory) for name, path in files.items()}
         return {"files": digests}, {digests[name]: path for name, path in files.items()}
 

@@ -14,6 +14,8 @@ from sdd.errors import UserError
 from sdd.tiny.tasks import FAMILIES, WORLD, WORLD_VALUES, Instance, instances, stated
 
 DEFAULT_LIMIT = 100
+MOST_ITEMS = 500
+"""Items of a task; a split has few distinct ones, and drawing takes longer the fewer are left."""
 CHOICES = 4
 KINDS = {"fact_choice": "choice", "nll": "likelihood"}
 
@@ -65,6 +67,8 @@ def suite_tasks(suite: str, names: list[str] | None, split: str, seed: int, limi
         raise UserError(f"evaluation.suite={suite} is unknown; choose tiny")
     if split not in ("dev", "test"):
         raise UserError(f"evaluation.split={split} is no evaluation split; choose dev or test")
+    if limit is not None and limit > MOST_ITEMS:
+        raise UserError(f"evaluation.limit={limit}: embedded tasks have up to {MOST_ITEMS} items; ask for fewer")
     known = [*FAMILIES, *KINDS]
     wrong = sorted(set(names or ()) - set(known))
     if wrong:

@@ -96,7 +96,7 @@ class Scores(Data):
         pruning, given = self.config.pruning, self.config[node]
         if not given:
             raise UserError(
-                f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio:g} need a criterion each; add for "
+                f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio} need a criterion each; add for "
                 "example metric=angular metric@width_metric=sdm"
             )
         criterion = build(given)

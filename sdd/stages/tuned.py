@@ -228,7 +228,7 @@ def _fit(
 
 def _logger(recipe: Recipe, runtime: Runtime) -> Any:
     """The configured tracker with the artifact's address as its run id; False (history.csv only) by default."""
-    if not runtime.logger:
+    if "_target_" not in runtime.logger:
         return False
     runtime.run_folder.mkdir(parents=True, exist_ok=True)
     mode = recipe.inputs["targets"].spec["mode"]

@@ -42,6 +42,8 @@ SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
 MANIFEST = "manifest.json"
 ADDRESS = re.compile(r"[0-9a-f]{16}")
+DEEPEST_FOLDER = 20
+"""Levels of folders in an artifact; stages make two."""
 LARGEST = 16 << 20
 """Bytes of a manifest; a merged student's holds a few thousand."""
 FIELDS = {
@@ -234,11 +236,23 @@ class Store:
 
 def _leaves(folder: Path) -> list[Path]:
     """All that lies in a folder but folders: files, links to whatever, pipes."""
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path for path in _below(folder) if path.is_symlink() or not path.is_dir())
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in _below(folder) if path.is_file())
+
+
+def _below(folder: Path) -> list[Path]:
+    """All that lies in a folder, at any level that a stage makes; links are not followed."""
+    found, level = [], [folder]
+    for _ in range(DEEPEST_FOLDER):
+        inner = [path for one in level for path in one.iterdir()]
+        level = [path for path in inner if path.is_dir() and not path.is_symlink()]
+        found += inner
+        if not level:
+            return found
+    raise UserError(f"{folder}: folders in folders, more than {DEEPEST_FOLDER} deep; delete it")
 
 
 def share(folder: Path) -> None:

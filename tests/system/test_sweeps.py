@@ -92,7 +92,7 @@ def test_failure_that_is_not_the_users_makes_it_1(
 
 def test_wrong_value_in_a_sweep_is_refused_before_the_first_job(small: list[str], tmp_path: Path) -> None:
     outcome = run("prune", "-m", *small, "metric=last,lst", cwd=tmp_path)
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert "lst" in outcome.stderr
     assert outcome.stdout == ""
     assert not (tmp_path / "artifacts").exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "version a text": {"version": "1"},
     "spec a list": {"spec": [1]},
     "spec too deep": {"spec": json.loads('{"a":' * 100 + "1" + "}" * 100)},
+    "spec of no number": {"spec": {"a": [float("nan")]}},
+    "spec without an end": {"spec": {"a": float("inf")}},
     "input of itself": {"inputs": {"scores": ADDRESS}},
     "input of upper case": {"inputs": {"scores": "ABCDEF0123456789"}},
     "input with a newline": {"inputs": {"scores": f"{ADDRESS}\n"}},
@@ -219,6 +222,19 @@ def test_names_of_files_are_printed_as_text(canaries: Canaries, capsys: pytest.C
         outcome = answered(capsys, main, "--artifacts", str(canaries.work), *words)
         assert all(c.isprintable() or c == "\n" for c in outcome.stdout + outcome.stderr)
         assert "\nb" not in outcome.stdout
+
+
+@pytest.mark.parametrize("words", [["list"], ["verify"], ["prune"], ["prune", "--yes"]], ids=" ".join)
+def test_folders_in_folders(words: list[str], canaries: Canaries, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, here = genuine(canaries.work), Path.cwd()
+    os.chdir(folder)
+    for _ in range(1_200):
+        Path("d").mkdir()
+        os.chdir("d")
+    os.chdir(here)
+    outcome = answered(capsys, main, "--artifacts", str(canaries.work), *words)
+    subprocess.run(["rm", "-rf", folder / "d"], check=True)
+    canaries.check_refused(outcome)
 
 
 PATTERNS = ["*", "?" * 16, "[0-9]*", "../scores", "/", ".", "\x1b[2J", "0123456789abcdeF", "a/b"]

@@ -85,7 +85,23 @@ REFUSED = {
     "hydra as a list": "hydra: [RUN]",
     "unknown mode": "hydra: {mode: SHELL}",
     "verbose with a call": "hydra: {verbose: '${oc.env:SDD_SECRET}'}",
+    **{
+        f"{number} for {name}": f"hydra: {{{name.replace('.', ': {')}: {number}}}}}"
+        for name in ("launcher.n_jobs", "sweeper.max_batch_size")
+        for number in ("0", "-2", ".nan", ".inf", "true", "9" * 20)
+    },
+    "sampler without an end": "hydra: {sweeper: {sampler: {_target_: optuna.samplers.TPESampler, seed: .inf}}}",
+    # Who tracks, for whom and where.
+    "tracker": "logger: {_target_: pytorch_lightning.loggers.WandbLogger}",
+    "tracker of another": "logger: {entity: evil}",
+    "tracker online": "logger: {offline: false}",
+    "tracker swept": "hydra: {sweeper: {params: {logger: wandb}}}",
+    "tracker of another swept": "hydra: {sweeper: {params: {logger.entity: evil}}}",
+    "tracker's words from the environment": "logger: {notes: '${oc.env:SDD_SECRET}'}",
+    "tracker as a list": "logger: [wandb]",
     # What is swept becomes overrides.
+    "swept text that steers": "hydra: {sweeper: {params: {seed: \"'\\e[2J'\"}}}",
+    "swept text reversed": 'hydra: {sweeper: {params: {seed: "a\\u202eb"}}}',
     "environment swept": "hydra: {sweeper: {params: {dataset.system_prompt: '${oc.env:SDD_SECRET}'}}}",
     "environment swept, escaped": "hydra: {sweeper: {params: {dataset.system_prompt: '\\${oc.env:SDD_SECRET}'}}}",
     "setting of hydra swept": "hydra: {sweeper: {params: {hydra.run.dir: OUTSIDE.d}}}",
@@ -147,6 +163,93 @@ def offer(canaries: Canaries, body: str, name: str = "evil") -> list[str]:
     path.write_bytes(b"# @package _global_\n" + text.encode("utf-8", "surrogateescape") + b"\n")
     (path.parents[2] / "outside.yaml").write_text("dataset: {system_prompt: stolen}\n")
     return [f"--config-dir={path.parents[1]}", f"experiment={name}"]
+
+
+TRACKED = "# @package _global_\ndefaults: [{override /logger: wandb}]"
+DOUBLING = {f"e{n}": f"defaults: [e{n + 1}@study.a, e{n + 1}@study.b]" for n in range(20)} | {"e20": "x: 1"}
+MANY = "defaults: [" + ", ".join(f"/metric/last@study.x{n}" for n in range(2000)) + "]"
+STUDENTS = "merge: {students: [%s, [seed=1]]}"
+COMPOSED: dict[str, tuple[str, list[str]]] = {
+    # A tracker that nobody asked for would be sent its user's key, and what it tracks.
+    "tracker chosen": ("defaults: [{override /logger: wandb}]", []),
+    "tracker in its place": ("defaults: [/logger/wandb@logger]", []),
+    "tracker chosen by another file": ("defaults: [/experiment/tracked]", []),
+    "tracker of a root chosen, its settings typed": (
+        "defaults: [{override /logger: wandb}]",
+        ["+logger.project=x"],
+    ),
+    "tracker of a student's experiment": (STUDENTS % "[experiment=tracked]", ["merge=slerp"]),
+    # Sizes.
+    "files without an end": (MANY, []),
+    "files that double": ("defaults: [/experiment/e0@study.z]", []),
+    "files in a circle": ("defaults: [/experiment/evil]", []),
+    "a name of a file without an end": ("defaults: ['" + "a" * 100_000 + "']", []),
+    "students without an end": ("merge: {students: [" + "[seed=1], " * 300 + "[]]}", ["merge=linear"]),
+    **{
+        f"sweep of {choices[:30]}": (f"hydra: {{sweeper: {{params: {{seed: '{choices}'}}}}}}", ["-m"])
+        for choices in ("range(0,1000000000)", "range(0,1e300)", "range(0,1,step=1e-9)", "range(0,1,0)", "range(0,nan)",
+        "shuffle(range(0,1000000000))", "choice(" + "1," * 11_000 + "1)", "interval(0,1)", "range(0,5", "x", "[1")
+    },
+    "sweep of products": (
+        "hydra: {sweeper: {params: {seed: 'range(0,300)', dataset.seed: 'range(0,300)', finetune.epochs: '1,2'}}}",
+        ["-m"],
+    ),
+    **{
+        f"{value[:20]} for {key}": (f"{key.replace('.', ': {')}: {value}{'}' * key.count('.')}", [])
+        for key, value in (
+            *(("seed", value) for value in ("9" * 30, ".nan", "1e400", "4294967296")),
+            *(("finetune.learning_rate", value) for value in (".nan", "1e400")),
+            *(("finetune.epochs", "1000000000"), ("finetune.batch_size", "9" * 30), ("adapter.rank", "1000000000")),
+            *(("evaluation.limit", "1000000000"), ("evaluation.seed", "9" * 30), ("trainer.threads", "1000000000")),
+            *(("pruning.blocks", "[.nan]"), ("pruning.multiple", "9" * 30), ("analysis.draft_lengths", "[.inf]")),
+            *(("model.shape", "{hidden_size: .inf}"), ("study.x", "[{a: .nan}]"), ("merge.t", ".nan")),
+            *(("dataset.num_rows", "9" * 30), ("calibration.max_length", "9" * 30), ("finetune", "null")),
+        )
+    },
+    # Texts and paths.
+    "half a character": ('dataset: {system_prompt: "a\\ud800"}', []),
+    "half a character in a list": ('dataset: {leak_phrases: ["\\udfff"]}', []),
+    "half a character in a key": ('study: {"\\ud800": 1}', []),
+    "a path at nobody's home": ("defaults: [{override /model: local}]\nmodel: {path: ~nosuchuser/x}", []),
+    "rows at nobody's home": ("defaults: [{override /dataset: local}]\ndataset: {path: ~nosuchuser/x}", []),
+    "texts at nobody's home": ("defaults: [{override /calibration: local}]\ncalibration: {path: ~nosuchuser/x}", []),
+    "a path without an end": ("defaults: [{override /model: local}]\nmodel: {path: " + "a" * 5000 + "}", []),
+    "a repository above": ("defaults: [{override /dataset: gsm8k}]\ndataset: {hub: {repository: ../../x}}", []),
+    # What Hydra itself refuses.
+    "an unknown key": ("launcher: 1", []),
+    "an unknown setting of the launcher": ("hydra: {launcher: {foo: 1}}", []),
+    "an option that steers": ('defaults: [{/metric@study.x: "\\e[2J"}]', []),
+    "an option reversed": ('defaults: [{override /metric: "\\u202elast"}]', []),
+    "an option twice": ("defaults: [{/metric: last}, {/metric: last}]", []),
+    "an override of nothing": ("defaults: [{override /nothing: x}]", []),
+    "no metric": ("defaults: [{override /metric: null}]", []),
+    "itself twice": ("defaults: [_self_, _self_]", []),
+    # Students.
+    "a student without a setting": (STUDENTS % "[~seed]", ["merge=slerp"]),
+    "a student of a long number": (STUDENTS % f"['seed={'9' * 5000}']", ["merge=slerp"]),
+    "a student that is swept": (STUDENTS % "['seed=range(0,1000000000)']", ["merge=slerp"]),
+    "a student that is none": (STUDENTS % "[x]", ["merge=slerp"]),
+}  # fmt: skip
+"""Files that are looked at together with others: each goes through a script."""
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_what_is_composed_is_refused(name: str, canaries: Canaries) -> None:
+    body, typed = COMPOSED[name]
+    words = offer(canaries, body)
+    for other, text in ({"tracked": TRACKED} | DOUBLING).items():
+        (canaries.work.parent / "given" / "experiment" / f"{other}.yaml").write_text(text)
+    typed = sorted([*words, *typed, "dry_run=true"], key=lambda word: not word.startswith("-"))
+    outcome = run("evaluate", *typed, cwd=canaries.work)
+    canaries.check_refused(outcome)
+    assert len(outcome.stderr) < 3_000
+
+
+@pytest.mark.parametrize("typed", [[], ["logger=wandb"], ["logger=wandb", "logger.offline=true"]], ids=len)
+def test_a_tracker_that_is_asked_for_gets_the_words_of_a_file(typed: list[str], canaries: Canaries) -> None:
+    words = offer(canaries, "logger: {project: x, tags: [a], notes: 'b'}")
+    outcome = run("train", *words, *typed, "dry_run=true", cwd=canaries.work)
+    assert outcome.code == 0, outcome.stderr
 
 
 TYPED = {name: body for n, (name, body) in enumerate(REFUSED.items()) if n % 4 == 0 or "defaults" in name}

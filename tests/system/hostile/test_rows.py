@@ -54,6 +54,33 @@ def constant(rows: int, words: str) -> Callable[[Path], None]:
     return write
 
 
+def nested(kind: str, times: int, words: str) -> Callable[[Path], None]:
+    """One row with a list, a struct or a table of a text that is stored once."""
+
+    def write(path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        named = pa.array([words] * times)
+        column = {
+            "list": lambda: pa.ListArray.from_arrays([0, times], named),
+            "struct": lambda: pa.StructArray.from_arrays([named], ["a"]),
+            "table": lambda: pa.MapArray.from_arrays([0, times], pa.array(list(map(str, range(times)))), named),
+        }[kind]()
+        rows = len(column)
+        columns = {name: ["a b"] * rows for name in ("prompt", "reference", "text")} | {"more": column}
+        pq.write_table(pa.table(columns), path, compression="zstd")
+
+    return write
+
+
+def zoned(path: Path) -> None:
+    """A time in a zone that is none."""
+    import pyarrow as pa
+
+    table(prompt=["a"], reference=["b"], text=["a b"], at=pa.array([1], pa.timestamp("s", tz="No/Zone")))(path)
+
+
 def damaged(at: int, data: bytes) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         table(prompt=["a b"] * 9, reference=["b"] * 9, text=["a b"] * 9)(path)
@@ -106,6 +133,10 @@ HOSTILE: dict[str, tuple[str, Made]] = {
     "a Parquet file without columns": ("rows.parquet", table(a=[1])),
     "columns with control characters": ("rows.parquet", table(**{"\x1b[2J\n": [1]})),
     "a dictionary that every row names": ("rows.parquet", constant(5_000, "word " * 2_000)),
+    "a list that names one text": ("rows.parquet", nested("list", 5_000, "word " * 2_000)),
+    "a struct that names one text": ("rows.parquet", nested("struct", 5_000, "word " * 2_000)),
+    "a table that names one text": ("rows.parquet", nested("table", 5_000, "word " * 2_000)),
+    "a time in no zone": ("rows.parquet", zoned),
     "a row group of many rows": ("rows.parquet", constant(2_000_000, "a b")),
     "numbers for texts": ("rows.parquet", table(prompt=[1], reference=[2], text=[3])),
     "lists for texts": ("rows.parquet", table(prompt=[["a"]], reference=[["b"]], text=[["a"]])),

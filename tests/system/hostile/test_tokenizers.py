@@ -89,6 +89,9 @@ TOKENIZER: dict[str, Change | str] = {
     "ranges in a row": split("a{0,16}" * 20 + "b"),
     "a back reference": split(r"(a*)\1\1b"),
     "a named reference": split(r"(?<n>a|b\g<n>c)*d"),
+    "a repeated group in free spacing": split("(?x: ( a + ) + )b"),
+    "free spacing from here": split("(?x)(a #\n+) +b"),
+    "free spacing among others": split("(?imx-s:(a +) +b)"),
     "a lazy repeated group": split("(?:a+?)+?b"),
     "an atomic repeated group": split("((?>a*)b?)*c"),
     "groups in groups": split("(" * 30 + "a" + ")" * 30),
@@ -104,6 +107,18 @@ TOKENIZER: dict[str, Change | str] = {
     "prepending": part("normalizer", {"type": "Prepend", "prepend": "x" * 5000}),
     "prepending often": part("normalizer", {"type": "Sequence", "normalizers": [PREPENDED] * 9}),
     "deep normalizers": part("normalizer", nested(400)),
+    "normalizers without an end": part("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 9_999}),
+    "splits without an end": part(
+        "pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 9_999}
+    ),
+    "pieces of no length": part("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    "bytes of bytes": part("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+    "bytes of bytes in the split": part(
+        "pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}] * 40}
+    ),
+    "a text in a text": part("post_processor", {"type": "Sequence", "processors": [{"type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9, "pair": [], "special_tokens": {}}] * 6}),
+    "a decoder that takes too much": part("decoder", {"type": "Strip", "content": "a", "start": 1, "stop": 10**12}),
     "an unknown normalizer": part("normalizer", {"type": "Run", "code": "RAN"}),
     "a normalizer that is a number": part("normalizer", 7),
     "a broken character map": part("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
