@@ -226,10 +226,7 @@ class Counts:
         else:
             names = None if settings.tasks is None else list(settings.tasks)
             tasks = estimates.tasks_of(Benchmark(settings.suite, names, settings.num_fewshot).sizes())
-        merged = student is not None and student.stage == "tuned" and self.config.adapter.method != "full"
-        return estimates.evaluated(
-            work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens, merged=merged
-        )
+        return estimates.evaluated(work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
 
     def _answered(self, recipe: Recipe) -> Estimate:
         work = self._work(self.kept if recipe.inputs else self.shape.blocks, recipe.spec["dtype"])

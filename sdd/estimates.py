@@ -8,6 +8,8 @@ loads no library.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sdd.bypass import LOGITS
+from sdd.chunks import CHUNK_TOKENS, is_cut
 from sdd.work import BYTES, DEVICES, Shape, Work
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -35,7 +37,7 @@ def scores(
     seconds = work.opening + once * (blocks or work.blocks) / work.blocks + logits
     held = work.activations(together)
     if heads:  # the states before every block, and logits some at a time
-        held += together * work.width * work.shape.hidden * work.blocks + work.logits(2**26 / work.shape.vocabulary)
+        held += together * work.width * work.shape.hidden * work.blocks + work.logits(LOGITS / work.shape.vocabulary)
     return Estimate(seconds, work.weights + held, 1e5)
 
 
@@ -139,8 +141,8 @@ def tuned(
     bytes (value, gradient, two moments), and in 16 bits the copy that autocast keeps. What backward keeps of a block's
     activations is most of the rest. Unpacking 4 bits is not counted.
 
-    A `teacher` is opened too and reads the same batches, forward only. Its weights stay, and its last states of a pass;
-    its logits, some at a time, are within the student's, which are counted for a whole pass.
+    Logits are there for a pass, or for a chunk of it (see `chunks`). A `teacher` is opened too and reads the same
+    batches, forward only. Its weights stay, its last states of a pass, and its logits of a chunk beside the student's.
     """
     tokens, together = rows * length, min(micro_batch_tokens, batch * length)
     reach = work.blocks if training.reach is None else training.reach
@@ -150,10 +152,12 @@ def tuned(
     block = work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
     kept = reach * work.width * work.shape.hidden + block if training.recomputed else reach * block
     held = training.trained * (16 if work.width == BYTES["float32"] else 16 + work.width)
-    memory = base_bytes(work, training) + held + together * kept + 2 * work.logits(together)
+    cut = teacher is not None or is_cut(together, work.shape.vocabulary)
+    shown = min(together, CHUNK_TOKENS) if cut else together
+    memory = base_bytes(work, training) + held + together * kept + 2 * work.logits(shown)
     if teacher:
         seconds += teacher.weights / teacher.device.disk + teacher.passes(tokens, length, tokens / together)
-        memory += teacher.weights + together * teacher.width * teacher.shape.hidden
+        memory += teacher.weights + together * teacher.width * teacher.shape.hidden + 2 * teacher.logits(shown)
     return Estimate(seconds, memory, 4 * training.trained)
 
 
@@ -223,10 +227,8 @@ def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
     return found
 
 
-def evaluated(
-    work: Work, tasks: list[Task], limit: int | None, batch: int, new: int | None = None, merged: bool = False
-) -> Estimate:
-    """Every request of every task; `merged` says that an adapter is merged in float32 first; `new` bounds answers."""
+def evaluated(work: Work, tasks: list[Task], limit: int | None, batch: int, new: int | None = None) -> Estimate:
+    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything."""
     seconds, memory = work.opening, 0.0
     for task in tasks:
         items = task.limited(limit)
@@ -238,6 +240,5 @@ def evaluated(
             spent = work.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
             held = work.activations(batch * task.tokens) + work.logits(batch * task.tokens)
         seconds, memory = seconds + spent, max(memory, held)
-    opened = work.shape.parameters(work.blocks) * BYTES["float32"] if merged else work.weights
     items = sum(task.limited(limit) for task in tasks)
-    return Estimate(seconds, max(opened, work.weights + memory), 2e3 * items)
+    return Estimate(seconds, work.weights + memory, 2e3 * items)

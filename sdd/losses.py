@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 256
-"""Positions whose logits are there at once: 131 MB a float32 tensor at a vocabulary of 128,256."""
-
 
 def target_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy in nats, in float32: (N, V), (N,) -> (). Zero for N = 0."""
@@ -47,8 +44,8 @@ def forward_kl_sum(logits: Tensor, teacher_logits: Tensor, temperature: float = 
     return kl * temperature**2
 
 
-def summed_in_chunks(loss: Callable[..., Tensor], *parts: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
-    """Sum of `loss(*parts)` over chunks of the parts' first axis, all of one length N >= 0: -> ().
+def summed_in_chunks(loss: Callable[..., Tensor], *parts: Tensor, chunk: int) -> Tensor:
+    """Sum of `loss(*parts)` over chunks of at most `chunk` of the parts' first axis, all of one length N >= 0: -> ().
 
     What `loss` makes on the way, such as logits, is dropped after each chunk and made again in the backward pass.
     """

@@ -18,13 +18,12 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from sdd import chunks
 from sdd.adapters import causal_lm
 from sdd.errors import UserError
 from sdd.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 from sdd.models import decoder, head_logits
 
-MOST_LOGITS = 1 << 25
-"""Logits that are there at once, 134 MB in float32; more are made in chunks, and again in the backward pass."""
 VALIDATIONS = 4
 """How often in a run the validation loss is taken."""
 
@@ -94,9 +93,9 @@ def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tu
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return target_loss_sum(head_logits(model, hidden), targets)
 
-    if len(states) * model.config.vocab_size <= MOST_LOGITS:
+    if not chunks.is_cut(len(states), model.config.vocab_size):
         return loss(states, targets), len(targets)
-    return summed_in_chunks(loss, states, targets), len(targets)
+    return summed_in_chunks(loss, states, targets, chunk=chunks.CHUNK_TOKENS), len(targets)
 
 
 def _states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ class LogitDistillation:
             kl = (1 - self.ce_share) * forward_kl_sum(logits, teacher_logits, self.temperature)
             return kl + self.ce_share * target_loss_sum(logits, targets) if self.ce_share else kl
 
-        return summed_in_chunks(loss, _states(model, ids, mask, at), taught, labels[:, 1:][at]), int(at.sum())
+        parts = _states(model, ids, mask, at), taught, labels[:, 1:][at]
+        return summed_in_chunks(loss, *parts, chunk=chunks.CHUNK_TOKENS), int(at.sum())
 
 
 def target_tokens(rows: Sequence[TrainingRow]) -> int:

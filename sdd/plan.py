@@ -62,7 +62,7 @@ def requirements(shape: Shape) -> list[str]:
         f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
         "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
         "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, training, 2 * 7373, 160, 32, 4096),
-        "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8, merged=True),
+        "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8),
     }
     lines = [f"Each stage on {device.name}, by the formulas of sdd/estimates.py, not measured: time, memory, disk."]
     for what, one in stages.items():

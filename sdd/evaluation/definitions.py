@@ -70,10 +70,10 @@ class Entry:
 
 
 def packaged() -> Path:
-    """The folder of lm-eval's definitions."""
+    """The folder of lm-eval's definitions, free of links, as lm-eval itself names a definition's functions."""
     import lm_eval.tasks
 
-    return Path(lm_eval.tasks.__file__).parent
+    return Path(lm_eval.tasks.__file__).resolve().parent
 
 
 @cache

@@ -42,7 +42,7 @@ def check(task: Definition) -> None:
     what = f"evaluation.tasks: {task.name}"
     if task.setting("unsafe_code") not in (None, False):
         raise UserError(f"{what} runs code that the model writes, which is never done here")
-    if not task.home.resolve().is_relative_to(packaged().resolve()):
+    if not task.home.resolve().is_relative_to(packaged()):
         raise UserError(f"{what} is not one of lm-eval's own tasks")
     config = {**task.config, **task.overrides}
     for name in _metrics(config):
@@ -52,7 +52,7 @@ def check(task: Definition) -> None:
             )
     for function in _functions(config):
         source, _, name = function.rpartition(".")
-        if not Path(f"{source}.py").resolve().is_relative_to(packaged().resolve()):
+        if not Path(f"{source}.py").resolve().is_relative_to(packaged()):
             raise UserError(f"{what} names a function outside of lm-eval's package, which is never run")
         if reached := _unsafe(Path(f"{source}.py")).get(name):
             raise UserError(f"{what} uses {reached}, which can fetch or run more than lm-eval has; never done here")

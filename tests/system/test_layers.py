@@ -7,7 +7,7 @@ from pathlib import Path
 from launching import REPOSITORY
 
 LAYERS = (
-    {"config", "allowed", "shared_configs", "store", "prompts", "answers", "losses", "errors"}
+    {"config", "allowed", "shared_configs", "store", "prompts", "answers", "losses", "chunks", "errors"}
     | {"provenance", "untrusted", "rendering", "control", "tokenizer_files"},
     {"architectures", "checkpoint_files", "models", "hub", "data", "tiny"},
     {"channels", "sample_gradients", "width", "bypass", "removal", "block_weights", "repair", "work", "estimates"}

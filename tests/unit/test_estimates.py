@@ -1,5 +1,7 @@
 """Estimates against arithmetic by hand, and against what is known of real models."""
 
+from dataclasses import replace
+
 import pytest
 
 from sdd import estimates
@@ -85,14 +87,26 @@ def test_a_teacher_beside_the_student_by_hand() -> None:
     numbers = 400 + 3 * 688 + 8
     passed = 80 * (3 * (2 * 688 + 4 * 2 * 8) + 800) / 2e6 + 5 * 3 * 0.01
     assert one.seconds - alone.seconds == pytest.approx(2 * numbers / 1e4 + passed)
-    assert one.memory - alone.memory == pytest.approx(2 * numbers + 16 * 8 * 2)
+    assert one.memory - alone.memory == pytest.approx(2 * numbers + 16 * 8 * 2 + 2 * 16 * 50 * 2 * 2)
     assert one.disk == alone.disk
+
+
+@pytest.mark.parametrize(("tokens", "shown"), [(335_544, 335_544), (335_545, 256)])
+def test_logits_of_a_pass_are_held_up_to_33_million_and_of_a_chunk_beyond(tokens: int, shown: int) -> None:
+    """100 * 335,544 <= 2^25 < 100 * 335,545; a teacher's are made in chunks whatever their number."""
+    work = Work(replace(SMALL, vocabulary=100), 2, 4, MACHINE)
+    kept = 2 * 4 * (20 * 8 + 10 * 20)
+    settings = (Training(0), tokens, 1, tokens, tokens)
+    base = work.weights + tokens * kept
+    assert estimates.tuned(work, *settings).memory == pytest.approx(base + 2 * shown * 100 * 2 * 4)
+    taught = base + work.weights + tokens * 4 * 8 + 2 * 2 * 256 * 100 * 2 * 4
+    assert estimates.tuned(work, *settings, teacher=work).memory == pytest.approx(taught)
 
 
 # The Llama 3.1 8B of the paper's table with 26 of its 32 blocks, in bfloat16; a pass of 4,096 tokens.
 CUT = Work(shape_of(LLAMA_8B), 26, 2, DEVICES["gpu"])
 BLOCK = 4096 * 2 * (20 * 4096 + 10 * 14336)  # activations that backward keeps of a block, bytes
-LOGITS = 2 * 4096 * 128256 * 2 * 2
+LOGITS = 2 * 256 * 128256 * 2 * 2  # of a chunk: 4,096 positions are over the limit
 LORA_BLOCK = 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)  # rank 16 on seven layers: 1,310,720 weights
 
 

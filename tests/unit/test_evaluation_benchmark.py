@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sdd.errors import UserError
+from sdd.evaluation import definitions, safety
 from sdd.evaluation.benchmark import Benchmark, Outcome, chosen_metric
 from sdd.evaluation.definitions import find, packaged
 from sdd.evaluation.suites import REVISIONS, SUITES, asked
@@ -128,6 +129,19 @@ def test_digest_covers_settings_and_functions_and_no_path(tmp_path: Path, monkey
         assert there.digest() != before
     assert type(task)(task.name, task.config | {"doc_to_text": "{{ctx}}"}, {}, task.home).digest() != before
     assert type(task)(task.name, task.config, {"fewshot_split": "validation"}, task.home).digest() != before
+
+
+def test_digest_does_not_depend_on_how_the_package_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment may be a link; lm-eval names functions by their real place."""
+    names = ["hellaswag", "truthfulqa_mc2", "race", "mmlu_anatomy"]
+    before = [(entry.name, entry.tasks[0].digest()) for entry in find(names)]
+    (tmp_path / "lm_eval").symlink_to(packaged().parent)
+    monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "lm_eval" / "tasks" / "__init__.py"))
+    monkeypatch.setattr(definitions, "_index", definitions._index.__wrapped__)
+    through_link = find(names)
+    assert [(entry.name, entry.tasks[0].digest()) for entry in through_link] == before
+    for entry in through_link:
+        safety.check(entry.tasks[0])
 
 
 def test_digest_of_an_entry_covers_the_examples_shown() -> None:

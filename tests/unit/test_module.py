@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sdd import losses, models
+from sdd import chunks, models
 from sdd.module import (
     LogitDistillation,
     Optimisation,
@@ -172,7 +172,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(model: Any, rows: li
 def test_logits_of_both_models_are_there_for_one_chunk_of_target_tokens_only(
     model: Any, teacher: Any, rows: list[TrainingRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses.summed_in_chunks, "__kwdefaults__", {"chunk": 16})
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 16)
     shapes: list[int] = []
     hooks = [
         each.lm_head.register_forward_pre_hook(lambda module, given: shapes.append(len(given[0])))
@@ -184,6 +184,49 @@ def test_logits_of_both_models_are_there_for_one_chunk_of_target_tokens_only(
         hook.remove()
     assert max(shapes) == 16
     assert sum(shapes) == 2 * target_tokens(rows)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("distilled", [False, True], ids=["sft", "distilled"])
+def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(
+    distilled: bool,
+    method: str,
+    tiny_llama: Path,
+    teacher: Any,
+    rows: list[TrainingRow],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """57 targets in chunks of 16, forward and again backward; with `full`, the head's gradient is a sum over them."""
+    student = adapted(tiny_llama) if method == "lora" else models.load_model(tiny_llama, "float32").requires_grad_(True)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model = student.get_base_model() if method == "lora" else student
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    loss_of = LogitDistillation(teacher, 2.0, 0.3) if distilled else loss_sum
+    positions = target_tokens(rows)
+    shapes: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda module, given: shapes.append(len(given[0])))
+
+    def taken(most_logits: int, chunk: int) -> tuple[float, tuple[torch.Tensor, ...]]:
+        shapes.clear()
+        monkeypatch.setattr(chunks, "MOST_LOGITS", most_logits)
+        monkeypatch.setattr(chunks, "CHUNK_TOKENS", chunk)
+        loss, count = loss_of(model, rows)
+        assert count == positions
+        return loss.item(), torch.autograd.grad(loss, list(trained.values()))
+
+    at_once = positions * model.config.vocab_size
+    expected, gradients = taken(at_once, positions)
+    assert set(shapes) == {positions}
+    assert len(shapes) == (2 if distilled else 1), "a loss in one piece is not made twice"
+    value, in_chunks = taken(at_once - 1, 16)
+    assert sorted(shapes) == sorted([16, 16, 16, positions - 48] * 2)
+    assert value == pytest.approx(expected, rel=1e-6)
+    for name, gradient, own in zip(trained, in_chunks, gradients, strict=True):
+        assert torch.allclose(gradient, own, rtol=1e-4, atol=1e-5 * float(own.abs().max())), name
+    assert max(float(own.abs().max()) for own in gradients) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore")
