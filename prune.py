@@ -11,6 +11,6 @@ HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [*(path for path in sys.path if path not in ("", HERE)), HERE]
 
 if __name__ == "__main__":
-    from sdd.app import prune
+    from sdd.cli.app import prune
 
     prune()

@@ -95,7 +95,7 @@ def measure(form: str, workload: str, shape: dict[str, int], folder: Path, devic
     import torch
     from safetensors.torch import save_file
 
-    from sdd.channels import SDM, TaylorWidth
+    from sdd.importance.channels import SDM, TaylorWidth
 
     criterion = SDM(FIRST_CUT, ALPHA, TEMPERATURE)
     torch.set_num_threads(shape["threads"])

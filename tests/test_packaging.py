@@ -31,6 +31,6 @@ def test_lock_pins_everything_exactly_and_satisfies_pyproject() -> None:
 
 def test_entry_scripts_are_thin_and_match_the_console_scripts() -> None:
     names = ["prune", "generate", "train", "evaluate"]
-    assert PROJECT["scripts"] == {f"sdd-{name}": f"sdd.app:{name}" for name in names}
+    assert PROJECT["scripts"] == {f"sdd-{name}": f"sdd.cli.app:{name}" for name in names}
     for name in names:
         assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 40

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sdd import models
 from sdd.answers import equal, extract
 from sdd.data.tiny import TinyTasks
-from sdd.distill import Selection, rewrite_rows
-from sdd.engines import HFEngine, Request
-from sdd.prompts import REWRITE_TEMPLATE
+from sdd.models import checkpoints
+from sdd.models.chats import REWRITE_TEMPLATE
+from sdd.rewriting.engines import HFEngine, Request
+from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.sources import TEACHER
 from sdd.tiny.tasks import FAMILIES, instances
 
@@ -25,8 +25,8 @@ def engine() -> Iterator[HFEngine]:
 def test_is_a_small_stock_llama_with_a_chat_template() -> None:
     assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 16 * 1024**2
     assert {path.suffix for path in TEACHER.iterdir()} <= {".json", ".safetensors", ".jinja"}
-    assert models.read_config(TEACHER)["architectures"] == ["LlamaForCausalLM"]
-    assert models.load_tokenizer(TEACHER).chat_template
+    assert checkpoints.read_config(TEACHER)["architectures"] == ["LlamaForCausalLM"]
+    assert checkpoints.load_tokenizer(TEACHER).chat_template
     assert not any(str(Path.home()) in path.read_text() for path in TEACHER.glob("*.json"))
 
 

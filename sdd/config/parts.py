@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import Any
 
 _CRITERIA = {
-    "sdd.importance.Angular": "sdd.importance",
-    "sdd.importance.BlockInfluence": "sdd.importance",
-    "sdd.importance.Random": "sdd.importance",
-    "sdd.importance.Last": "sdd.importance",
-    "sdd.block_weights.Magnitude": "sdd.block_weights",
-    "sdd.block_weights.Taylor": "sdd.block_weights",
-    "sdd.removal.Perplexity": "sdd.removal",
-    "sdd.removal.Iterative": "sdd.removal",
-    "sdd.channels.SDM": "sdd.channels",
-    "sdd.channels.TaylorWidth": "sdd.channels",
-    "sdd.channels.ActivationWidth": "sdd.channels",
-    "sdd.channels.MagnitudeWidth": "sdd.channels",
-    "sdd.channels.RandomWidth": "sdd.channels",
+    "sdd.importance.Angular": "sdd.importance.states",
+    "sdd.importance.BlockInfluence": "sdd.importance.states",
+    "sdd.importance.Random": "sdd.importance.states",
+    "sdd.importance.Last": "sdd.importance.states",
+    "sdd.block_weights.Magnitude": "sdd.importance.weights",
+    "sdd.block_weights.Taylor": "sdd.importance.weights",
+    "sdd.removal.Perplexity": "sdd.importance.removal",
+    "sdd.removal.Iterative": "sdd.importance.removal",
+    "sdd.channels.SDM": "sdd.importance.channels",
+    "sdd.channels.TaylorWidth": "sdd.importance.channels",
+    "sdd.channels.ActivationWidth": "sdd.importance.channels",
+    "sdd.channels.MagnitudeWidth": "sdd.importance.channels",
+    "sdd.channels.RandomWidth": "sdd.importance.channels",
 }
 _TEXTS = {
     "sdd.data.tiny.TinyTexts": "sdd.data.tiny",
@@ -40,10 +40,10 @@ _ROWS = {
     "sdd.data.instruct.OpenMathInstruct2": "sdd.data.instruct",
 }
 _MIXTURES = {"sdd.data.mixture.Mixture": "sdd.data.mixture"}
-_ENGINES = {"sdd.engines.HFEngine": "sdd.engines"}
+_ENGINES = {"sdd.engines.HFEngine": "sdd.rewriting.engines"}
 _LOGGERS = {"pytorch_lightning.loggers.WandbLogger": "pytorch_lightning.loggers"}
 
-SWEEP_END = "sdd.sweep.SweepEnd"
+SWEEP_END = "sdd.cli.sweep.SweepEnd"
 """What Hydra itself makes at the end of a sweep; in no content key, so that its name may change."""
 
 TARGETS: dict[tuple[str, ...], frozenset[str]] = {

@@ -1,6 +1,6 @@
 """The typed schema of the composed config: it refuses unknown keys and wrong types at composition.
 
-What a config may *name* is the business of `sdd.allowed`.
+What a config may *name* is the business of `sdd.config.allowed`.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sdd.prompts import LEAK_PHRASES, REWRITE_TEMPLATE
+from sdd.models.chats import LEAK_PHRASES, REWRITE_TEMPLATE
 
 
 @dataclass

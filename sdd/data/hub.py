@@ -15,7 +15,7 @@ from typing import Any
 
 from sdd.data.files import read_rows
 from sdd.errors import UserError
-from sdd.hub import HUB_ID, UNREACHABLE, explained, is_due_to, snapshot
+from sdd.models.hub import HUB_ID, UNREACHABLE, explained, is_due_to, snapshot
 from sdd.store import digest_of
 
 BUFFER_ROWS = 10_000

@@ -5,9 +5,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sdd.control import OwnText
 from sdd.data import Example
 from sdd.errors import UserError
+from sdd.models.control import OwnText
 from sdd.store import digest_of
 from sdd.tiny.tasks import Instance, instances
 

@@ -16,12 +16,12 @@ from functools import cache
 from typing import Any
 
 from sdd.answers import equal, extract
-from sdd.control import control_of, is_masked
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
 from sdd.evaluation.tiny import Item, Task
-from sdd.prompts import accepted, end_of_turn
-from sdd.rendering import TEMPLATE_VALUES, render_chat
+from sdd.models.chats import accepted, end_of_turn
+from sdd.models.control import control_of, is_masked
+from sdd.models.rendering import TEMPLATE_VALUES, render_chat
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _chat_model() -> Any:
     """lm-eval's wrapper of a model, with chats, templates and control tokens as in training.
 
     Its requests are strings, in which a row's words and the template's stand side by side. So the words are masked
-    (`sdd.control`) before they come together, and what is masked is told apart when it is tokenized.
+    (`sdd.models.control`) before they come together, and what is masked is told apart when it is tokenized.
     """
     from lm_eval.models.huggingface import HFLM, has_bos_prefix
 

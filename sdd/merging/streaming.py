@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from sdd.architectures import BLOCK_NAME, HEADS
-from sdd.checkpoint_files import Header, read_header, side_files
 from sdd.merging.formulas import angle, linear, norm, share_at, slerp, task_arithmetic, ties
 from sdd.merging.students import Student
-from sdd.models import read_config, weight_files
-from sdd.pruning import copy_bytes, write_header
+from sdd.models.checkpoints import read_config, weight_files
+from sdd.models.files import Header, read_header, side_files
+from sdd.pruning.depth import copy_bytes, write_header
 
 if TYPE_CHECKING:
     from torch import Tensor

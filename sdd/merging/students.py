@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sdd.adapters import check_adapter
 from sdd.architectures import HEADS, STORED_BUFFERS
 from sdd.errors import UserError
-from sdd.models import weight_files
+from sdd.finetuning.adapters import check_adapter
+from sdd.models.checkpoints import weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ import logging
 from functools import cached_property
 from typing import Any
 
+from sdd.analysis.shift import embedder_digest, embedder_folder
 from sdd.errors import UserError
 from sdd.recipes.evaluations import Evaluations
 from sdd.recipes.models import STAND_IN
-from sdd.shift import embedder_digest, embedder_folder
 from sdd.store import Recipe
 
 log = logging.getLogger(__name__)

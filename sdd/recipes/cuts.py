@@ -6,11 +6,11 @@ from omegaconf import DictConfig
 
 from sdd.config import check_pruning
 from sdd.errors import UserError
-from sdd.pruning import check_names
+from sdd.pruning.depth import check_names
+from sdd.pruning.repair import check_repairable, cuts_of
+from sdd.pruning.width import Share, sizes_of
 from sdd.recipes.scores import Scores
-from sdd.repair import check_repairable, cuts_of
 from sdd.store import Recipe
-from sdd.width import Share, sizes_of
 
 
 class Cuts(Scores):

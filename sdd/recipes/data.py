@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sdd.allowed import build
 from sdd.config import plain
+from sdd.config.allowed import build
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.recipes.models import Models

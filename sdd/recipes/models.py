@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from sdd import models
 from sdd.config import CHOICES
 from sdd.errors import NotFetched, UserError
-from sdd.hub import checkpoint_folder
-from sdd.prompts import PLAIN_TEMPLATE
-from sdd.pruning import count_parameters
+from sdd.models import checkpoints
+from sdd.models.chats import PLAIN_TEMPLATE
+from sdd.models.hub import checkpoint_folder
+from sdd.pruning.depth import count_parameters
 from sdd.store import Recipe, canonical
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Models:
         """The model's `config.json`, or in a dry run before it is fetched, `model.shape`."""
 
         def look() -> dict[str, Any]:
-            return models.read_config(self.model_folder)
+            return checkpoints.read_config(self.model_folder)
 
         shape = {str(key): value for key, value in self.config.model.shape.items()}
         return self._known(look, shape) if shape else look()
@@ -78,7 +78,7 @@ class Models:
         def look() -> str:
             folder = checkpoint_folder(path, revision, fetch=not self.config.dry_run)
             count_parameters(folder)  # reads the header of every file, so that a file cut short is told now
-            digest = models.model_digest(folder, self.digest_memory)
+            digest = checkpoints.model_digest(folder, self.digest_memory)
             self.sources[digest] = folder
             return digest
 
@@ -102,7 +102,7 @@ class Models:
     def _plain_template(self, digest: str) -> dict[str, str]:
         """The plain chat template, for the key of what a model without one of its own has to do with."""
         folder = self.sources.get(digest)
-        return {} if folder is None or models.has_chat_template(folder) else {"chat_template": PLAIN_TEMPLATE}
+        return {} if folder is None or checkpoints.has_chat_template(folder) else {"chat_template": PLAIN_TEMPLATE}
 
     def _dtype(self, node: str) -> str:
         """The dtype that a node of the config names, or the checkpoint's own."""
@@ -127,7 +127,7 @@ class Models:
             return 0
         digest = self.teacher_digest if stage == "rewrites" else self.model_digest
         folder = self.sources.get(digest)
-        steered = folder is not None and models.steers_generation(folder)
+        steered = folder is not None and checkpoints.steers_generation(folder)
         sampled = stage == "rewrites" and self.config.engine.get("temperature", 0) > 0
         student = inputs.get("model")
         adapted = student is not None and student.stage == "tuned" and student.spec["adapter"].get("method") != "full"

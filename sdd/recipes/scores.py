@@ -3,10 +3,10 @@
 from functools import cached_property
 from typing import Any
 
-from sdd.allowed import build
-from sdd.channels import SDM, ChannelCriterion, TaylorWidth
 from sdd.config import plain
+from sdd.config.allowed import build
 from sdd.errors import UserError
+from sdd.importance.channels import SDM, ChannelCriterion, TaylorWidth
 from sdd.recipes.data import Data, given, hub_of
 from sdd.store import Recipe, canonical
 

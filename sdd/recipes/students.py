@@ -6,11 +6,11 @@ from typing import Any, Self
 
 from omegaconf import DictConfig
 
-from sdd import models
 from sdd.config import MERGE_SETTINGS, plain
 from sdd.data import Example
 from sdd.errors import UserError
-from sdd.pruning import matrices, tensor_names
+from sdd.models import checkpoints
+from sdd.pruning.depth import matrices, tensor_names
 from sdd.recipes.cuts import Cuts
 from sdd.store import Recipe
 
@@ -90,10 +90,10 @@ class Students(Cuts):
 
     def _check_lengths(self, examples: list[Example]) -> None:
         """Refuse a limit that is below every row; of rows that wait for a rewrite, below every prompt."""
-        from sdd.prompts import training_ids
+        from sdd.models.chats import training_ids
 
         finetune, system_prompt = self.config.finetune, self.config.dataset.system_prompt
-        tokenizer = models.load_tokenizer(self.model_folder)
+        tokenizer = checkpoints.load_tokenizer(self.model_folder)
         shortest = None
         for example in examples:
             target = {"self_distill": "", "gold": example.gold}.get(finetune.mode, example.reference) or ""
@@ -111,9 +111,9 @@ class Students(Cuts):
         if self.teacher_digest == self.model_digest:
             return
         model, teacher = self.model_folder, self.sources[self.teacher_digest]
-        sizes = [models.read_config(folder)["vocab_size"] for folder in (teacher, model)]
+        sizes = [checkpoints.read_config(folder)["vocab_size"] for folder in (teacher, model)]
         same = sizes[0] == sizes[1]
-        if not same or models.load_tokenizer(teacher).get_vocab() != models.load_tokenizer(model).get_vocab():
+        if not same or checkpoints.load_tokenizer(teacher).get_vocab() != checkpoints.load_tokenizer(model).get_vocab():
             what = f"{sizes[0]} tokens and the model's {sizes[1]}" if not same else "other tokens than the model's"
             raise UserError(
                 f"teacher.path={self.config.teacher.path}: its vocabulary has {what}, and logit distillation compares "

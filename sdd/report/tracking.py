@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdd.allowed import build
+from sdd.config.allowed import build
 
 
 def run_id(addresses: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdd.allowed import build
+from sdd.config.allowed import build
 from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdd import models
-from sdd.engines import HFEngine, Request
 from sdd.errors import UserError
-from sdd.forcing import Row
-from sdd.prompts import chat_prompt_ids
+from sdd.forward.teacher_forcing import Row
+from sdd.models import checkpoints
+from sdd.models.chats import chat_prompt_ids
+from sdd.rewriting.engines import HFEngine, Request
 from sdd.stages.rows import CHUNK_ROWS, read_examples
 from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
 from sdd.stages.student import open_student, trained_prompts
@@ -36,7 +36,7 @@ def build_answered(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path],
         if not opened:
             source = inputs["model"] if "model" in inputs else runtime.source(spec["model"], "model")
             model, base = open_student(source, runtime, spec["dtype"])
-            engine.take(model, models.load_tokenizer(base), spec["system_prompt"], runtime.inference_batch_size)
+            engine.take(model, checkpoints.load_tokenizer(base), spec["system_prompt"], runtime.inference_batch_size)
             opened = True
         said = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
         write_jsonl(
@@ -78,10 +78,10 @@ def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown
     if not answers:
         raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
     source = runtime.source(asked["model"], "model")
-    teacher = models.load_model(source, dtype, runtime.device, runtime.attention)
+    teacher = checkpoints.load_model(source, dtype, runtime.device, runtime.attention)
     student, base = open_student(inputs["model"], runtime, dtype)
     for model in (teacher, student):
-        models.check_logits(model)
-    tokenizer = models.load_tokenizer(base)
+        checkpoints.check_logits(model)
+    tokenizer = checkpoints.load_tokenizer(base)
     rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked["system_prompt"]), row["tokens"]) for row in answers]
     return Shown(answers, rows, teacher, student, tokenizer)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd import models
-from sdd.allowed import build
-from sdd.bypass import Row, task_row
-from sdd.channels import ChannelCriterion
+from sdd.config.allowed import build
 from sdd.errors import UserError
-from sdd.importance import ModelCriterion, chosen_blocks
-from sdd.pruning import check_prunable, prune_checkpoint
+from sdd.forward.bypass import Row, task_row
+from sdd.importance.channels import ChannelCriterion
+from sdd.importance.states import ModelCriterion, chosen_blocks
+from sdd.models import checkpoints
+from sdd.pruning.depth import check_prunable, prune_checkpoint
 from sdd.stages.figures import heat_map
 from sdd.stages.rows import read_examples
 from sdd.stages.runtime import Runtime, read_facts, write_json
@@ -36,18 +36,18 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
         criterion.start(blocks)
     else:
         source = runtime.source(spec["model"], "model")
-        blocks = models.num_blocks(source)
+        blocks = checkpoints.num_blocks(source)
         if blocks > 1:
             check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
         criterion.start(blocks)
     if criterion.needs == "weights":
         criterion.read(source)
     elif criterion.needs != "nothing":
-        from sdd.calibrate import show_texts
+        from sdd.forward.batches import show_texts
 
         rows = _task_rows(runtime, spec) if criterion.needs == "rows" else _text_rows(runtime, spec)
         num_texts = len(rows)
-        model = models.load_model(source, spec["dtype"], runtime.device, runtime.attention)
+        model = checkpoints.load_model(source, spec["dtype"], runtime.device, runtime.attention)
         if isinstance(criterion, ModelCriterion):
             criterion.measure(model, rows, runtime.inference_batch_size)
         else:
@@ -59,15 +59,15 @@ def build_scores(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
 
 def _text_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
     """The calibration texts, every token of them but the first to be scored."""
-    from sdd.calibrate import tokenize_texts
+    from sdd.forward.batches import tokenize_texts
 
-    tokenizer = models.load_tokenizer(runtime.source(spec["model"], "model"))
+    tokenizer = checkpoints.load_tokenizer(runtime.source(spec["model"], "model"))
     return [Row(ids) for ids in tokenize_texts(tokenizer, runtime.texts[spec["texts"]], spec["max_length"])]
 
 
 def _task_rows(runtime: Runtime, spec: dict[str, Any]) -> list[Row]:
     """The first fine-tuning rows as chats, those left out that are too long."""
-    tokenizer = models.load_tokenizer(runtime.source(spec["model"], "model"))
+    tokenizer = checkpoints.load_tokenizer(runtime.source(spec["model"], "model"))
     examples = read_examples(runtime, spec["dataset"])[: spec["num_rows"]]
     rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec["system_prompt"]) for e in examples]
     short = [row for row in rows if len(row.ids) <= spec["max_length"]]
@@ -122,13 +122,13 @@ def build_pruned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
 
 def _build_repaired(runtime: Runtime, recipe: Recipe, pruned: Path, folder: Path) -> None:
     """The pruned checkpoint with some of its projections replaced; its `pruning.json`, and what the repair did."""
-    from sdd.calibrate import tokenize_texts
-    from sdd.repair import repair, replace_tensors
+    from sdd.forward.batches import tokenize_texts
+    from sdd.pruning.repair import repair, replace_tensors
 
     spec = recipe.spec
     facts = read_facts(pruned / "pruning.json", CUT)
     source = runtime.source(spec["model"], "model")
-    rows = tokenize_texts(models.load_tokenizer(source), runtime.texts[spec["texts"]], spec["max_length"])
+    rows = tokenize_texts(checkpoints.load_tokenizer(source), runtime.texts[spec["texts"]], spec["max_length"])
     how = spec["dtype"], runtime.device, runtime.attention, runtime.inference_batch_size
     tensors, done = repair(source, pruned, facts, rows, spec["penalty"], *how)
     replace_tensors(pruned, folder, tensors)

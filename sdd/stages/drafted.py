@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sdd import costs, speculative
-from sdd.prompts import stop_ids
-from sdd.speculative import Generated, Passes
+from sdd.analysis import costs, speculative
+from sdd.analysis.speculative import Generated, Passes
+from sdd.models.chats import stop_ids
 from sdd.stages.answered import shown
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
 from sdd.store import TIMINGS, Recipe

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdd import models
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
 from sdd.evaluation.tiny import suite_tasks
+from sdd.models import checkpoints
 from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
 from sdd.stages.student import open_student
 from sdd.store import SCRATCH, Recipe, digest_of
@@ -55,7 +55,7 @@ def _harness(runtime: Runtime, spec: dict[str, Any], inputs: Mapping[str, Path])
 
     source = inputs["model"] if "model" in inputs else runtime.source(spec["model"], "model")
     model, tokenizer_folder = open_student(source, runtime, spec["dtype"])
-    tokenizer = models.load_tokenizer(tokenizer_folder)
+    tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
     limits = runtime.evaluation_batch_size, spec["max_new_tokens"]
     return Harness(model, tokenizer, *limits, spec["system_prompt"], spec["chat_template"])
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sdd.importance import chosen_blocks
+from sdd.importance.states import chosen_blocks
 
 
 def heat_map(scores: dict[str, Any], path: Path) -> None:

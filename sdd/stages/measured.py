@@ -7,7 +7,8 @@ one run and in turns; it names that machine, is no content of the recipe, and is
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdd import costs, models
+from sdd.analysis import costs
+from sdd.models import checkpoints
 from sdd.stages.runtime import Runtime, write_json
 from sdd.stages.student import checkpoint_of, open_student
 from sdd.store import TIMINGS, Recipe
@@ -31,7 +32,7 @@ def build_measured(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path],
     if not spec["repeats"]:
         return
     opened = {
-        "teacher": models.load_model(folders["teacher"], spec["dtype"], runtime.device, runtime.attention),
+        "teacher": checkpoints.load_model(folders["teacher"], spec["dtype"], runtime.device, runtime.attention),
         "student": open_student(inputs["model"], runtime, spec["dtype"])[0],
     }
     counts = spec["prompt_tokens"], spec["new_tokens"], spec["batch_size"], spec["repeats"]

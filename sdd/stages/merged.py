@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd import models
 from sdd.merging.formulas import is_nearly_parallel
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
+from sdd.models import checkpoints
 from sdd.stages.runtime import Runtime, write_json
 from sdd.stages.student import base_folder
 from sdd.store import Recipe
@@ -23,7 +23,7 @@ def build_merged(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], f
     folders = [inputs[f"student{number}"] for number in range(len(inputs))]
     base = base_folder(folders[0], runtime)
     facts = merge_checkpoints(base, open_students(folders), recipe.spec, folder)
-    config = models.read_config(base)
+    config = checkpoints.read_config(base)
     found = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
     note = parallel_note(recipe.spec, found)
     log.info("merged %d tensors, %d copied; %s", len(facts["tensors"]), len(facts["copied"]), note)

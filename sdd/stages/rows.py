@@ -9,12 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdd.allowed import build
+from sdd.config.allowed import build
 from sdd.data import Example
 from sdd.data.mixture import part_of
-from sdd.distill import Selection, choose_target, rewrite_rows, with_noise
 from sdd.errors import UserError
-from sdd.prompts import rewrite_prompt
+from sdd.models.chats import rewrite_prompt
+from sdd.rewriting.selection import Selection, choose_target, rewrite_rows, with_noise
 from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
 from sdd.store import SCRATCH, Recipe
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
-from sdd import models, shift
+from sdd.analysis import shift
 from sdd.errors import UserError
-from sdd.forcing import Row
-from sdd.prompts import training_ids
+from sdd.forward.teacher_forcing import Row
+from sdd.models import checkpoints
+from sdd.models.chats import training_ids
 from sdd.stages.answered import shown
 from sdd.stages.runtime import Runtime, read_facts, read_jsonl, write_json, write_jsonl
 from sdd.store import Recipe
@@ -26,9 +27,9 @@ def build_surprisals(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path
     """`rows.jsonl` ({"id", "source", "reason"}, tokens and NLL of target and of reference) and `surprisals.json`."""
     spec = recipe.spec
     source = runtime.source(spec["model"], "model")
-    tokenizer = models.load_tokenizer(source)
-    model = models.load_model(source, spec["dtype"], runtime.device, runtime.attention)
-    models.check_logits(model)
+    tokenizer = checkpoints.load_tokenizer(source)
+    model = checkpoints.load_model(source, spec["dtype"], runtime.device, runtime.attention)
+    checkpoints.check_logits(model)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     shown: dict[tuple[str, str], Row] = {}
     for row in rows:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdd import models
-from sdd.adapters import merged
+from sdd.finetuning.adapters import merged
+from sdd.models import checkpoints
 from sdd.stages.runtime import Runtime, read_jsonl
 from sdd.store import read_manifest
 
@@ -46,8 +46,8 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]
     """
     base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
-        return models.load_model(base, dtype, runtime.device, runtime.attention), base
-    model = models.load_model(base, stored_dtype(base), attention=runtime.attention)
+        return checkpoints.load_model(base, dtype, runtime.device, runtime.attention), base
+    model = checkpoints.load_model(base, stored_dtype(base), attention=runtime.attention)
     return merged(model, folder / "adapter", dtype).to(runtime.device).eval(), base
 
 
@@ -56,7 +56,7 @@ def stored_dtype(folder: Path) -> str:
     from safetensors import safe_open
 
     kinds = set()
-    for path in models.weight_files(folder):
+    for path in checkpoints.weight_files(folder):
         with safe_open(path, framework="pt") as file:
             kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
     return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(sorted(kinds & FLOATS)), "float32")

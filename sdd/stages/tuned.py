@@ -12,11 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdd import models
-from sdd.adapters import adapted, beside_cut, save_student
-from sdd.allowed import build
+from sdd.config.allowed import build
 from sdd.errors import UserError
-from sdd.prompts import training_ids
+from sdd.finetuning.adapters import adapted, beside_cut, save_student
+from sdd.models import checkpoints
+from sdd.models.chats import training_ids
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime, read_jsonl, write_json
 from sdd.store import SCRATCH, Recipe
@@ -35,7 +35,7 @@ def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed
 
 def tokenized(tokenizer: Any, rows: list[dict[str, Any]], spec: dict[str, Any]) -> tuple[list[Any], int]:
     """Training rows as token ids, and how many were over `max_length`."""
-    from sdd.module import TrainingRow
+    from sdd.finetuning.module import TrainingRow
 
     kept = []
     for row in rows:
@@ -51,7 +51,7 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
 
     spec, settings = recipe.spec, recipe.spec["finetune"]
     base = inputs["pruned"] if "pruned" in inputs else runtime.source(spec["model"], "model")
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = checkpoints.load_tokenizer(base)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec["seed"])
     training, too_long = tokenized(tokenizer, drawn, spec)
@@ -66,11 +66,11 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     torch.manual_seed(spec["seed"])
     adapter = spec["adapter"]
     dtype = "float32" if adapter.get("method") == "full" else _dtype(spec)
-    model = models.load_model(base, dtype, runtime.device, runtime.attention, spec["base_quantisation"])
-    models.check_logits(model)
+    model = checkpoints.load_model(base, dtype, runtime.device, runtime.attention, spec["base_quantisation"])
+    checkpoints.check_logits(model)
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
-        models.recompute_activations(model)
+        checkpoints.recompute_activations(model)
     loss = _loss(spec, runtime)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
     history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
@@ -99,14 +99,14 @@ def _dtype(spec: dict[str, Any]) -> str:
 
 def _loss(spec: dict[str, Any], runtime: Runtime) -> Any:
     """Cross-entropy on the targets, or with a teacher beside the student, its distribution at every target token."""
-    from sdd.module import LogitDistillation, loss_sum
+    from sdd.finetuning.module import LogitDistillation, loss_sum
 
     if "distillation" not in spec:
         return loss_sum
     settings = spec["distillation"]
     folder = runtime.source(settings["teacher"], "teacher")
-    teacher = models.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
-    models.check_logits(teacher)
+    teacher = checkpoints.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
+    checkpoints.check_logits(teacher)
     return LogitDistillation(teacher, settings["temperature"], settings["ce_share"])
 
 
@@ -116,7 +116,7 @@ def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[in
     if scope == "all":
         return None
     if scope == "last":
-        last = len(models.blocks(model))
+        last = len(checkpoints.blocks(model))
         return list(range(last - adapter["blocks"], last))
     assert pruned is not None, "a cut is asked for before the work begins"
     cut = json.loads((pruned / "pruning.json").read_text())
@@ -128,7 +128,7 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
     A folder may have come from elsewhere. To begin anew costs time, and ends with the same bytes.
     """
-    from sdd.module import read_checkpoint
+    from sdd.finetuning.module import read_checkpoint
 
     if scratch.is_symlink():
         scratch.unlink()
@@ -160,7 +160,7 @@ def _fit(
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.plugins.environments import LightningEnvironment
 
-    from sdd.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
+    from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
 
     settings, seed = recipe.spec["finetune"], recipe.spec["seed"]
     plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)

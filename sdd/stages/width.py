@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd import models
-from sdd.channels import SDM, kept_channels
+from sdd.importance.channels import SDM, kept_channels
+from sdd.models import checkpoints
+from sdd.pruning.width import Share, check_narrowable, narrow_checkpoint, sizes_of
 from sdd.stages.figures import channel_curves
 from sdd.stages.runtime import Runtime, read_facts, write_json
 from sdd.store import Recipe
-from sdd.width import Share, check_narrowable, narrow_checkpoint, sizes_of
 
 CHANNELS = "channels.safetensors"
 """A float32 vector of length intermediate_size a block under the keys "0", "1", ...; higher is more important."""
@@ -30,10 +30,10 @@ def build_channel_scores(
         source = inputs["pruned"] if "pruned" in inputs else runtime.source(spec["model"], "model")
         check_narrowable(source, sizes_of(source).mlp.width - 1)
         if criterion.needs == "texts":
-            from sdd.calibrate import tokenize_texts
+            from sdd.forward.batches import tokenize_texts
 
             texts = runtime.texts[spec["texts"]]
-            rows = tokenize_texts(models.load_tokenizer(source), texts, spec["max_length"])
+            rows = tokenize_texts(checkpoints.load_tokenizer(source), texts, spec["max_length"])
             found = _measured(runtime, spec, inputs, source, criterion, rows)
         else:
             found = criterion.read(source)
@@ -63,8 +63,8 @@ def _measured(
     """Importance from passes over the texts; the second stage of SDMPrune has the first one's and a teacher."""
 
     def opened(folder: Path) -> Any:
-        model = models.load_model(folder, spec["dtype"], runtime.device, runtime.attention)
-        models.check_logits(model)
+        model = checkpoints.load_model(folder, spec["dtype"], runtime.device, runtime.attention)
+        checkpoints.check_logits(model)
         return model
 
     model = opened(source)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdd.answers import equal, extract
-from sdd.prompts import REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
+from sdd.models.chats import REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
 from sdd.tiny.tasks import FAMILIES, LETTERS, NOUNS, draw, instances
 
 OTHER_TEMPLATES = (

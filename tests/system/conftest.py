@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from launching import artifacts_of, run
 
-from sdd.app import config_folder
+from sdd.cli.app import config_folder
 
 BLOCKS = 4
 SMALL = """\

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LIBRARIES = ["sdd.app", "torch", "transformers", "peft", "pytorch_lightning", "datasets", "lm_eval.evaluator"]
-LIBRARIES += ["lm_eval.models.huggingface", "sdd.module", "sdd.evaluation.harness", "sdd.stages.figures"]
+LIBRARIES = ["sdd.cli.app", "torch", "transformers", "peft", "pytorch_lightning", "datasets", "lm_eval.evaluator"]
+LIBRARIES += ["lm_eval.models.huggingface", "sdd.finetuning.module", "sdd.evaluation.harness", "sdd.stages.figures"]
 PATIENCE = 300.0
 """Seconds after which a process that should have ended or reported counts as stuck; never waited for otherwise."""
 
@@ -78,7 +78,7 @@ def run(script: str, *words: str, cwd: Path) -> Outcome:
     """The script in this process, with its exit code and captured streams."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from sdd import app
+    from sdd.cli import app
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     with _as_command(script, words, cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -95,7 +95,7 @@ def job(script: str, config: Any, cwd: Path) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from sdd import app
+    from sdd.cli import app
 
     folder = cwd / "outputs"
     folder.mkdir(parents=True)
@@ -181,7 +181,7 @@ def _child(
     sys.argv = [f"{script}.py", *words]
     code = 1
     try:
-        from sdd import app
+        from sdd.cli import app
 
         if hold:
             _hold_in(hold)
@@ -200,7 +200,7 @@ def _hold_in(stage: str) -> None:
     """Make the builder of `stage` stop half-way, after what it would continue from has been written."""
     from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-    from sdd import module
+    from sdd.finetuning import module
     from sdd.stages import cut, evaluated, rows
 
     def wait() -> None:

@@ -8,7 +8,7 @@ import torch
 from launching import run
 from transformers import AutoModelForCausalLM
 
-from sdd.export import main as export
+from sdd.export.checkpoint import main as export
 from sdd.stages.__main__ import main as stages
 
 QUICK = ["finetune=sft", "metric=last", "pruning=n1", "finetune.epochs=1"]

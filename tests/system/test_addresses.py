@@ -10,7 +10,7 @@ import pytest
 from launching import run
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.app import config_folder
+from sdd.cli.app import config_folder
 from sdd.recipes import Recipes
 
 FOLLOWS = {

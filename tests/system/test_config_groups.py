@@ -13,11 +13,11 @@ from hydra.utils import get_object
 from launching import REPOSITORY, run
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.allowed import ALLOWED_PLUGINS, build, check_targets
-from sdd.app import config_folder
+from sdd.cli.app import config_folder
 from sdd.config import check_values
+from sdd.config.allowed import ALLOWED_PLUGINS, build, check_targets
 from sdd.config.parts import PLACES, SWEEP_END
-from sdd.prompts import REWRITE_TEMPLATE
+from sdd.models.chats import REWRITE_TEMPLATE
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import files_of, run
 
-from sdd.app import explained
+from sdd.cli.app import explained
 
 
 @pytest.mark.parametrize(

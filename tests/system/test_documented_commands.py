@@ -15,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from launching import REPOSITORY
 
-from sdd.app import config_folder
+from sdd.cli.app import config_folder
+from sdd.cli.students import quoted
 from sdd.config import check_values
-from sdd.students import quoted
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 

@@ -9,7 +9,7 @@ import pytest
 from launching import run
 
 from sdd.errors import UserError
-from sdd.export import export
+from sdd.export.checkpoint import export
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
 from sdd.store import Store

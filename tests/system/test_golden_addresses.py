@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from test_addresses import IN_KEY, NOT_IN_KEY
 
-from sdd.app import config_folder
+from sdd.cli.app import config_folder
 from sdd.errors import UserError
 from sdd.recipes import Recipes
 

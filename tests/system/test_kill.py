@@ -38,7 +38,7 @@ def scratch_of(root: Path, stage: str) -> list[str]:
 
 def noted(patch: pytest.MonkeyPatch) -> list[str]:
     """The chunks and steps that are computed from now on, by the name of what they leave for a resumed build."""
-    from sdd import module
+    from sdd.finetuning import module
     from sdd.stages import evaluated, rows
 
     done: list[str] = []

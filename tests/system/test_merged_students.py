@@ -10,7 +10,8 @@ import pytest
 from launching import Outcome, artifacts_of, run
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.export import export
+from sdd.cli.students import quoted
+from sdd.export.checkpoint import export
 from sdd.recipes import Recipes
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
@@ -19,7 +20,6 @@ from sdd.stages.__main__ import rerun
 from sdd.stages.runtime import Runtime
 from sdd.store import Store
 from sdd.store.__main__ import differences
-from sdd.students import quoted
 
 PAIR = "merge.students=[[seed=0],[seed=1]]"
 

@@ -11,10 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from launching import REPOSITORY, run, subprocess_run
 from test_scripts import HEAVY, RUN_AND_LIST
 
-from sdd.app import config_folder
-from sdd.counts import Counts
-from sdd.estimates import Estimate, Training
+from sdd.cli.app import config_folder
+from sdd.planning.estimates import Estimate, Training
 from sdd.recipes import Recipes
+from sdd.recipes.counts import Counts
 
 UNFETCHED = "model=smollm2_135m_instruct"
 

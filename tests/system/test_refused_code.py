@@ -11,7 +11,7 @@ import pytest
 from launching import Outcome, run
 from omegaconf import OmegaConf
 
-from sdd.allowed import build, check_targets
+from sdd.config.allowed import build, check_targets
 from sdd.errors import UserError
 
 PAYLOAD = "{_target_: os.system, command: touch MARKER}"
@@ -29,12 +29,12 @@ CONFIGS = {
     "callback of another library": "hydra: {callbacks: {evil: {_target_: os.mkdir, path: MARKER}}}",
     "launcher": "hydra: {launcher: {_target_: os.getcwd}}",
     "sweeper": "hydra: {sweeper: {_target_: os.getcwd}}",
-    "a part as launcher": "hydra: {launcher: {_target_: sdd.sweep.SweepEnd}}",
+    "a part as launcher": "hydra: {launcher: {_target_: sdd.cli.sweep.SweepEnd}}",
     "list as target": "hydra: {callbacks: {evil: {_target_: [os.mkdir], path: MARKER}}}",
     "list as handler": "hydra: {job_logging: {handlers: {console: {'()': [os.mkdir], path: MARKER}}}}",
     "alias": "metric: {_target_: sdd.store.store.os.system, command: touch MARKER}",
     "alias in a callback": "hydra: {callbacks: {evil: {_target_: sdd.store.store.os.mkdir, path: MARKER}}}",
-    "alias of a module": "hydra: {callbacks: {evil: {_target_: sdd.app.contextlib.os.mkdir, path: MARKER}}}",
+    "alias of a module": "hydra: {callbacks: {evil: {_target_: sdd.cli.app.contextlib.os.mkdir, path: MARKER}}}",
     "handler ()": "hydra: {job_logging: {handlers: {console: " + FACTORY + "}}}",
     "handler class": "hydra: {job_logging: {handlers: {console: {class: os.system, command: touch MARKER}}}}",
     "formatter ()": "hydra: {job_logging: {formatters: {simple: " + FACTORY + "}}}",
@@ -51,7 +51,7 @@ CONFIGS = {
     "hydra: {job_logging: {handlers: '${study.evil}'}}",
     "node chosen by the job": "study: {prune: {}}\nhydra: {callbacks: {evil: '${study.${hydra.job.name}}'}}",
     "dotted key": "hydra: {callbacks: {a.b: {_target_: os.mkdir, path: MARKER},\n"
-    "  a: {b: {_target_: sdd.sweep.SweepEnd}}}}",
+    "  a: {b: {_target_: sdd.cli.sweep.SweepEnd}}}}",
     "created node": "hydra: {callbacks: {evil: '${oc.create:{_target_:os.mkdir,path:MARKER}}'}}",
     "decoded node": "hydra: {callbacks: {evil: '${oc.decode:\"{_target_: os.mkdir, path: MARKER}\"}'}}",
     "node by resolver": "hydra: {callbacks: {evil: '${hydra:launcher}'}}",
@@ -128,7 +128,13 @@ def test_sampler_of_a_sweeper(name: str, allowed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "node", [{"_target_": "os.system"}, {"_target_": "sdd.store.store.os.system"}, {"_target_": "sdd.engines.Request"}]
+    "node",
+    [
+        {"_target_": "os.system"},
+        {"_target_": "sdd.store.store.os.system"},
+        {"_target_": "sdd.rewriting.engines.Request"},
+        {"_target_": "sdd.rewriting.engines.HFEngine"},
+    ],
 )
 def test_nothing_else_is_built(node: dict) -> None:
     with pytest.raises(UserError, match="refused"):

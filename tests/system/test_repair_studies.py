@@ -10,7 +10,7 @@ from launching import run
 from test_store_commands import Command, command  # noqa: F401
 from transformers import AutoModelForCausalLM, Olmo2Config
 
-from sdd.export import export
+from sdd.export.checkpoint import export
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.contrasts import compare

@@ -315,7 +315,7 @@ def test_missing_gpu_is_said_before_the_model_is_looked_at(tmp_path: Path, monke
 def test_out_of_memory_names_what_to_turn(kind: str) -> None:
     import torch
 
-    from sdd.app import explained
+    from sdd.cli.app import explained
 
     error = {
         "host": MemoryError(),

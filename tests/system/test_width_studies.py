@@ -11,8 +11,8 @@ from launching import Outcome, artifacts_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdd.card import model_card
-from sdd.export import main as export
+from sdd.export.checkpoint import main as export
+from sdd.export.model_card import model_card
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
 from sdd.store import Store

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
-from sdd.adapters import adapted, beside_cut, causal_lm, merged, save_student
 from sdd.errors import UserError
-from sdd.models import load_model, recompute_activations, save_model
-from sdd.module import TrainingRow, loss_sum
-from sdd.pruning import prune_checkpoint
+from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, merged, save_student
+from sdd.finetuning.module import TrainingRow, loss_sum
+from sdd.models.checkpoints import load_model, recompute_activations, save_model
+from sdd.pruning.depth import prune_checkpoint
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
 from sdd.stages.student import open_student
 from sdd.stages.tuned import build_tuned

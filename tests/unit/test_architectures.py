@@ -11,18 +11,18 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from sdd import models
-from sdd.adapters import adapted, causal_lm, merged, save_student
 from sdd.architectures import check_cut, explicit_config
-from sdd.block_weights import Taylor
-from sdd.bypass import Row
-from sdd.calibrate import show_texts
 from sdd.errors import UserError
-from sdd.importance import Angular, BlockInfluence, angular_distance, block_influence
-from sdd.models import check_logits, decoder, head_logits, load_model, save_model
-from sdd.module import TrainingRow, loss_sum
-from sdd.pruning import check_prunable, prune_checkpoint
-from sdd.removal import without_each
+from sdd.finetuning.adapters import adapted, causal_lm, merged, save_student
+from sdd.finetuning.module import TrainingRow, loss_sum
+from sdd.forward.batches import show_texts
+from sdd.forward.bypass import Row
+from sdd.importance.removal import without_each
+from sdd.importance.states import Angular, BlockInfluence, angular_distance, block_influence
+from sdd.importance.weights import Taylor
+from sdd.models import checkpoints
+from sdd.models.checkpoints import check_logits, decoder, head_logits, load_model, save_model
+from sdd.pruning.depth import check_prunable, prune_checkpoint
 
 BLOCKS = 6
 WINDOW = 8
@@ -149,7 +149,7 @@ def test_pruned_is_the_model_with_its_blocks_deleted(
         assert not torch.allclose(logits(pruned), logits(whole), atol=1e-3)
         assert generated(pruned, use_cache=True) == generated(pruned, use_cache=False)
     assert torch.equal(logits(pruned), logits(cut_in_memory(whole, removed)))
-    assert pruned.config.num_hidden_layers == len(models.blocks(pruned)) == BLOCKS - len(removed)
+    assert pruned.config.num_hidden_layers == len(checkpoints.blocks(pruned)) == BLOCKS - len(removed)
     assert facts["parameters_after"] == sum(p.numel() for p in pruned.parameters())
 
 
@@ -180,7 +180,7 @@ def test_every_kth_block_sparse_becomes_a_list(checkpoint: Callable[..., Path], 
     prune_checkpoint(checkpoint("qwen3_moe"), tmp_path, [0])
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [0, 1, 3])
-    kinds = [type(layer.mlp).__name__ for layer in models.blocks(open_stock(tmp_path))]
+    kinds = [type(layer.mlp).__name__ for layer in checkpoints.blocks(open_stock(tmp_path))]
     assert kinds == ["Qwen3MoeMLP", "Qwen3MoeMLP", "Qwen3MoeSparseMoeBlock", "Qwen3MoeMLP", "Qwen3MoeSparseMoeBlock"]
 
 
@@ -313,7 +313,7 @@ def test_taylor_scores_are_those_of_all_gradients_at_once(name: str, checkpoint:
     model = load_model(checkpoint(name), "float32", attention="eager")
     made = model(tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(made, tokens()[:, 1:].flatten()).backward()
-    weights = [[p for p in layer.parameters() if p.grad is not None] for layer in models.blocks(model)]
+    weights = [[p for p in layer.parameters() if p.grad is not None] for layer in checkpoints.blocks(model)]
     expected = [sum(float((p.grad * p.detach()).abs().sum()) for p in block) for block in weights]
     model.zero_grad()
     criterion = Taylor()
@@ -394,7 +394,7 @@ def test_lora_trains_the_adapter_alone_and_leaves_as_a_stock_checkpoint(
     save_model(whole, tmp_path / "exported", tmp_path / "pruned")
     exported = open_stock(tmp_path / "exported")
     assert torch.allclose(logits(exported), tuned, rtol=1e-3, atol=1e-3)
-    assert len(models.blocks(exported)) == BLOCKS - 2
+    assert len(checkpoints.blocks(exported)) == BLOCKS - 2
 
 
 def test_code_that_a_phi_names_is_neither_run_nor_named_again(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdd import models
-from sdd.block_weights import Magnitude, Taylor, magnitude, taylor
-from sdd.bypass import Row
-from sdd.calibrate import tokenize_texts
+from sdd.forward.batches import tokenize_texts
+from sdd.forward.bypass import Row
+from sdd.importance.weights import Magnitude, Taylor, magnitude, taylor
+from sdd.models import checkpoints
 
 BLOCKS = 4
 
@@ -34,7 +34,7 @@ def test_magnitude_is_of_the_stored_parameters(folder: str, request: pytest.Fixt
     criterion = Magnitude()
     criterion.start(BLOCKS)
     criterion.read(source)
-    layers = models.blocks(models.load_model(source, "float32"))
+    layers = checkpoints.blocks(checkpoints.load_model(source, "float32"))
     expected = [sum(float(p.detach().double().abs().sum()) for p in layer.parameters()) for layer in layers]
     scores = criterion.scores()
     assert scores["distance"]["1"] == pytest.approx(expected, rel=1e-9)
@@ -50,7 +50,7 @@ def naive(model: Any, rows: list[Row]) -> list[float]:
         (torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / tokens).backward()
     return [
         sum(float((p.grad * p.detach()).abs().sum()) for p in layer.parameters() if p.grad is not None)
-        for layer in models.blocks(model)
+        for layer in checkpoints.blocks(model)
     ]
 
 
@@ -65,38 +65,38 @@ def measured(model: Any, rows: list[Row], batch_size: int, max_tokens: int = 16_
 @pytest.mark.parametrize(("batch_size", "max_tokens"), [(7, 16_384), (3, 16_384), (7, 100), (1, 1)])
 def test_taylor_is_the_naive_sum(batch_size: int, max_tokens: int, tiny_llama: Path, rows: list[Row]) -> None:
     """One batch or several: the absolute value is taken after the batches' gradients have been added."""
-    expected = naive(models.load_model(tiny_llama, "float32"), rows)
-    found = measured(models.load_model(tiny_llama, "float32"), rows, batch_size, max_tokens)
+    expected = naive(checkpoints.load_model(tiny_llama, "float32"), rows)
+    found = measured(checkpoints.load_model(tiny_llama, "float32"), rows, batch_size, max_tokens)
     assert found["distance"]["1"] == pytest.approx(expected, rel=1e-5)
     assert found["order"] == sorted(range(BLOCKS), key=expected.__getitem__)
-    apart = [naive(models.load_model(tiny_llama, "float32"), [row]) for row in rows]
+    apart = [naive(checkpoints.load_model(tiny_llama, "float32"), [row]) for row in rows]
     assert sum(text[0] for text in apart) / len(rows) > 1.1 * expected[0], "the case cannot tell the two sums apart"
 
 
 def test_gradients_of_one_batch_are_never_all_there(tiny_llama: Path, rows: list[Row]) -> None:
     """Counted as each one comes: no other weight has one; embeddings, final norm and head never get one."""
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     counts: list[int] = []
-    for parameter in models.blocks(model).parameters():
+    for parameter in checkpoints.blocks(model).parameters():
         parameter.register_post_accumulate_grad_hook(
             lambda _: counts.append(sum(p.grad is not None for p in model.parameters()))
         )
     measured(model, rows, batch_size=7)
-    assert len(counts) == len(list(models.blocks(model).parameters()))
+    assert len(counts) == len(list(checkpoints.blocks(model).parameters()))
     assert max(counts) == 1
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert not any("forward" in vars(layer) for layer in models.blocks(model))
+    assert not any("forward" in vars(layer) for layer in checkpoints.blocks(model))
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_a_block_that_does_nothing_has_no_gradient_worth_a_weight(
     block: int, tiny_llama: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     with torch.no_grad():
-        models.blocks(model)[block].self_attn.o_proj.weight.zero_()
-        models.blocks(model)[block].mlp.down_proj.weight.zero_()
-    models.save_model(model, tmp_path, tiny_llama)
+        checkpoints.blocks(model)[block].self_attn.o_proj.weight.zero_()
+        checkpoints.blocks(model)[block].mlp.down_proj.weight.zero_()
+    checkpoints.save_model(model, tmp_path, tiny_llama)
     found = measured(model, rows, batch_size=7)
     assert found["distance"]["1"][block] == 0.0
     assert found["order"][0] == block

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, LlamaConfig, Phi3Config
 
-from sdd import models
-from sdd.channels import (
+from sdd.forward.losses import distillation_slope, softened
+from sdd.importance.channels import (
     SDM,
     ActivationWidth,
     MagnitudeWidth,
@@ -20,8 +20,8 @@ from sdd.channels import (
     glu_magnitude,
     kept_channels,
 )
-from sdd.losses import distillation_slope, softened
-from sdd.sample_gradients import coupled_saliency
+from sdd.importance.sample_gradients import coupled_saliency
+from sdd.models import checkpoints
 
 ROWS = [[5, 9, 31, 200, 7, 12, 90, 41], [3, 2, 77], [8, 8, 100, 101, 102, 55], [250, 4], [6, 7, 8, 9, 10, 11, 12, 13]]
 
@@ -111,10 +111,10 @@ def _token_losses(student: Tensor, teacher: Tensor, targets: Tensor, alpha: floa
 
 def naive(folder: Path, masks: Any = None, alpha: float = 0.0, t: float = 1.0, teacher: Path | None = None) -> Any:
     """One sample after the other, autograd for every parameter, channels masked by zeros in the down projection."""
-    model, uncut = models.load_model(folder, "float32"), models.load_model(teacher or folder, "float32")
-    matrices = [_matrices(block.mlp) for block in models.blocks(model)]
+    model, uncut = checkpoints.load_model(folder, "float32"), checkpoints.load_model(teacher or folder, "float32")
+    matrices = [_matrices(block.mlp) for block in checkpoints.blocks(model)]
     if masks is not None:
-        for block, mask in zip(models.blocks(model), masks, strict=True):
+        for block, mask in zip(checkpoints.blocks(model), masks, strict=True):
             _down(block.mlp).weight.data[:, mask] = 0
     totals = [0.0] * len(matrices)
     for row in ROWS:
@@ -169,16 +169,16 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_one_equals_the_formula(family: str, families: dict[str, Path]) -> None:
-    model, expected = models.load_model(families[family], "float32"), naive(families[family])
+    model, expected = checkpoints.load_model(families[family], "float32"), naive(families[family])
     for max_tokens in (1, 16, 1000):
         assert_equal(TaylorWidth().measure(model, ROWS, max_tokens), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_two_equals_the_formula(family: str, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdd.sample_gradients.HEAD_ELEMENTS", 2000)  # logits of two or three tokens at a time
+    monkeypatch.setattr("sdd.importance.sample_gradients.HEAD_ELEMENTS", 2000)  # logits of two or three tokens
     folder = families[family]
-    model = models.load_model(folder, "float32")
+    model = checkpoints.load_model(folder, "float32")
     first = TaylorWidth().measure(model, ROWS, 16)
     criterion = SDM(0.1, alpha=0.4, temperature=0.5)
     masks = criterion.masked(first)
@@ -193,7 +193,7 @@ def test_stage_two_equals_the_formula(family: str, families: dict[str, Path], mo
 def test_teacher_of_its_own(families: dict[str, Path]) -> None:
     """Where blocks went first, the student has fewer of them than the teacher."""
     student, teacher = families["gated with bias"], families["gated"]
-    model, uncut = models.load_model(student, "float32"), models.load_model(teacher, "float32")
+    model, uncut = checkpoints.load_model(student, "float32"), checkpoints.load_model(teacher, "float32")
     criterion = SDM(0.1, alpha=0.4, temperature=0.5)
     first = TaylorWidth().measure(model, ROWS, 16)
     expected = naive(student, criterion.masked(first), 0.4, 0.5, teacher)
@@ -201,7 +201,7 @@ def test_teacher_of_its_own(families: dict[str, Path]) -> None:
 
 
 def test_model_is_left_as_it_was(families: dict[str, Path]) -> None:
-    model, ids = models.load_model(families["gated"], "float32"), torch.tensor([ROWS[0]])
+    model, ids = checkpoints.load_model(families["gated"], "float32"), torch.tensor([ROWS[0]])
     before = model(ids).logits
     criterion = SDM(0.1, 0.4, 0.5)
     criterion.measure(model, ROWS, 16, TaylorWidth().measure(model, ROWS, 16))
@@ -210,10 +210,10 @@ def test_model_is_left_as_it_was(families: dict[str, Path]) -> None:
 
 
 def test_activations_are_the_mean_of_what_enters_the_down_projection(families: dict[str, Path]) -> None:
-    model = models.load_model(families["gated"], "float32")
+    model = checkpoints.load_model(families["gated"], "float32")
     found = ActivationWidth().measure(model, ROWS, 16)
     caught: list[Tensor] = []
-    mlp = models.blocks(model)[2].mlp
+    mlp = checkpoints.blocks(model)[2].mlp
     handle = mlp.register_forward_pre_hook(
         lambda module, arguments: caught.append(
             module.act_fn(module.gate_proj(arguments[0])) * module.up_proj(arguments[0])
@@ -229,8 +229,8 @@ def test_activations_are_the_mean_of_what_enters_the_down_projection(families: d
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_magnitude_reads_the_stored_weights(family: str, families: dict[str, Path]) -> None:
-    model = models.load_model(families[family], "float32")
-    for block, importance in zip(models.blocks(model), MagnitudeWidth().read(families[family]), strict=True):
+    model = checkpoints.load_model(families[family], "float32")
+    for block, importance in zip(checkpoints.blocks(model), MagnitudeWidth().read(families[family]), strict=True):
         if family == "fused":
             into = list(block.mlp.gate_up_proj.weight.chunk(2))
         elif family == "plain with bias":

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdd import costs, models
-from sdd.pruning import prune_checkpoint
+from sdd.analysis import costs
+from sdd.models import checkpoints
+from sdd.pruning.depth import prune_checkpoint
 
 CONTEXT = 24
 
@@ -39,7 +40,7 @@ def folders(tiny_llama: Path, sharded_llama: Path, tmp_path_factory: Any, save_r
 
 @pytest.mark.parametrize("name", ["llama", "untied", "cut"])
 def test_flops_are_those_that_run(folders: dict, name: str) -> None:
-    model = models.load_model(folders[name], "float32", attention="eager")
+    model = checkpoints.load_model(folders[name], "float32", attention="eager")
     found = costs.counted(folders[name], CONTEXT, "float32")
     ids = torch.arange(CONTEXT)[None] % 50
     cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
@@ -81,7 +82,7 @@ def test_bytes_by_hand(folders: dict) -> None:
     found = costs.counted(folders["llama"], 100, "bfloat16")
     assert found["cache_bytes_per_token"] == 2 * 4 * 16 * 2
     assert found["cache_bytes_at_context"] == 100 * 256
-    model = models.load_model(folders["llama"], "float32")
+    model = checkpoints.load_model(folders["llama"], "float32")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["weight_bytes"] == 2 * found["parameters"]
     assert found["checkpoint_bytes"] == (folders["llama"] / "model.safetensors").stat().st_size
@@ -98,7 +99,7 @@ def test_saved_as_the_paper_counts_and_really(folders: dict) -> None:
 
 
 def test_measured_side_by_side(folders: dict) -> None:
-    opened = {name: models.load_model(folders[name], "float32") for name in ("llama", "cut")}
+    opened = {name: checkpoints.load_model(folders[name], "float32") for name in ("llama", "cut")}
     found = costs.measured(opened, prompt_tokens=16, new_tokens=3, batch=2, repeats=2, device="cpu")
     for name, model in opened.items():
         record = found[name]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from sdd.data import Example
-from sdd.distill import Selection, choose_target, rewrite_rows, with_noise
-from sdd.engines import Completion, Request
-from sdd.prompts import LEAK_PHRASES
+from sdd.models.chats import LEAK_PHRASES
+from sdd.rewriting.engines import Completion, Request
+from sdd.rewriting.selection import Selection, choose_target, rewrite_rows, with_noise
 
 SELECTION = Selection("anywhere", LEAK_PHRASES)
 PROMPT, REFERENCE = "What is 3 + 4?", "3 + 4 = 7 yeah\n#### 7"

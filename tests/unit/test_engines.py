@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sdd.engines import Completion, GumbelNoise, HFEngine, Request
-from sdd.models import steers_generation
-from sdd.prompts import chat_prompt_ids
+from sdd.models.chats import chat_prompt_ids
+from sdd.models.checkpoints import steers_generation
+from sdd.rewriting.engines import Completion, GumbelNoise, HFEngine, Request
 from sdd.tiny.tasks import instances
 
 NEW = 12

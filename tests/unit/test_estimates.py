@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from sdd import estimates
 from sdd.errors import UserError
-from sdd.estimates import TASKS, Task, Training
 from sdd.evaluation.suites import SUITES
-from sdd.work import DEVICES, Device, Shape, Work, shape_of
+from sdd.planning import estimates
+from sdd.planning.estimates import TASKS, Task, Training
+from sdd.planning.work import DEVICES, Device, Shape, Work, shape_of
 
 SMALL = Shape(hidden=8, intermediate=20, blocks=3, heads=2, groups=1, head_dim=4, vocabulary=50, tied=True)
 MACHINE = Device("a machine", {4: 1e6, 2: 2e6}, bandwidth=1e5, disk=1e4, block_seconds=0.01, start_seconds=2.0)

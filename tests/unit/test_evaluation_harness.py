@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdd import models
 from sdd.evaluation.harness import Harness, free_scores, summary
 from sdd.evaluation.tiny import Item, Task, suite_tasks
-from sdd.prompts import answer_ids, chat_prompt_ids
+from sdd.models import checkpoints
+from sdd.models.chats import answer_ids, chat_prompt_ids
 
 NEW = 10
 
@@ -89,12 +89,12 @@ def tasks() -> dict[str, Task]:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> Any:
-    return models.load_model(tiny_llama, "float32")
+    return checkpoints.load_model(tiny_llama, "float32")
 
 
 @pytest.fixture(scope="module")
 def harness(model: Any, tiny_llama: Path) -> Harness:
-    return Harness(model, models.load_tokenizer(tiny_llama), batch_size=3, max_new_tokens=NEW)
+    return Harness(model, checkpoints.load_tokenizer(tiny_llama), batch_size=3, max_new_tokens=NEW)
 
 
 @torch.no_grad()

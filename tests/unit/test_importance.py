@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdd import models
-from sdd.calibrate import show_texts, tokenize_texts
-from sdd.importance import (
+from sdd.forward.batches import show_texts, tokenize_texts
+from sdd.importance.states import (
     Angular,
     BlockInfluence,
     Last,
@@ -20,6 +19,7 @@ from sdd.importance import (
     last_real,
     window_sums,
 )
+from sdd.models import checkpoints
 
 BLOCKS = 4
 
@@ -97,7 +97,7 @@ def test_last_real_with_padding_on_either_side() -> None:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Any) -> Any:
-    return models.load_model(tiny_llama, "float32")
+    return checkpoints.load_model(tiny_llama, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def rows(tokenizer: Any, conversations: list[str]) -> list[list[int]]:
 def direct_states(model: Any, ids: list[int]) -> list[Tensor]:
     """h_0 ... h_L of one text, (T, D) each. transformers gives the last one after the final norm: taken by a hook."""
     caught: list[Tensor] = []
-    handle = models.blocks(model)[-1].register_forward_hook(
+    handle = checkpoints.blocks(model)[-1].register_forward_hook(
         lambda module, arguments, output: caught.append(output[0] if isinstance(output, tuple) else output)
     )
     try:
@@ -189,7 +189,7 @@ def test_scores_do_not_depend_on_the_padding_side(criterion: Any, model: Any, ro
         block.register_forward_hook(
             lambda module, arguments, output: states.append(output[0] if isinstance(output, tuple) else output)
         )
-        for block in models.blocks(model)
+        for block in checkpoints.blocks(model)
     ]
     model(input_ids=ids, attention_mask=mask)
     for handle in handles:
@@ -208,7 +208,7 @@ def test_a_block_that_does_nothing_is_the_one_proposed(
     criterion: Any, block: int, tiny_llama: Any, rows: list[list[int]]
 ) -> None:
     """Block 0 needs the embedding state, the last one the state before the final norm, the others no shift by one."""
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     _silence(model, block)
     scores = measured(model, criterion(), rows)
     assert scores["distance"]["1"][block] < 1e-6
@@ -219,12 +219,12 @@ def test_a_block_that_does_nothing_is_the_one_proposed(
 def _silence(model: Any, *blocks: int) -> None:
     with torch.no_grad():
         for block in blocks:
-            models.blocks(model)[block].self_attn.o_proj.weight.zero_()
-            models.blocks(model)[block].mlp.down_proj.weight.zero_()
+            checkpoints.blocks(model)[block].self_attn.o_proj.weight.zero_()
+            checkpoints.blocks(model)[block].mlp.down_proj.weight.zero_()
 
 
 def test_blocks_apart_are_chosen_by_order_and_not_by_span(tiny_llama: Any, rows: list[list[int]]) -> None:
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     _silence(model, 0, 3)
     assert chosen_blocks(measured(model, BlockInfluence(), rows), 2)[0] == [0, 3]
     contiguous = measured(model, BlockInfluence(contiguous=True), rows)

@@ -240,8 +240,8 @@ def test_every_row_of_the_real_files(kind: Any, name: str, count: int) -> None:
 
 def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_path: Path) -> None:
     """By the embedded teacher. The first reference of each part is wrong; only a part with an answer rule minds."""
-    from sdd.engines import HFEngine, Request
-    from sdd.prompts import REWRITE_TEMPLATE, rewrite_prompt
+    from sdd.models.chats import REWRITE_TEMPLATE, rewrite_prompt
+    from sdd.rewriting.engines import HFEngine, Request
     from sdd.stages.rows import build_rewrites, build_targets
     from sdd.stages.runtime import Runtime
     from sdd.stages.sources import TEACHER

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sdd.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
+from sdd.forward.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 
 
 def test_a_sum_in_nats_by_hand() -> None:

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdd.adapters import adapted, save_student
 from sdd.errors import UserError
+from sdd.finetuning.adapters import adapted, save_student
 from sdd.merging import linear, slerp, task_arithmetic, ties
 from sdd.merging.formulas import angle, norm, share_at, trimmed
 from sdd.merging.streaming import merge_checkpoints, place_of
 from sdd.merging.students import open_students
-from sdd.models import load_model, save_model
+from sdd.models.checkpoints import load_model, save_model
 from sdd.stages.merged import angles, parallel_note
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student

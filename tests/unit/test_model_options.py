@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sdd.hub import HUB_ID
-from sdd.plan import requirements
-from sdd.work import shape_of
+from sdd.models.hub import HUB_ID
+from sdd.planning.work import shape_of
+from sdd.recipes.plan import requirements
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 OPTIONS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem not in ("tiny", "local")}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sdd.prompts import LEAK_PHRASES, REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
+from sdd.models.chats import LEAK_PHRASES, REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
 
 
 def test_the_template_is_filled() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdd.provenance import command, provenance, shareable
+from sdd.config.provenance import command, provenance, shareable
 
 CONFIG = {
     "model": {"path": "/home/somebody/models/mine", "dtype": "bfloat16"},

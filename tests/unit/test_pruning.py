@@ -23,10 +23,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sdd import pruning
 from sdd.architectures import cut_config
 from sdd.errors import UserError
-from sdd.pruning import count_parameters, prune_checkpoint
+from sdd.pruning import depth as pruning
+from sdd.pruning.depth import count_parameters, prune_checkpoint
 
 BLOCKS = 4
 CUTS = [[0], [1, 2], [2, 3], [0, 2], [0, 1, 3], [3], []]

@@ -13,7 +13,7 @@ PUSH = """
 import json, sys
 from pathlib import Path
 from sdd.errors import UserError
-from sdd.export import check_login, push
+from sdd.export.checkpoint import check_login, push
 folder, cases = json.load(sys.stdin)
 answers = []
 for repo, public in cases:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from sdd import models
-from sdd.bypass import Bypass, Row, likelihoods, task_row
-from sdd.calibrate import tokenize_texts
 from sdd.errors import UserError
-from sdd.importance import chosen_blocks
-from sdd.pruning import prune_checkpoint
-from sdd.removal import Iterative, Perplexity, without_each
+from sdd.forward.batches import tokenize_texts
+from sdd.forward.bypass import Bypass, Row, likelihoods, task_row
+from sdd.importance.removal import Iterative, Perplexity, without_each
+from sdd.importance.states import chosen_blocks
+from sdd.models import checkpoints
+from sdd.pruning.depth import prune_checkpoint
 
 BLOCKS = 4
 
@@ -28,8 +28,8 @@ def rows(tokenizer: Any, conversations: list[str]) -> list[Row]:
 def silence(model: Any, *blocks: int) -> Any:
     with torch.no_grad():
         for block in blocks:
-            models.blocks(model)[block].self_attn.o_proj.weight.zero_()
-            models.blocks(model)[block].mlp.down_proj.weight.zero_()
+            checkpoints.blocks(model)[block].self_attn.o_proj.weight.zero_()
+            checkpoints.blocks(model)[block].mlp.down_proj.weight.zero_()
     return model
 
 
@@ -41,7 +41,7 @@ def nats_without(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, row
     def function(*removed: int) -> float:
         folder = tmp_path_factory.mktemp("pruned")
         prune_checkpoint(tiny_llama, folder, list(removed))
-        model = models.load_model(folder, "float32")
+        model = checkpoints.load_model(folder, "float32")
         nats = [0.0]
         for row in rows:
             with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_table_without_each_block_is_that_of_pruned_checkpoints(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
     """Batches of several lengths, one block gone already: what is skipped and what is kept is the same model."""
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     for removed in ([], [2]):
         whole, each = without_each(model, rows, removed, batch_size=3)
         assert whole.log_perplexity == pytest.approx(nats_without(*removed), rel=1e-5)
@@ -113,20 +113,20 @@ def test_a_table_without_each_block_is_that_of_pruned_checkpoints(
 
 def test_blocks_before_a_removal_are_not_run_again(tiny_llama: Path, rows: list[Row]) -> None:
     """Every block runs for a first look at one token and for the whole, and once for each removal before it."""
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     ran: list[int] = []
-    for block, layer in enumerate(models.blocks(model)):
+    for block, layer in enumerate(checkpoints.blocks(model)):
         layer.mlp.register_forward_hook(lambda *_, block=block: ran.append(block))
     without_each(model, rows[:2], [], batch_size=2)
     assert [ran.count(block) for block in range(BLOCKS)] == [2, 3, 4, 5]
 
 
 def test_the_model_is_left_as_it_was_even_after_a_failure(tiny_llama: Path, rows: list[Row]) -> None:
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     bypass = Bypass(model)
     with pytest.raises(RuntimeError, match="stop"), bypass.letting_through({1: None}), bypass.catching([0]):
         raise RuntimeError("stop")
-    for layer in models.blocks(model):
+    for layer in checkpoints.blocks(model):
         assert "forward" not in vars(layer)
         assert not layer._forward_pre_hooks and not layer._forward_hooks
 
@@ -144,7 +144,7 @@ def measured(criterion: Any, model: Any, rows: list[Row], batch_size: int = 3) -
 def test_perplexity_is_the_rise_when_a_block_alone_goes(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
-    scores = measured(Perplexity(), models.load_model(tiny_llama, "float32"), rows)
+    scores = measured(Perplexity(), checkpoints.load_model(tiny_llama, "float32"), rows)
     rises = [nats_without(block) - nats_without() for block in range(BLOCKS)]
     assert scores["distance"]["1"] == pytest.approx(rises, abs=1e-5)
     assert scores["order"] == sorted(range(BLOCKS), key=rises.__getitem__)
@@ -154,7 +154,7 @@ def test_perplexity_is_the_rise_when_a_block_alone_goes(
 def test_greedy_measures_what_is_left_again(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
-    scores = measured(Iterative("perplexity"), models.load_model(tiny_llama, "float32"), rows)
+    scores = measured(Iterative("perplexity"), checkpoints.load_model(tiny_llama, "float32"), rows)
     removed: list[int] = []
     for step in scores["steps"]:
         before, left = nats_without(*sorted(removed)), [b for b in range(BLOCKS) if b not in removed]
@@ -171,7 +171,7 @@ def test_greedy_measures_what_is_left_again(
 
 @pytest.mark.parametrize("by", ["angular", "perplexity", "task"])
 def test_blocks_that_do_nothing_go_first_and_depth_ends_it(by: str, tiny_llama: Path, rows: list[Row]) -> None:
-    model = silence(models.load_model(tiny_llama, "float32"), 1, 3)
+    model = silence(checkpoints.load_model(tiny_llama, "float32"), 1, 3)
     scores = measured(Iterative(by, depth=2), model, rows)
     assert len(scores["steps"]) == 2
     if by == "task":  # of a random model nothing is right, so that likelihood alone decides, and others may help
@@ -190,7 +190,7 @@ def test_blocks_that_do_nothing_go_first_and_depth_ends_it(by: str, tiny_llama: 
 
 def test_a_task_counts_answers_before_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block 0 loses an answer, 1 and 2 lose none, and 2 keeps the likelihood better."""
-    from sdd import removal
+    from sdd.importance import removal
 
     whole = removal.Quality(10.0, 10, 4, 8)
     each = {0: removal.Quality(5.0, 10, 3, 8), 1: removal.Quality(30.0, 10, 4, 8), 2: removal.Quality(20.0, 10, 4, 8)}
@@ -208,9 +208,9 @@ def test_an_unknown_measure_is_named() -> None:
 
 
 def test_likelihoods_that_are_no_numbers_are_refused(tiny_llama: Path, rows: list[Row]) -> None:
-    model = models.load_model(tiny_llama, "float32")
+    model = checkpoints.load_model(tiny_llama, "float32")
     with torch.no_grad():
-        models.blocks(model)[2].mlp.down_proj.weight.fill_(math.inf)
+        checkpoints.blocks(model)[2].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(UserError, match=r"not finite; choose model\.dtype=float32"):
         without_each(model, rows[:1], [], batch_size=1)
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from sdd import models
 from sdd.architectures import explicit_config, refittable
 from sdd.errors import UserError
-from sdd.models import read_config
-from sdd.pruning import prune_checkpoint
-from sdd.repair import Cut, Moments, check_repairable, cuts_of, repair, replace_tensors
+from sdd.models import checkpoints
+from sdd.models.checkpoints import read_config
+from sdd.pruning.depth import prune_checkpoint
+from sdd.pruning.repair import Cut, Moments, check_repairable, cuts_of, repair, replace_tensors
 
 BLOCKS = 4
 ROWS = [torch.randint(6, 256, (20 + n % 7,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(30)]
@@ -37,7 +37,7 @@ def cut_out(source: Path, folder: Path, removed: list[int]) -> tuple[Path, dict[
 
 def states(model: Any, rows: list[list[int]], block: int, down: str, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of all tokens, one text at a time: activations, output of `block`, and what leaves block `end - 1`."""
-    layers, seen = models.blocks(model), {"x": [], "output": [], "target": []}
+    layers, seen = checkpoints.blocks(model), {"x": [], "output": [], "target": []}
 
     def keep(name: str, value: Any) -> None:
         seen[name].append((value[0] if isinstance(value, tuple) else value)[0])
@@ -117,7 +117,7 @@ def test_weights_are_those_of_naive_least_squares_on_the_models_states(
     tensors, done = repair(source, pruned, facts, ROWS, 1e-3, "float32", batch_size=7)
     whole = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     x, output, target = states(whole, FITTED, 1, down, 3)
-    projection = models.blocks(whole)[1].get_submodule(down).requires_grad_(False)
+    projection = checkpoints.blocks(whole)[1].get_submodule(down).requires_grad_(False)
     residual = output - x @ projection.weight.double().T
     if projection.bias is not None:
         residual, x = residual - projection.bias.double(), torch.cat([x, torch.ones(len(x), 1)], 1)
@@ -233,7 +233,7 @@ def test_all_other_bytes_are_as_they_were(
     source: Path = request.getfixturevalue(name)
     if dtype == "bfloat16":
         options = {"max_shard_size": "30KB"} if name == "sharded_llama" else {}
-        half = models.load_model(source, dtype)
+        half = checkpoints.load_model(source, dtype)
         half.save_pretrained(tmp_path / "half", **options)
         source = tmp_path / "half"
     pruned, facts = cut_out(source, tmp_path / "pruned", [2])

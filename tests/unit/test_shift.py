@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdd import models
-from sdd.errors import UserError
-from sdd.shift import (
+from sdd.analysis.shift import (
     cosine,
     embedder_digest,
     embedder_folder,
@@ -19,6 +17,8 @@ from sdd.shift import (
     token_kl,
     token_nll,
 )
+from sdd.errors import UserError
+from sdd.models import checkpoints
 from sdd.stages.shifted import lengths, surprise
 
 
@@ -32,11 +32,11 @@ def test_kl_by_hand() -> None:
 
 
 def test_kl_and_nll_of_rows_are_those_of_whole_forwards(tiny_llama: Path, sharded_llama: Path, monkeypatch) -> None:
-    teacher, student = (models.load_model(path, "float32") for path in (tiny_llama, sharded_llama))
+    teacher, student = (checkpoints.load_model(path, "float32") for path in (tiny_llama, sharded_llama))
     generator = torch.Generator().manual_seed(1)
     sizes = [(3, 7), (9, 1), (5, 12)]
     rows = [tuple(torch.randint(0, 99, (n,), generator=generator).tolist() for n in pair) for pair in sizes]
-    monkeypatch.setattr("sdd.forcing.CHUNK", 5)  # 7 and 12 tokens take several chunks
+    monkeypatch.setattr("sdd.forward.teacher_forcing.CHUNK", 5)  # 7 and 12 tokens take several chunks
     kl, nll = token_kl(teacher, student, rows, 2), token_nll(student, rows, 2)
     for (prompt, answer), divergence, likelihood in zip(rows, kl, nll, strict=True):
         ids = torch.tensor([prompt + answer])

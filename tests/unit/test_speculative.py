@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdd import models
-from sdd.engines import HFEngine, Request
-from sdd.prompts import chat_prompt_ids, stop_ids
-from sdd.pruning import prune_checkpoint
-from sdd.speculative import (
+from sdd.analysis.speculative import (
     Passes,
     expected_block_efficiency,
     generate,
@@ -23,6 +19,10 @@ from sdd.speculative import (
     sampling_acceptance,
     simulate,
 )
+from sdd.models import checkpoints
+from sdd.models.chats import chat_prompt_ids, stop_ids
+from sdd.pruning.depth import prune_checkpoint
+from sdd.rewriting.engines import HFEngine, Request
 
 NEW_TOKENS = 24
 PROMPTS = ["What is 3 plus 4?", "Sort: pear, fig, apple.", "Say the word lamp twice."]
@@ -36,11 +36,11 @@ def pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     """
     folder = tmp_path_factory.mktemp("student")
     prune_checkpoint(tiny_llama, folder, [3])
-    teacher, student = (models.load_model(path, "float32") for path in (tiny_llama, folder))
+    teacher, student = (checkpoints.load_model(path, "float32") for path in (tiny_llama, folder))
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            models.blocks(teacher)[3].get_submodule(name).weight *= 0.25
-    return teacher, student, models.load_tokenizer(tiny_llama)
+            checkpoints.blocks(teacher)[3].get_submodule(name).weight *= 0.25
+    return teacher, student, checkpoints.load_tokenizer(tiny_llama)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdd.errors import UserError
-from sdd.module import StudentModule, padded
+from sdd.finetuning.module import StudentModule, padded
 from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
 from sdd.stages.tuned import build_tuned, split_rows, tokenized
 from sdd.store import SCRATCH, Recipe
@@ -81,7 +81,7 @@ def test_the_loss_is_taken_on_the_answer_and_its_end(tokenizer: Any) -> None:
 
 
 def test_training_reads_the_prompt_that_generation_is_asked_with(tokenizer: Any) -> None:
-    from sdd.prompts import chat_prompt_ids
+    from sdd.models.chats import chat_prompt_ids
 
     (row,), _ = tokenized(tokenizer, [{"prompt": "Sort: b a", "target": "a b"}], spec_of(system_prompt="Be brief."))
     assert row.ids[: row.prompt_length] == chat_prompt_ids(tokenizer, "Sort: b a", "Be brief.")
@@ -324,7 +324,7 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damaged, cut short, or holding something else than this run would have left: each is removed, none is opened."""
-    from sdd.module import read_checkpoint
+    from sdd.finetuning.module import read_checkpoint
 
     saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
     content = torch.load(saved, weights_only=True)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sdd.errors import UserError
-from sdd.module import TrainingRow, padded
-from sdd.prompts import (
+from sdd.finetuning.module import TrainingRow, padded
+from sdd.models.chats import (
     PLAIN_TEMPLATE,
     accepted,
     chat_prompt_ids,

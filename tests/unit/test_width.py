@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen3MoeConfig
 
-from sdd import pruning
 from sdd.architectures import find_mlp
 from sdd.errors import UserError
-from sdd.width import Share, check_narrowable, narrow_checkpoint, sizes_of
+from sdd.pruning import depth as pruning
+from sdd.pruning.width import Share, check_narrowable, narrow_checkpoint, sizes_of
 
 WIDTH = 48
 KEPT = [

@@ -14,8 +14,8 @@ from canaries import SECRET, Canaries
 from launching import Outcome
 
 from sdd.errors import UserError
-from sdd.export import export
-from sdd.export import main as exporting
+from sdd.export.checkpoint import export
+from sdd.export.checkpoint import main as exporting
 from sdd.stages.__main__ import main as stages
 from sdd.stages.runtime import Runtime, read_facts, read_jsonl
 from sdd.store import Recipe, Store, read_manifest

@@ -12,12 +12,12 @@ import pytest
 from conftest import SECRET, Canaries
 from launching import run
 
-from sdd import rendering
-from sdd.calibrate import tokenize_texts
-from sdd.control import OwnText, control_of, is_masked
 from sdd.errors import UserError
-from sdd.prompts import answer_ids, chat_prompt_ids, prepare_tokenizer, training_ids
-from sdd.rendering import render, render_chat
+from sdd.forward.batches import tokenize_texts
+from sdd.models import rendering
+from sdd.models.chats import answer_ids, chat_prompt_ids, prepare_tokenizer, training_ids
+from sdd.models.control import OwnText, control_of, is_masked
+from sdd.models.rendering import render, render_chat
 from sdd.tiny.tokenizer import CHAT_TEMPLATE
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]

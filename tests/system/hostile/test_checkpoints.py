@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from launching import run
 
-from sdd import models
-from sdd.adapters import check_adapter
-from sdd.checkpoint_files import read_headers
 from sdd.errors import UserError
-from sdd.pruning import prune_checkpoint
+from sdd.finetuning.adapters import check_adapter
+from sdd.models import checkpoints
+from sdd.models.files import read_headers
+from sdd.pruning.depth import prune_checkpoint
 
 Harm = Callable[[Path], Any]
 
@@ -101,7 +101,7 @@ def test_files_are_plain_ones_of_the_folder(name: str, model: Path, canaries: An
 
 def pruned_or_digest(folder: Path) -> None:
     """What a command does first: the digest, which reads every file."""
-    models.model_digest(folder, folder.with_name("memory"))
+    checkpoints.model_digest(folder, folder.with_name("memory"))
     pruned(folder)
 
 
@@ -115,10 +115,10 @@ def test_stock_code_sees_no_file_that_is_not_known(model: Path, canaries: Any) -
         os.mkfifo(model / name)
     for name in ("generation_config_link.json", "custom_generate"):
         (model / name).symlink_to(canaries.outside)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = checkpoints.load_tokenizer(model)
     assert not isinstance(tokenizer.chat_template, dict)
     assert tokenizer.name_or_path == str(model)
-    opened = models.load_model(model, "float32")
+    opened = checkpoints.load_model(model, "float32")
     assert opened.config._name_or_path == str(model)
     pruned(model)
     assert not (canaries.work / "target" / "additional_chat_templates").exists()
@@ -139,9 +139,9 @@ def in_cache(folder: Path) -> Path:
 
 def test_layout_of_the_hubs_cache_works(model: Path, canaries: Any) -> None:
     snapshot = in_cache(model)
-    models.model_digest(snapshot, canaries.work / "memory")
-    models.load_tokenizer(snapshot)
-    models.load_model(snapshot, "float32")
+    checkpoints.model_digest(snapshot, canaries.work / "memory")
+    checkpoints.load_tokenizer(snapshot)
+    checkpoints.load_model(snapshot, "float32")
     (canaries.work / "pruned").mkdir()
     prune_checkpoint(snapshot, canaries.work / "pruned", [1])
     assert (canaries.work / "pruned" / "tokenizer.json").is_file()
@@ -163,7 +163,7 @@ def test_layout_like_the_hubs_cache_is_no_way_out(way: str, model: Path, canarie
         snapshot = snapshot.rename(repository / "other")
         (snapshot / "tokenizer.json").unlink()
         (snapshot / "tokenizer.json").symlink_to("../blobs/" + "0" * 64)
-    refused(lambda: models.model_digest(snapshot, canaries.work / "memory"), canaries, snapshot)
+    refused(lambda: checkpoints.model_digest(snapshot, canaries.work / "memory"), canaries, snapshot)
 
 
 INDICES = [
@@ -185,7 +185,7 @@ INDICES += [
 def test_index(text: str, model: Path, canaries: Any) -> None:
     (model / "model.safetensors").rename(model / "x.safetensors")
     (model / "model.safetensors.index.json").write_text(text)
-    refused(lambda: models.weight_files(model), canaries, model)
+    refused(lambda: checkpoints.weight_files(model), canaries, model)
 
 
 # ---- headers ----------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_model_of_other_shapes_is_not_opened(name: str, model: Path, canaries: A
     if name == "fewer than stored":
         config |= {"num_hidden_layers": 5, "layer_types": None}
     (model / "config.json").write_text(json.dumps(config))
-    refused(lambda: models.load_model(model, "float32"), canaries, model)
+    refused(lambda: checkpoints.load_model(model, "float32"), canaries, model)
 
 
 def test_model_of_a_million_parts_is_not_built() -> None:
@@ -360,7 +360,7 @@ def test_known_attention_is_allowed(kind: str | None, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"_attn_implementation": kind, "_attn_implementation_autoset": True}
     (model / "config.json").write_text(json.dumps(config))
-    assert models.read_config(model)["num_hidden_layers"] == 4
+    assert checkpoints.read_config(model)["num_hidden_layers"] == 4
 
 
 # ---- adapters ---------------------------------------------------------------------------------------------------
@@ -403,11 +403,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sdd.adapters import adapted, save_student
+    from sdd.finetuning.adapters import adapted, save_student
 
     folder = tmp_path_factory.mktemp("tuned")
     recipe = {"method": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["all-linear"]}
-    save_student(adapted(models.load_model(checkpoint, "float32"), recipe, None), folder, checkpoint, "pruned/0a1b")
+    model = checkpoints.load_model(checkpoint, "float32")
+    save_student(adapted(model, recipe, None), folder, checkpoint, "pruned/0a1b")
     return folder / "adapter"
 
 
@@ -454,9 +455,10 @@ def test_kernels_are_never_imported(model: Path, canaries: Any) -> None:
     facts = package.with_name("kernels-0.17.0.dist-info")
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.0\n")
-    body = "import sys\nfrom pathlib import Path\nfrom sdd import models\nfrom sdd.pruning import prune_checkpoint\n"
+    body = "import sys\nfrom pathlib import Path\nfrom sdd.models import checkpoints\n"
+    body += "from sdd.pruning.depth import prune_checkpoint\n"
     body += "source, target = map(Path, sys.argv[1:])\nprune_checkpoint(source, target, [1])\n"
-    body += "models.load_model(target, 'float32')\n"
+    body += "checkpoints.load_model(target, 'float32')\n"
     (canaries.work / "target").mkdir()
     paths = os.pathsep.join([str(canaries.work / "site"), *sys.path])
     words = [sys.executable, "-c", body, str(model), str(canaries.work / "target")]

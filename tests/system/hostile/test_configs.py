@@ -12,10 +12,10 @@ from canaries import Canaries
 from launching import run, subprocess_run
 from omegaconf import OmegaConf
 
-from sdd.allowed import check_targets
-from sdd.config_loader import BoundedFileSource, config_folder
+from sdd.cli.loader import BoundedFileSource, config_folder
+from sdd.config.allowed import check_targets
+from sdd.config.shared import check_shared, check_yaml
 from sdd.errors import UserError
-from sdd.shared_configs import check_shared, check_yaml
 
 CREATE = "'\\${oc.create:{_target_:os.mkdir,path:RAN}}'"
 REFUSED = {
@@ -30,12 +30,12 @@ REFUSED = {
     # Classes under keys that are not theirs.
     "texts as callback": "hydra: {callbacks: {x: {_target_: sdd.data.texts.LocalTexts, path: x}}}",
     "logger as callback": "hydra: {callbacks: {x: {_target_: pytorch_lightning.loggers.WandbLogger}}}",
-    "own callback from a file": "hydra: {callbacks: {x: {_target_: sdd.sweep.SweepEnd}}}",
+    "own callback from a file": "hydra: {callbacks: {x: {_target_: sdd.cli.sweep.SweepEnd}}}",
     "metric as dataset": "dataset: {_target_: sdd.importance.Angular}",
     "dataset as metric": "metric: {_target_: sdd.data.local.LocalRows}",
     "engine as logger": "logger: {_target_: sdd.engines.HFEngine}",
     "logger as metric": "metric: {_target_: pytorch_lightning.loggers.WandbLogger}",
-    "callback as engine": "engine: {_target_: sdd.sweep.SweepEnd}",
+    "callback as engine": "engine: {_target_: sdd.cli.sweep.SweepEnd}",
     "metric within a metric": "metric: {inner: {_target_: sdd.importance.Angular}}",
     "logger in a study": "study: {_target_: pytorch_lightning.loggers.WandbLogger}",
     "mixture within a mixture": "dataset: {parts: {a: {_target_: sdd.data.mixture.Mixture}}}",
@@ -393,7 +393,7 @@ finetune: {learning_rate: "${study.rates.${finetune.mode}}"}
 paths: {artifacts: artifacts/shared}
 hydra:
   mode: MULTIRUN
-  verbose: [sdd.app]
+  verbose: [sdd.cli.app]
   launcher: {n_jobs: 2, timeout_min: 60, cpus_per_task: null}
   sweeper: {n_trials: 3, direction: minimize, params: {metric: "angular,last", "metric@width_metric": sdm, seed: 1}}
 """

@@ -13,7 +13,7 @@ import yaml
 from canaries import SECRET
 from launching import REPOSITORY, artifacts_of, run
 
-from sdd.provenance import OPEN, command, is_secret, provenance, shareable
+from sdd.config.provenance import OPEN, command, is_secret, provenance, shareable
 
 TOKEN = "q8Zk3VtR0mXw7LbN5yHs2JdF9gPc1AeT"
 

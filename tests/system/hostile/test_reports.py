@@ -13,11 +13,11 @@ import yaml
 from canaries import SECRET, Canaries
 from launching import Outcome
 
-from sdd.card import base_page, front_matter, lineage, model_card
+from sdd.cli.sweep import _record, _tracker
+from sdd.export.model_card import base_page, front_matter, lineage, model_card
 from sdd.report.__main__ import main
 from sdd.stages.runtime import Runtime
 from sdd.store import Store
-from sdd.sweep import _record, _tracker
 
 TEACHER, STUDENT, PRUNED = "a" * 16, "b" * 16, "c" * 16
 DEEP = "[" * 20_000

@@ -13,8 +13,8 @@ from conftest import Canaries
 from launching import run
 
 from sdd.errors import UserError
-from sdd.models import has_chat_template, load_tokenizer
-from sdd.tokenizer_files import check_pattern, open_tokenizer
+from sdd.models.checkpoints import has_chat_template, load_tokenizer
+from sdd.models.tokenizers import check_pattern, open_tokenizer
 
 Change = Callable[[Any], Any]
 

@@ -1,0 +1,1 @@
+"""What is measured of a student besides its scores: drafts, distribution shift, cost."""

@@ -1,0 +1,1 @@
+"""A student to take home: a stock checkpoint with a model card."""

@@ -1,0 +1,1 @@
+"""What of a student is trained, and the training itself."""

@@ -1,0 +1,312 @@
+"""The student in training: a LightningModule around what `adapters` made, and the plan of its batches.
+
+One step is one global batch. It is cut into micro-batches of similar length whose losses are *sums* over target tokens,
+divided by the number of target tokens of the whole global batch: neither padding nor the cut changes any sequence's
+loss. Logits are computed at target positions only. Order and randomness are functions of (seed, step), and the step is
+all that resuming needs. Knows nothing of the store, Hydra, or where the rows come from.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from sdd.errors import UserError
+from sdd.finetuning.adapters import causal_lm
+from sdd.forward import chunks
+from sdd.forward.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
+from sdd.models.checkpoints import decoder, head_logits
+
+VALIDATIONS = 4
+"""How often in a run the validation loss is taken."""
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """Token ids of prompt and target; loss is taken on ids[prompt_length:]."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Settings of the optimiser; `warmup_share` of the steps rise linearly, the rest follow a cosine to zero."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup_share: float
+    clip_norm: float
+    seed: int
+    steps: int
+    steps_per_epoch: int
+
+
+def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The rows of every step: each epoch a permutation of all rows, a function of (seed, epoch); none is dropped."""
+    steps = []
+    for epoch in range(epochs):
+        order = list(range(num_rows))
+        random.Random(f"order {seed} {epoch}").shuffle(order)
+        steps += [order[at : at + batch_size] for at in range(0, num_rows, batch_size)]
+    return steps
+
+
+def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
+    """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
+    cut: list[list[TrainingRow]] = []
+    for row in sorted(rows, key=lambda r: len(r.ids)):
+        if cut and (len(cut[-1]) + 1) * len(row.ids) <= max_tokens:
+            cut[-1].append(row)
+        else:
+            cut.append([row])
+    return cut
+
+
+def padded(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, attention mask and labels (-100 off the target), each (B, T); pads are never targets."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for at, row in enumerate(rows):
+        length = len(row.ids)
+        ids[at, :length] = torch.tensor(row.ids)
+        mask[at, :length] = 1
+        labels[at, row.prompt_length : length] = ids[at, row.prompt_length : length]
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
+    """Summed cross-entropy over the rows' target tokens, and their number; logits at target positions only."""
+    ids, mask, labels = padded(rows, device)
+    at = labels[:, 1:] != -100
+    states, targets = _states(model, ids, mask, at), labels[:, 1:][at]
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return target_loss_sum(head_logits(model, hidden), targets)
+
+    if not chunks.is_cut(len(states), model.config.vocab_size):
+        return loss(states, targets), len(targets)
+    return summed_in_chunks(loss, states, targets, chunk=chunks.CHUNK_TOKENS), len(targets)
+
+
+def _states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    """The states from which the tokens chosen by `at`, (B, T - 1), are predicted: -> (N, hidden)."""
+    hidden: Tensor = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[:, :-1][at]
+
+
+@dataclass(frozen=True)
+class LogitDistillation:
+    """The loss of logit distillation, in place of `loss_sum`: ce_share * CE + (1 - ce_share) * KL(teacher || student).
+
+    Taken at every target token. The frozen teacher reads the same rows in the same step, in its own dtype, so that
+    nothing is cached. It is no part of the module in training, of its optimiser or of its checkpoints. Beside the
+    student there are the teacher's weights, its states of one micro-batch, and both models' logits of one chunk.
+    """
+
+    teacher: Any
+    temperature: float = 1.0
+    ce_share: float = 0.0
+
+    def __call__(self, model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
+        ids, mask, labels = padded(rows, device)
+        at = labels[:, 1:] != -100
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            taught = _states(self.teacher, ids, mask, at)
+
+        def loss(hidden: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+            logits = head_logits(model, hidden)
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+                teacher_logits = head_logits(self.teacher, taught)
+            kl = (1 - self.ce_share) * forward_kl_sum(logits, teacher_logits, self.temperature)
+            return kl + self.ce_share * target_loss_sum(logits, targets) if self.ce_share else kl
+
+        parts = _states(model, ids, mask, at), taught, labels[:, 1:][at]
+        return summed_in_chunks(loss, *parts, chunk=chunks.CHUNK_TOKENS), int(at.sum())
+
+
+def target_tokens(rows: Sequence[TrainingRow]) -> int:
+    return sum(len(row.ids) - row.prompt_length for row in rows)
+
+
+class StudentModule(pl.LightningModule):
+    """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`.
+
+    `loss` is `loss_sum` or another function of the same signature. `run` says whose checkpoints these are: those of
+    another run are not gone on from.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        rows: Sequence[TrainingRow],
+        plan: Sequence[Sequence[int]],
+        validation: Sequence[TrainingRow],
+        optimisation: Optimisation,
+        micro_batch_tokens: int,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        loss: Callable[..., tuple[Tensor, int]] = loss_sum,
+        run: str = "",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.student = student
+        self.rows, self.plan, self.validation = rows, plan, validation
+        self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
+        self.history: list[dict[str, Any]] = []
+        self.on_step, self.loss, self.run = on_step, loss, run
+        self.began = False
+
+    @property
+    def causal_lm(self) -> Any:
+        """The student as a causal LM, its adapter in place."""
+        return causal_lm(self.student)
+
+    def train_dataloader(self) -> Any:
+        """A bare counter: the rows of a step follow from the step itself."""
+        return torch.utils.data.DataLoader(range(len(self.plan)), batch_size=None)  # type: ignore[arg-type]
+
+    def on_fit_start(self) -> None:
+        """Dropout and recomputed activations follow the mode, and a loaded model is in evaluation mode."""
+        self.student.train()
+
+    def on_train_start(self) -> None:
+        """All that a checkpoint holds has been taken over, and Lightning's count of steps is its history's."""
+        if self.global_step != len(self.history):
+            raise ValueError(f"step {self.global_step}, and {len(self.history)} in the history")
+        self.began = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        step = self.global_step
+        torch.manual_seed(_seed_of(self.optimisation.seed, step))
+        rows = [self.rows[index] for index in self.plan[step]]
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        tokens, total = target_tokens(rows), 0.0
+        for micro in micro_batches(rows, self.micro_batch_tokens):
+            loss, _ = self.loss(self.causal_lm, micro, self.device)
+            self.manual_backward(loss / max(tokens, 1))
+            total += float(loss.detach())
+        self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
+        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        self._record(step + 1, total / max(tokens, 1), rate)
+
+    def _record(self, step: int, loss: float, rate: float) -> None:
+        epoch = round(step / self.optimisation.steps_per_epoch, 4)
+        row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": rate}
+        every = max(1, len(self.plan) // VALIDATIONS)
+        validate = bool(self.validation) and (step % every == 0 or step == len(self.plan))
+        row["validation_loss"] = self.validation_loss() if validate else None
+        self.history.append(row)
+        logged = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
+        self.log_dict(logged)
+        if self.on_step:
+            self.on_step(step, logged)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
+        self.student.eval()
+        total, tokens = 0.0, 0
+        for micro in micro_batches(self.validation, self.micro_batch_tokens):
+            loss, count = self.loss(self.causal_lm, micro, self.device)
+            total, tokens = total + float(loss), tokens + count
+        self.student.train()
+        return total / max(tokens, 1)
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimisation
+        trained = list(self.trained().values())
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        warmup = max(1, round(settings.warmup_share * settings.steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step - warmup) / max(1, settings.steps - warmup)
+            return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def trained(self) -> dict[str, Any]:
+        """What training changes, by name, in the optimiser's order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training changes, not the base; and the history, so that a resumed one reads the same."""
+        trained = self.trained()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint.pop("callbacks", None)  # paths of files that go as new ones come
+        checkpoint |= {"history": self.history, "run": self.run}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.pop("callbacks", None)
+        self.history = list(checkpoint["history"])
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all: a kill or a full disk leaves no half one to resume from.
+
+    The one that is gone on from has been read already, by `read_checkpoint`; no other file is opened, whatever
+    Lightning comes upon.
+    """
+
+    def __init__(self, resumed: dict[str, Any] | None = None) -> None:
+        self.resumed = resumed
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        half = Path(f"{path}.half")
+        super().save_checkpoint(checkpoint, half, storage_options)
+        half.replace(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        resumed, self.resumed = self.resumed, None
+        assert resumed is not None, f"{path} is no checkpoint of this run"
+        return resumed
+
+
+def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
+    """The checkpoint in a file if it is one of the module's own run, else None; nothing in it is run.
+
+    Tensors, numbers, texts and containers of these are all that is read (`weights_only`), and a pickle of anything else
+    is refused; a damaged file and the checkpoint of another run are no checkpoint.
+    """
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in found["state_dict"].items()}
+        moments = {at: state["exp_avg"].shape for at, state in found["optimizer_states"][0]["state"].items()}
+        steps = [row["step"] for row in found["history"]]
+        run, step = found["run"], found["global_step"]
+    except UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
+    except (OSError, MemoryError):  # of the machine, not of the file, which is kept
+        raise
+    except Exception as error:  # whatever a stranger's bytes make of the reader
+        if "can't allocate memory" in str(error):
+            raise
+        return None
+    expected = {name: parameter.shape for name, parameter in module.trained().items()}
+    taken = steps == list(range(1, step + 1)) and step <= len(module.plan)
+    known = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
+    return found if taken and known else None
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return random.Random(f"step {seed} {step}").getrandbits(63)

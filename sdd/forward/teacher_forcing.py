@@ -1,0 +1,64 @@
+"""Teacher forcing: what a model says at every token of an answer that is given to it, in one pass an answer.
+
+The state at the token before an answer's i-th token is the one that predicts it. Logits are made of a few states at a
+time, so that a large vocabulary costs no memory. Knows nothing of whose answers they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sdd.forward.batches import length_batches
+from sdd.models import checkpoints
+
+MAX_TOKENS = 16_384
+"""Padded tokens of one pass."""
+CHUNK = 512
+"""States whose logits are made at a time."""
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of the answer to it."""
+
+
+def answer_states(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Any]]:
+    """(index of a row, states (N, hidden) that predict its N answer tokens), batched by length, longest first.
+
+    Two models that are shown the same rows yield them in the same order.
+    """
+    import torch
+
+    body, device = checkpoints.decoder(model), model.device
+    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+    for batch in length_batches(lengths, batch_size, MAX_TOKENS):
+        longest = lengths[batch[0]]
+        ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for at, index in enumerate(batch):
+            ids[at, : lengths[index]] = torch.tensor([*rows[index][0], *rows[index][1]], device=device)
+            mask[at, : lengths[index]] = 1
+        with torch.no_grad():
+            states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for at, index in enumerate(batch):
+            yield index, states[at, len(rows[index][0]) - 1 : lengths[index] - 1]
+
+
+def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int, *students: Any) -> list[list[float]]:
+    """For every row, the values that `function(tokens, logits of each model ...)` gives its answer's tokens.
+
+    `function` takes (N,) token ids and for every model (N, V) float32 logits, and returns (N,) values.
+    """
+    import torch
+
+    found: list[list[float]] = [[] for _ in rows]
+    for shown in zip(*(answer_states(model, rows, batch_size) for model in students), strict=True):
+        index = shown[0][0]
+        assert all(other == index for other, _ in shown), "both models are shown the same row"
+        tokens = torch.tensor(rows[index][1], device=shown[0][1].device)
+        for start in range(0, len(tokens), CHUNK):
+            part = slice(start, start + CHUNK)
+            with torch.no_grad():
+                logits = [
+                    checkpoints.head_logits(model, states[part]).float()
+                    for model, (_, states) in zip(students, shown, strict=True)
+                ]
+                found[index] += [float(value) for value in function(tokens[part], *logits).tolist()]
+    return found

@@ -1,0 +1,194 @@
+"""Which blocks a model does best without: criteria that remove blocks and measure what is left.
+
+Perplexity (Shortened LLaMA, arXiv 2402.02834): each block alone is left out, and the rise of the model's perplexity on
+the texts is taken. Iterative removal does not trust one measurement for many removals: it removes the block that
+scores lowest, and measures the smaller model again. It goes by the angular distance between what enters and leaves
+each remaining block (Gromov et al. 2024, arXiv 2403.17887), or greedily by what the removal of each one costs in
+perplexity or on a task.
+
+Blocks are bypassed in the live model (`sdd.forward.bypass`). A removal leaves all states before it as they were, so
+that only the blocks behind it are run again: about half of the block passes that whole runs would take. By angle, one
+pass measures all blocks at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.forward.batches import length_batches, padded, show_texts
+from sdd.forward.bypass import Bypass, Row, likelihoods
+from sdd.importance.states import Angular, window_sums
+from sdd.models import checkpoints
+
+MAX_TOKENS = 4096
+"""Padded tokens of a batch, whose states before every block are kept."""
+
+
+@dataclass
+class Quality:
+    """What a model reaches on rows, summed up: nats of the scored tokens, and rows whose answer is right."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    right: int = 0
+    rows: int = 0
+
+    def add(self, nats: float, tokens: int, right: int, rows: int) -> None:
+        self.nats, self.tokens, self.right, self.rows = (
+            self.nats + nats,
+            self.tokens + tokens,
+            self.right + right,
+            self.rows + rows,
+        )
+
+    @property
+    def log_perplexity(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.rows
+
+
+def without_each(
+    model: Any, rows: Sequence[Row], removed: Collection[int], batch_size: int, max_tokens: int = MAX_TOKENS
+) -> tuple[Quality, dict[int, Quality]]:
+    """The quality of the model without the blocks `removed`, and of it without each other block besides."""
+    import torch
+    from tqdm import tqdm
+
+    bypass, body = Bypass(model), checkpoints.decoder(model)
+    kept = [block for block in range(len(checkpoints.blocks(model))) if block not in removed]
+    whole, each = Quality(), {block: Quality() for block in kept}
+    device = next(model.parameters()).device
+    with (
+        torch.no_grad(),
+        tqdm(total=len(rows) * (len(kept) + 1), desc=f"removal {len(removed) + 1}", unit="text") as progress,
+    ):
+        for batch in length_batches([len(row.ids) for row in rows], batch_size, max_tokens):
+            shown = [rows[index] for index in batch]
+            ids, mask = padded([row.ids for row in shown], device)
+            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            with bypass.letting_through(dict.fromkeys(removed)), bypass.catching(kept) as states:
+                hidden = body(**given).last_hidden_state
+            whole.add(*likelihoods(model, hidden, shown))
+            progress.update(len(batch))
+            for block in kept:
+                # All blocks up to this one are passed over, and behind it goes on what entered it.
+                passed = dict.fromkeys([*range(block), *removed]) | {block: states[block]}
+                with bypass.letting_through(passed):
+                    hidden = body(**given).last_hidden_state
+                each[block].add(*likelihoods(model, hidden, shown))
+                progress.update(len(batch))
+    for quality in (whole, *each.values()):
+        if not math.isfinite(quality.nats):
+            raise UserError("the model's likelihoods are not finite; choose model.dtype=float32 or bfloat16")
+    return whole, each
+
+
+class Perplexity:
+    """Rise of log-perplexity when a block alone is left out, in nats per token: the log of the factor it rises by."""
+
+    name = "perplexity"
+    needs = "texts"
+
+    def start(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def runs(self, num_blocks: int) -> tuple[float, float]:
+        return _runs(num_blocks)
+
+    def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
+        whole, each = without_each(model, rows, [], batch_size)
+        self.log_perplexity = whole.log_perplexity
+        self.rises = [each[block].log_perplexity - whole.log_perplexity for block in range(self.num_blocks)]
+
+    def scores(self) -> dict[str, Any]:
+        order = sorted(range(self.num_blocks), key=lambda block: (self.rises[block], block))
+        return {
+            "distance": window_sums(self.rises),
+            "order": order,
+            "unit": "nats per token",
+            "unpruned": {"log_perplexity": self.log_perplexity},
+        }
+
+
+UNITS = {"angular": "angle / pi", "perplexity": "nats per token", "task": "share of answers lost"}
+
+
+class Iterative:
+    """Remove the block that scores lowest, measure what is left again, `depth` times (at most all blocks but one).
+
+    `by="angular"`: the mean angle between the states that enter and leave the block at the last token of the texts.
+    `by="perplexity"`: the rise of log-perplexity on the texts when the block goes too, in nats per token. `by="task"`:
+    the share of fine-tuning rows whose final answer is lost when the block goes too, an answer being right if each of
+    its tokens is the likeliest after the task and what the reference says before it; among blocks that cost the same,
+    the rise of the whole reference's log-perplexity decides. Rows are scored in place, not generated: one pass each.
+
+    `steps` holds each removal with the scores of all blocks that were left then, relative to the model at that step.
+    `distance` is of the first step: its scores, and their sums over windows.
+    """
+
+    def __init__(self, by: str = "angular", depth: int = 10) -> None:
+        if by not in UNITS:
+            raise UserError(f"metric.by={by} is unknown; choose one of {', '.join(UNITS)}")
+        self.by, self.depth = by, depth
+        self.name = "iterative" if by == "angular" else "greedy"
+        self.needs = "rows" if by == "task" else "texts"
+
+    def start(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.steps: list[dict[str, Any]] = []
+
+    def runs(self, num_blocks: int) -> tuple[float, float]:
+        left = range(num_blocks, num_blocks - min(self.depth, num_blocks - 1), -1)
+        if self.by == "angular":
+            return float(sum(left)), 0.0
+        blocks, heads = zip(*map(_runs, left), strict=True)
+        return sum(blocks), sum(heads)
+
+    def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
+        removed: list[int] = []
+        for _ in range(min(self.depth, self.num_blocks - 1)):
+            found = self._step(model, rows, removed, batch_size)
+            block = min(found, key=lambda block: (*found[block], block))
+            removed.append(block)
+            step: dict[str, Any] = {"removed": block}
+            for index, name in enumerate(("scores", "log_perplexity")[: len(found[block])]):
+                step[name] = [found[b][index] if b in found else None for b in range(self.num_blocks)]
+            self.steps.append(step)
+
+    def _step(
+        self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
+    ) -> dict[int, tuple[float, ...]]:
+        """Of each block that is left: what its removal costs, and what decides between equals."""
+        if self.by == "angular":
+            angular = Angular()
+            angular.start(self.num_blocks)
+            with Bypass(model).letting_through(dict.fromkeys(removed)):
+                show_texts(model, angular, [row.ids for row in rows], batch_size)
+            angles = angular.scores()["distance"]["1"]
+            return {block: (angle,) for block, angle in enumerate(angles) if block not in removed}
+        whole, each = without_each(model, rows, removed, batch_size)
+        rises = {block: quality.log_perplexity - whole.log_perplexity for block, quality in each.items()}
+        if self.by == "perplexity":
+            return {block: (rise,) for block, rise in rises.items()}
+        return {block: (whole.accuracy - quality.accuracy, rises[block]) for block, quality in each.items()}
+
+    def scores(self) -> dict[str, Any]:
+        return {
+            "distance": window_sums(self.steps[0]["scores"]),
+            "order": [step["removed"] for step in self.steps],
+            "steps": self.steps,
+            "unit": UNITS[self.by],
+        }
+
+
+def _runs(blocks: int) -> tuple[float, float]:
+    """How often a text passes through a block and through the head while each of `blocks` blocks is left out."""
+    return blocks + blocks * (blocks - 1) / 2, blocks + 1.0

@@ -1,0 +1,206 @@
+"""Which blocks are redundant: criteria as pure functions of hidden states, and what each keeps of a pass over texts.
+
+Angular distance (Gromov et al. 2024, arXiv 2403.17887, as in arXiv 2410.09982): d(l, n) is the mean over texts of
+arccos(cos(h_l, h_{l+n})) / pi at the last real token, h_l entering block l, h_L leaving the last block before the final
+norm. Block Influence (ShortGPT, arXiv 2403.03853): BI_l = 1 - mean over real tokens of cos(h_l, h_{l+1}).
+The controls look at nothing. Loading, batching and hooks live in `calibrate`; knows nothing of Hydra or the store.
+Criteria that look at weights are in `block_weights`, those that remove blocks and measure again in `removal`.
+A criterion's name and parameters are known without torch, which only computing imports: a dry run has no need of it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdd.forward.bypass import Row
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Angle between rows over pi, in [0, 1]: (B, D), (B, D) -> (B,).
+
+    Computed in float64 as 2 atan2(|u - v|, |u + v|) of the unit vectors, which equals arccos(cos) and stays exact near
+    zero, where arccos loses half of the digits (Kahan 2006). A zero row is at a right angle to everything.
+    """
+    import torch
+
+    u, v = (torch.nn.functional.normalize(t.double(), dim=-1, eps=1e-300) for t in (x, y))
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
+
+
+def block_influence(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cosine over the feature axis, in [0, 2]: (..., D), (..., D) -> (...), in float64."""
+    import torch
+
+    u, v = (torch.nn.functional.normalize(t.double(), dim=-1, eps=1e-300) for t in (x, y))
+    return 1 - (u * v).sum(-1)
+
+
+def window_sums(values: list[float]) -> dict[str, list[float]]:
+    """Sums over n neighbouring blocks for every n: the table form of a criterion that scores single blocks."""
+    blocks = len(values)
+    return {str(n): [math.fsum(values[start : start + n]) for start in range(blocks - n + 1)] for n in range(1, blocks)}
+
+
+class Criterion(Protocol):
+    """What scores blocks. `needs` says what it looks at: "nothing", "weights", "texts", or fine-tuning "rows"."""
+
+    name: str
+    needs: str
+
+    def start(self, num_blocks: int) -> None: ...
+
+    def scores(self) -> dict[str, Any]: ...
+
+
+class StateCriterion(Criterion, Protocol):
+    """One that is told of each block's states as texts pass."""
+
+    def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None: ...
+
+    def finish_batch(self) -> None: ...
+
+
+class WeightCriterion(Criterion, Protocol):
+    """One that reads the checkpoint's tensors."""
+
+    def read(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class ModelCriterion(Criterion, Protocol):
+    """One that runs the model itself; `runs` says how often a text passes through a block, and through the head."""
+
+    def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None: ...
+
+    def runs(self, num_blocks: int) -> tuple[float, float]: ...
+
+
+def last_real(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The state of each row's last real token, padding on either side: (B, T, D), (B, T) -> (B, D)."""
+    import torch
+
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), positions, -1).max(dim=1).values
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class Angular:
+    """Angular distance for every block size and start from one pass; keeps last-token states of one batch."""
+
+    name = "angular"
+    needs = "texts"
+
+    def start(self, num_blocks: int) -> None:
+        import torch
+
+        self.num_blocks, self.texts = num_blocks, 0
+        self.states: list[Tensor] = []
+        self.sums = {n: torch.zeros(num_blocks - n + 1, dtype=torch.float64) for n in range(1, num_blocks)}
+
+    def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+        assert block == len(self.states), f"block {block} seen after {len(self.states)} states"
+        self.states.append(last_real(entering, mask).double().cpu())
+        if block == self.num_blocks - 1:
+            self.states.append(last_real(leaving, mask).double().cpu())
+
+    def finish_batch(self) -> None:
+        import torch
+
+        states = torch.stack(self.states)
+        for n, total in self.sums.items():
+            total += angular_distance(states[:-n], states[n:]).sum(dim=1)
+        self.texts += states.shape[1]
+        self.states = []
+
+    def scores(self) -> dict[str, Any]:
+        return {"distance": {str(n): (total / self.texts).tolist() for n, total in self.sums.items()}}
+
+
+class BlockInfluence:
+    """Block Influence over all real tokens; `contiguous` takes the cheapest window instead of the lowest blocks."""
+
+    name = "block_influence"
+    needs = "texts"
+
+    def __init__(self, contiguous: bool = False) -> None:
+        self.contiguous = contiguous
+
+    def start(self, num_blocks: int) -> None:
+        self.sums = [0.0] * num_blocks
+        self.tokens = [0] * num_blocks
+
+    def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+        real = mask.bool()
+        self.sums[block] += float(block_influence(entering[real], leaving[real]).sum())
+        self.tokens[block] += int(real.sum())
+
+    def finish_batch(self) -> None:
+        """Running sums need nothing here."""
+
+    def scores(self) -> dict[str, Any]:
+        values = [total / tokens for total, tokens in zip(self.sums, self.tokens, strict=True)]
+        table = {"distance": window_sums(values)}
+        if self.contiguous:
+            return table
+        return table | {"order": sorted(range(len(values)), key=lambda block: (values[block], block))}
+
+
+class _Blind:
+    """A control that looks at nothing."""
+
+    needs = "nothing"
+
+    def start(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+
+class Random(_Blind):
+    """Blocks in a random order: the control that every criterion has to beat."""
+
+    name = "random"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def scores(self) -> dict[str, Any]:
+        order = list(range(self.num_blocks))
+        random.Random(self.seed).shuffle(order)
+        rank = [float(order.index(block)) for block in range(self.num_blocks)]
+        return {"distance": window_sums(rank), "order": order}
+
+
+class Last(_Blind):
+    """The last blocks first; with `keep_final`, those before the last one, which goes only when no other is left."""
+
+    def __init__(self, keep_final: bool = False) -> None:
+        self.keep_final = keep_final
+        self.name = "last_keep_final" if keep_final else "last"
+
+    def scores(self) -> dict[str, Any]:
+        order = list(range(self.num_blocks - 1, -1, -1))
+        if self.keep_final:
+            order = [*order[1:], order[0]]
+        rank = [float(order.index(block)) for block in range(self.num_blocks)]
+        return {"distance": window_sums(rank), "order": order}
+
+
+def chosen_blocks(scores: dict[str, Any], size: int) -> tuple[list[int], float]:
+    """The blocks to remove and their score: the first of the order, or the span with the least distance.
+
+    The score of blocks that were removed one by one is the sum of what each was measured at when it went.
+    """
+    if "order" in scores:
+        removed = sorted(scores["order"][:size])
+        if "steps" in scores:
+            return removed, math.fsum(step["scores"][step["removed"]] for step in scores["steps"][:size])
+        return removed, math.fsum(scores["distance"]["1"][block] for block in removed)
+    row = scores["distance"][str(size)]
+    start = min(range(len(row)), key=lambda index: (row[index], index))
+    return list(range(start, start + size)), row[start]

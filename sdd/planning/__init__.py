@@ -1,0 +1,1 @@
+"""What work takes, by formulas: seconds, memory, disk."""

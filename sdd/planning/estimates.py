@@ -1,0 +1,244 @@
+"""What a stage will take, from the sizes of a model and the counts of its work: seconds, bytes of memory and of disk.
+
+Meant for deciding what to start on which machine: rough, within about a factor of 3 of what is then measured. What a
+pass takes is in `work`. Memory is that of the device that computes, at its peak. Knows nothing of Hydra or the store;
+loads no library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sdd.forward.bypass import LOGITS
+from sdd.forward.chunks import CHUNK_TOKENS, is_cut
+from sdd.planning.work import BYTES, DEVICES, Shape, Work
+
+CHARACTERS_PER_TOKEN = 4.0
+"""Of English under a large vocabulary; small tokenizers have fewer."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, peak bytes on the computing device, bytes left on disk."""
+
+    seconds: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+
+
+def scores(
+    work: Work, texts: int, length: float, batch: int, blocks: float | None = None, heads: float = 0.0
+) -> Estimate:
+    """Calibration texts of `length` tokens, each through `blocks` blocks in all (by default one pass without the head)
+    and `heads` times through the head; a batch holds at most 16,384 tokens."""
+    tokens = texts * length
+    together = min(batch * length, 16_384)
+    once = work.passes(tokens, length, -(-tokens // together), head=False)
+    logits = heads * tokens * work.shape.head_flops / work.device.flops[work.width]
+    seconds = work.opening + once * (blocks or work.blocks) / work.blocks + logits
+    held = work.activations(together)
+    if heads:  # the states before every block, and logits some at a time
+        held += together * work.width * work.shape.hidden * work.blocks + work.logits(LOGITS / work.shape.vocabulary)
+    return Estimate(seconds, work.weights + held, 1e5)
+
+
+def weights_read(work: Work) -> Estimate:
+    """Every tensor of the checkpoint is read, one at a time."""
+    return Estimate(1 + work.weights / work.device.disk, 3e8, 1e5)
+
+
+def gradient_scores(work: Work, texts: int, length: float, micro_batch_tokens: int, stages: int = 1) -> Estimate:
+    """A pass forward and back, gradients of the MLPs' matrices included, and in the second stage the teacher's beside.
+
+    What backward keeps of every block is held; logits are not.
+    """
+    tokens, together = texts * length, max(length, min(micro_batch_tokens, texts * length))
+    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=2.0 + stages)
+    kept = work.blocks * work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
+    formed = 16 * work.shape.hidden * work.shape.intermediate
+    return Estimate(seconds, work.weights + together * kept + formed, 1e5)
+
+
+def pruned(work: Work) -> Estimate:
+    """The checkpoint is read and what is kept of it written, some megabytes at a time, whatever the device."""
+    return Estimate(1 + 2 * work.weights / work.device.disk, 3e8, work.weights)
+
+
+def repaired(whole: Work, copied: Work, texts: int, length: float, batch: int) -> Estimate:
+    """One pass of the unpruned model, the squares of one block's MLP activations in float64, and a copy of the rest."""
+    inner, tokens = whole.shape.intermediate, texts * length
+    passed, written = scores(whole, texts, length, batch), pruned(copied)
+    sums = 2 * tokens * inner * (inner + whole.shape.hidden) + inner**3 / 3
+    seconds = passed.seconds + 2 * sums / whole.device.flops[4] + written.seconds
+    return Estimate(seconds, passed.memory + 8 * inner * (3 * inner + 2 * whole.shape.hidden), written.disk)
+
+
+def rewrites(work: Work, rows: int, prompt: float, new: float, batch: int) -> Estimate:
+    """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, the longest of its batch."""
+    seconds, memory = work.generation(rows, prompt, new, batch)
+    return Estimate(work.opening + seconds, work.weights + memory, rows * (prompt + new) * CHARACTERS_PER_TOKEN)
+
+
+def targets(rows: int, length: float) -> Estimate:
+    """Rows are read, compared and written; no model."""
+    return Estimate(1 + rows / 2_000, 3e8 + 4 * rows * length * CHARACTERS_PER_TOKEN, rows * length * 4)
+
+
+def adapter_parameters(shape: Shape, blocks: int, rank: int, names: list[str]) -> int:
+    """Weights of LoRA matrices on the named linear layers of every block; a name not known here counts as all."""
+    known = [name for name in names if name in shape.linear]
+    chosen = known if known and len(known) == len(names) else list(shape.linear)
+    return blocks * rank * sum(sum(shape.linear[name]) for name in chosen)
+
+
+def head_and_norms_parameters(shape: Shape, blocks: int) -> int:
+    """Weights of the head, or of the embeddings it is tied to, and of two norms a block and the last one."""
+    return shape.vocabulary * shape.hidden + (2 * blocks + 1) * shape.hidden
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a student is trained, and how: `trained` weights, gradients through the last `reach` blocks (None: all).
+
+    `whole`: every weight is trained, in float32. `four_bit`: the frozen base is held in nf4. `recomputed`: one state a
+    block is kept, and the rest computed again.
+    """
+
+    trained: int
+    reach: int | None = None
+    whole: bool = False
+    four_bit: bool = False
+    recomputed: bool = False
+
+
+NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+"""A weight in nf4: 4 bits, a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales (arXiv 2305.14314)."""
+
+
+def base_bytes(work: Work, training: Training) -> float:
+    """Bytes of the weights that are held beside the trained ones; in 4 bits, embeddings, head and norms stay whole."""
+    if training.whole:
+        return 0.0
+    if not training.four_bit:
+        return work.weights
+    shape = work.shape
+    linear = work.blocks * (shape.block_parameters(shape.experts) - 2 * shape.hidden)
+    return work.weights - linear * (work.width - NF4_BYTES)
+
+
+def tuned(
+    work: Work,
+    training: Training,
+    rows: int,
+    length: float,
+    batch: int,
+    micro_batch_tokens: int,
+    teacher: Work | None = None,
+) -> Estimate:
+    """Forward, and backward as far down as something is trained; Adam on what is trained, all of it in float32.
+
+    `rows` counts every epoch's. A frozen block's backward makes gradients of its states only, and costs 1.5 forward
+    passes with LoRA's own; one that is trained whole costs 2, one that is recomputed 1 more. A trained weight takes 16
+    bytes (value, gradient, two moments), and in 16 bits the copy that autocast keeps. What backward keeps of a block's
+    activations is most of the rest. Unpacking 4 bits is not counted.
+
+    Logits are there for a pass, or for a chunk of it (see `chunks`). A `teacher` is opened too and reads the same
+    batches, forward only. Its weights stay, its last states of a pass, and its logits of a chunk beside the student's.
+    """
+    tokens, together = rows * length, min(micro_batch_tokens, batch * length)
+    reach = work.blocks if training.reach is None else training.reach
+    backward = (2.0 if training.whole else 1.5) + (1.0 if training.recomputed else 0.0)
+    cost = 1 + backward * reach / work.blocks
+    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=cost)
+    block = work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
+    kept = reach * work.width * work.shape.hidden + block if training.recomputed else reach * block
+    held = training.trained * (16 if work.width == BYTES["float32"] else 16 + work.width)
+    cut = teacher is not None or is_cut(together, work.shape.vocabulary)
+    shown = min(together, CHUNK_TOKENS) if cut else together
+    memory = base_bytes(work, training) + held + together * kept + 2 * work.logits(shown)
+    if teacher:
+        seconds += teacher.weights / teacher.device.disk + teacher.passes(tokens, length, tokens / together)
+        memory += teacher.weights + together * teacher.width * teacher.shape.hidden + 2 * teacher.logits(shown)
+    return Estimate(seconds, memory, 4 * training.trained)
+
+
+def merged(work: Work, students: int, in_full: bool) -> Estimate:
+    """The base is read, some passes over each tensor are made in float32, and the result is written; on the CPU.
+
+    Students trained in full are read too, in float32; the largest tensor, the embeddings, then sets the memory.
+    """
+    shape, parameters = work.shape, work.shape.parameters(work.blocks)
+    passes = 10 * BYTES["float32"] * parameters * (1 + students) / DEVICES["cpu"].bandwidth
+    read = BYTES["float32"] * parameters * students if in_full else 0
+    largest = shape.hidden * (max(shape.vocabulary, shape.intermediate) if in_full else shape.intermediate)
+    memory = 3e8 + (3 + 3 * students) * BYTES["float32"] * largest
+    return Estimate(1 + passes + (2 * work.weights + read) / work.device.disk, memory, work.weights)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`.
+
+    `parts` counts the tasks of a group that is known by one name: a limit holds for each of them.
+    """
+
+    items: int
+    requests: float
+    tokens: float
+    new: int = 0
+    parts: int = 1
+
+    def limited(self, limit: int | None) -> int:
+        """Items left by a limit; for parts of different sizes, at most so many."""
+        return self.items if limit is None else min(self.items, limit * self.parts)
+
+
+TASKS = {
+    "arc_challenge": Task(1172, 4, 45),
+    "hellaswag": Task(10042, 4, 90),
+    "truthfulqa_mc2": Task(817, 7, 220),
+    "mmlu": Task(14042, 1, 115, parts=57),
+    "winogrande": Task(1267, 2, 27),
+    "gsm8k": Task(1319, 1, 130, 256),
+    "arc_easy": Task(2376, 4, 40),
+    "boolq": Task(3270, 2, 160),
+    "openbookqa": Task(500, 4, 25),
+    "piqa": Task(1838, 2, 35),
+    "race": Task(1045, 4, 450),
+    "social_iqa": Task(1954, 3, 35),
+    "crows_pairs_english": Task(1508, 2, 20),
+}
+"""The tasks' own sizes; lengths as measured on their rows at 4 characters a token, RACE's and the six questions that
+precede each of TruthfulQA's from memory. Four one-letter answers to the same question are one request (mmlu)."""
+
+OTHER_TASK, ONE_OF_A_GROUP = Task(1000, 4, 100), 250
+"""A task not known here, and items of one that belongs to a group (MMLU's subjects have 246 on average)."""
+
+EMBEDDED_TASK = Task(1000, 1, 100, 96)
+"""One of the embedded ones, whose items are a setting."""
+
+
+def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
+    """Tasks and groups by name, from (tasks in it, examples shown before each item), which every request carries."""
+    found = []
+    for name, (parts, shots) in entries.items():
+        other = OTHER_TASK if parts == 1 else replace(OTHER_TASK, items=ONE_OF_A_GROUP * parts, parts=parts)
+        task = TASKS.get(name, other)
+        found.append(replace(task, tokens=task.tokens * (1 + shots)))
+    return found
+
+
+def evaluated(work: Work, tasks: list[Task], limit: int | None, batch: int, new: int | None = None) -> Estimate:
+    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything."""
+    seconds, memory = work.opening, 0.0
+    for task in tasks:
+        items = task.limited(limit)
+        requests = items * task.requests
+        if task.new:
+            length = min(task.new, new or task.new)
+            spent, held = work.generation(items, task.tokens, length, batch)
+        else:
+            spent = work.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
+            held = work.activations(batch * task.tokens) + work.logits(batch * task.tokens)
+        seconds, memory = seconds + spent, max(memory, held)
+    items = sum(task.limited(limit) for task in tasks)
+    return Estimate(seconds, work.weights + memory, 2e3 * items)

@@ -1,0 +1,236 @@
+"""Make a checkpoint smaller by streaming its bytes: no tensor is materialised, so 8B works as on a laptop.
+
+A safetensors file is a header (JSON: name -> dtype, shape, byte range) and the bytes. Each input shard is copied range
+by range into an output shard without the removed blocks' tensors, the kept blocks renumbered without holes; per-layer
+lists in the config are cut alike, so that stock `from_pretrained` opens the result. Where `width` keeps rows or columns
+of a tensor, it goes the same way. Knows nothing of scores.
+"""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from sdd.architectures import BLOCK_NAME, HEADS, STORED_BUFFERS, check_cut, cut_config, explicit_config
+from sdd.errors import UserError
+from sdd.models.checkpoints import read_config, weight_files
+from sdd.models.files import Header, read_header, read_headers, side_files
+
+CHUNK = 16 << 20
+"""Bytes held at a time."""
+
+
+def renamed(name: str, position: dict[int, int]) -> str | None:
+    """The name in the pruned checkpoint, None for a tensor of a removed block; `position` maps kept blocks."""
+    match = BLOCK_NAME.match(name)
+    if match is None:
+        return name
+    block = int(match["index"])
+    return f"{match['before']}{position[block]}{match['after']}" if block in position else None
+
+
+def _elements(entry: dict[str, Any]) -> int:
+    return math.prod(int(extent) for extent in entry["shape"])
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, length: int) -> None:
+    while length:
+        data = source.read(min(CHUNK, length))
+        assert data, "the file ended early after its header was checked"
+        target.write(data)
+        length -= len(data)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a stored tensor goes into the smaller checkpoint: `rows` or `columns` (sorted indices), or all of it."""
+
+    name: str
+    rows: list[int] | None = None
+    columns: list[int] | None = None
+
+    def shape(self, whole: list[int]) -> list[int]:
+        if self.rows is not None:
+            return [len(self.rows), *whole[1:]]
+        return whole if self.columns is None else [whole[0], len(self.columns)]
+
+
+def _copy_part(source: BinaryIO, target: BinaryIO, entry: dict[str, Any], base: int, part: Part) -> None:
+    """Copy the bytes of one tensor, or of what is kept of it; `base` is the file's first data byte."""
+    begin, end = (base + offset for offset in entry["data_offsets"])
+    if part.columns is not None:
+        _copy_columns(source, target, entry["shape"], begin, end, part.columns)
+        return
+    step = (end - begin) // entry["shape"][0] if part.rows else 0
+    for first, last in [(0, 1)] if part.rows is None else _runs(part.rows):
+        start, stop = (begin, end) if part.rows is None else (begin + first * step, begin + last * step)
+        source.seek(start)
+        copy_bytes(source, target, stop - start)
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """Sorted indices as half-open ranges: [1, 2, 5] -> [(1, 3), (5, 6)]."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
+
+
+def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: int, end: int, kept: list[int]) -> None:
+    """Copy the `kept` columns of a matrix, some rows at a time."""
+    import numpy as np
+
+    rows, columns = shape
+    width = (end - begin) // (rows * columns)
+    step = max(1, CHUNK // (columns * width))
+    source.seek(begin)
+    for row in range(0, rows, step):
+        data = source.read(min(step, rows - row) * columns * width)
+        table = np.frombuffer(data, dtype=np.uint8).reshape(-1, columns, width)
+        target.write(table[:, kept].tobytes())
+
+
+def write_header(file: BinaryIO, metadata: dict[str, str] | None, entries: Header) -> int:
+    """Begin a safetensors file whose tensors follow in the order of `entries`; returns the bytes of their data."""
+    written: Header = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    offset = 0
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        written[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
+        offset += end - begin
+    text = json.dumps(written, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    return offset
+
+
+Change = Callable[[str], Part | None]
+"""From a stored tensor's name to what is kept of it; None where nothing is."""
+
+
+def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]:
+    """Copy one shard; returns the kept tensors' new names, and the bytes written."""
+    with source.open("rb") as reader:
+        header, base = read_header(reader, source)
+        kept = [
+            (part, entry)
+            for name, entry in header.items()
+            if name != "__metadata__" and (part := change(name)) is not None
+        ]
+        kept.sort(key=lambda pair: pair[1]["data_offsets"][0])
+        if not kept:
+            return [], 0
+        metadata = header.get("__metadata__")
+        del header  # of large checkpoints it is megabytes
+        entries: Header = {}
+        for part, entry in kept:
+            begin, end = entry["data_offsets"]
+            shape = part.shape(entry["shape"])
+            size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
+            entries[part.name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [0, size]}
+        with target.open("wb") as writer:
+            written = write_header(writer, metadata, entries)
+            del entries
+            for part, entry in kept:
+                _copy_part(reader, writer, entry, base, part)
+    return [part.name for part, _ in kept], written
+
+
+def write_checkpoint(source: Path, target: Path, change: Change, config: dict[str, Any]) -> None:
+    """Stream the checkpoint in `source` into the folder `target`, shard by shard, with another config."""
+    shards = weight_files(source)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for shard in tqdm(shards, desc="prune", unit="file"):
+        names, size = _stream(shard, target / shard.name, change)
+        weight_map |= dict.fromkeys(names, shard.name)
+        total_bytes += size
+    if shards[0].name != "model.safetensors":
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in side_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def count_parameters(folder: Path) -> int:
+    """Stored parameters of a checkpoint; a tied tensor counts once, constants stored beside them do not."""
+    left_out = HEADS if read_config(folder).get("tie_word_embeddings", False) else ()
+    found = (pair for pair in _all_elements(folder) if not STORED_BUFFERS.search(pair[0]))
+    return sum(elements for name, elements in found if name not in left_out)
+
+
+def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
+    yield from ((name, math.prod(shape)) for name, shape in stored_shapes(folder))
+
+
+def stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every stored tensor; reads headers only."""
+    yield from ((name, tuple(entry["shape"])) for name, entry in read_headers(weight_files(folder)).items())
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all stored tensors; reads headers only."""
+    return {name for name, _ in stored_shapes(folder)}
+
+
+def matrices(folder: Path) -> set[str]:
+    """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
+    found = {name for name, shape in stored_shapes(folder) if len(shape) == 2}
+    return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
+
+
+def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str, Any]:
+    """Write the checkpoint without the blocks `removed` (0-based) into the folder `target`.
+
+    Returns kept and removed blocks, parameters before and after (tied weights once), and the share of FLOPs saved as
+    arXiv 2410.09982 counts it: removed parameters / all parameters.
+    """
+    config, gone = check_prunable(source, removed), set(removed)
+    kept = [block for block in range(config["num_hidden_layers"]) if block not in gone]
+    position = {block: index for index, block in enumerate(kept)}
+
+    def change(name: str) -> Part | None:
+        new = renamed(name, position)
+        return None if new is None else Part(new)
+
+    write_checkpoint(source, target, change, cut_config(config, kept))
+    before, after = count_parameters(source), count_parameters(target)
+    return {
+        "removed_blocks": sorted(gone),
+        "kept_blocks": kept,
+        "parameters_before": before,
+        "parameters_after": after,
+        "flops_saved": (before - after) / before,
+    }
+
+
+def check_prunable(folder: Path, removed: list[int]) -> dict[str, Any]:
+    """The checkpoint's config, explicit of every block; a user's mistake where stock code could not open the cut."""
+    where = f"model.path={folder}"
+    config = read_config(folder)
+    check_names(folder)
+    config = explicit_config(config, where)
+    kept = [block for block in range(config["num_hidden_layers"]) if block not in removed]
+    assert kept, "all blocks removed; the caller checks this"
+    check_cut(config, kept, where, dict(stored_shapes(folder)))
+    return config
+
+
+def check_names(folder: Path) -> None:
+    """Refuse a checkpoint whose blocks are not stored one by one under their numbers; reads headers only."""
+    blocks = read_config(folder)["num_hidden_layers"]
+    found = {int(match["index"]) for name, _ in _all_elements(folder) if (match := BLOCK_NAME.match(name))}
+    if found != set(range(blocks)):
+        raise UserError(
+            f"model.path={folder}: its blocks are not stored as layers.0 to layers.{blocks - 1}; not supported"
+        )

@@ -1,0 +1,128 @@
+"""Remove MLP channels from a checkpoint: one width for all blocks, so that stock `from_pretrained` opens the result.
+
+A channel is a row of gate and up (and of their biases) and a column of down. How many stay follows from a share of the
+parameters, of all of them as SDMPrune counts (arXiv 2506.11120) or of the MLPs' own. Knows nothing of criteria.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from sdd.architectures import BLOCK_NAME, MLP, check_width, explicit_config, find_mlp, mlp_shape
+from sdd.errors import UserError
+from sdd.models.checkpoints import read_config
+from sdd.pruning.depth import Part, check_names, count_parameters, stored_shapes, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much to remove: `ratio` of all parameters or of the MLPs' (`of`), widths rounded to a `multiple`."""
+
+    ratio: float
+    of: str
+    multiple: int
+
+    def width(self, width: int, parameters: float, channel: float) -> int:
+        """The width that is left of `width`, where a channel (of all blocks) has `channel` of `parameters` numbers."""
+        what = f"pruning.ratio={self.ratio:g} of {self.of} parameters"
+        held = width * channel
+        removed = self.ratio * (parameters if self.of == "all" else held)
+        if removed >= held:
+            share = f"{100 * held / parameters:.1f}%"
+            raise UserError(f"{what} is more than the MLPs hold ({share} of all); choose less, or prune blocks")
+        kept = self.multiple * round((width - removed / channel) / self.multiple)
+        if kept < 1:
+            raise UserError(
+                f"{what} leaves no channel of {width} (in multiples of {self.multiple}); choose a smaller one, or a "
+                "smaller pruning.multiple"
+            )
+        if kept >= width:
+            raise UserError(
+                f"{what} removes no channel of {width} (in multiples of {self.multiple}); choose a larger one, or a "
+                "smaller pruning.multiple"
+            )
+        return kept
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a stored checkpoint: all its parameters, those of its blocks, and those of one channel of all blocks."""
+
+    parameters: int
+    blocks: int
+    num_blocks: int
+    channel: int
+    mlp: MLP
+
+    def width(self, share: Share, blocks_removed: int = 0) -> int:
+        """The width that is left; where blocks go first, with blocks of the mean size."""
+        gone = blocks_removed / self.num_blocks
+        return share.width(self.mlp.width, self.parameters - gone * self.blocks, self.channel * (1 - gone))
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """What a width cut starts from; a user's mistake where the MLPs are not known. Reads headers only."""
+    where = f"model.path={folder}"
+    config = read_config(folder)
+    width = config.get("intermediate_size")
+    if isinstance(width, list):
+        raise UserError(f"{where}: its intermediate_size is a width for each block; not supported, prune blocks")
+    check_names(folder)
+    blocks: dict[int, dict[str, tuple[int, ...]]] = {index: {} for index in range(config["num_hidden_layers"])}
+    for name, shape in stored_shapes(folder):
+        if match := BLOCK_NAME.match(name):
+            blocks[int(match["index"])][match["after"].removeprefix(".")] = shape
+    mlp = find_mlp(blocks[0], where)
+    for index, shapes in blocks.items():
+        if find_mlp(shapes, where) != mlp:
+            raise UserError(f"{where}: block {index} has another MLP than block 0; one width for all is not possible")
+    if width != mlp.width:
+        raise UserError(f"{where}: intermediate_size={width} in config.json, but the MLPs are {mlp.width} wide")
+    narrower = {name: mlp_shape(mlp, f"layers.0.{name}", shape, mlp.width - 1) for name, shape in blocks[0].items()}
+    channel = len(blocks) * sum(prod(shape) - prod(narrower[name]) for name, shape in blocks[0].items())
+    in_blocks = sum(prod(shape) for shapes in blocks.values() for shape in shapes.values())
+    return Sizes(count_parameters(folder), in_blocks, len(blocks), channel, mlp)
+
+
+def check_narrowable(folder: Path, width: int) -> MLP:
+    """The MLP of a checkpoint; a user's mistake where stock code could not open it with MLPs `width` wide."""
+    where, mlp = f"model.path={folder}", sizes_of(folder).mlp
+    check_width(explicit_config(read_config(folder), where), mlp, width, where, dict(stored_shapes(folder)))
+    return mlp
+
+
+def narrow_checkpoint(source: Path, target: Path, kept: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Write the checkpoint with the channels `kept` (sorted, equally many of every block) into the folder `target`.
+
+    Returns the widths and parameters before and after (tied weights once), the share of FLOPs saved as arXiv 2410.09982
+    counts it, and the share of all parameters and of the MLPs' that is gone.
+    """
+    width = len(kept[0])
+    assert all(len(channels) == width for channels in kept), "one width for all blocks"
+    mlp, sizes = check_narrowable(source, width), sizes_of(source)
+    assert len(kept) == sizes.num_blocks, f"channels of {len(kept)} blocks for {sizes.num_blocks}"
+
+    def change(name: str) -> Part:
+        match = BLOCK_NAME.match(name)
+        layer, _, kind = match["after"].removeprefix(".").rpartition(".") if match else ("", "", "")
+        if match and layer in mlp.into:
+            channels = kept[int(match["index"])]
+            return Part(name, rows=[stack * mlp.width + c for stack in range(mlp.stacks) for c in channels])
+        if match and layer == mlp.out and kind == "weight":
+            return Part(name, columns=list(kept[int(match["index"])]))
+        return Part(name)
+
+    config = read_config(source) | {"intermediate_size": width}
+    write_checkpoint(source, target, change, config)
+    before, after = sizes.parameters, count_parameters(target)
+    return {
+        "width_before": mlp.width,
+        "width_after": width,
+        "parameters_before": before,
+        "parameters_after": after,
+        "flops_saved": (before - after) / before,
+        "removed_of_all": (before - after) / before,
+        "removed_of_mlp": (mlp.width - width) / mlp.width,
+    }

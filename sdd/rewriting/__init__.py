@@ -1,0 +1,1 @@
+"""The unpruned model's own answers, and which of them become targets."""

@@ -1,0 +1,183 @@
+"""Who generates: an engine turns chat prompts into completions. `HFEngine` runs a checkpoint in this process.
+
+A server fits behind the same interface: requests carry text, never token ids, and every request has an id of its own
+that its randomness is a function of. Greedy by default. Sampling draws by the Gumbel-max trick (argmax of the
+temperature-scaled logits plus Gumbel noise is an exact sample), the noise being a function of (seed, request id, try),
+so that a row's sample does not depend on its batch. Knows nothing of what the text is for.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdd.forward.batches import length_batches
+from sdd.models.chats import chat_prompt_ids, stop_ids
+from sdd.models.checkpoints import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: str
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`finish`: "stop" (the model ended its turn), "length" (cut at the limit) or "too_long" (never asked).
+
+    `tokens` are the ids that it said, the one that ended its turn among them, as far as the engine knows them.
+    """
+
+    id: str
+    text: str
+    finish: str
+    tokens: tuple[int, ...] = field(default=(), compare=False)
+
+
+class Engine(Protocol):
+    """What rewriting needs of an engine. `spec` is what of its settings decides the text."""
+
+    tries: int
+
+    def spec(self) -> dict[str, Any]: ...
+
+    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None: ...
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
+
+
+class HFEngine:
+    """Generation by transformers, left-padded, batched by prompt length."""
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        max_prompt_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        tries: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.temperature, self.top_p, self.tries, self.seed = temperature, top_p, tries, seed
+        self.batch_size = batch_size
+
+    def spec(self) -> dict[str, Any]:
+        """Part of the rewrites' key; the seed counts only when something is drawn."""
+        sampling: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "tries": self.tries,
+            "seed": self.seed,
+        }
+        return {
+            "kind": "hf",
+            "max_new_tokens": self.max_new_tokens,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            **(sampling if self.temperature > 0 else {"temperature": 0.0}),
+        }
+
+    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
+        self.take(load_model(folder, dtype, device), load_tokenizer(folder), system_prompt, batch_size)
+
+    def take(self, model: Any, tokenizer: Any, system_prompt: str | None, batch_size: int) -> None:
+        """Use a model that is open already."""
+        self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
+        self.batch_size = self.batch_size or batch_size
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions in an order of the engine's choosing; match them by id."""
+        rows = [chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt) for request in requests]
+        fits = [index for index, row in enumerate(rows) if len(row) <= self.max_prompt_tokens]
+        for index in sorted(set(range(len(rows))) - set(fits)):
+            yield Completion(requests[index].id, "", "too_long")
+        assert self.batch_size is not None, "open() comes first"
+        lengths = [len(rows[index]) for index in fits]
+        for batch in length_batches(lengths, self.batch_size, max_tokens=1 << 30):
+            chosen = [fits[at] for at in batch]
+            yield from self._generate([requests[i] for i in chosen], [rows[i] for i in chosen])
+
+    def _generate(self, requests: list[Request], rows: list[list[int]]) -> Iterator[Completion]:
+        import torch
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        longest, device = max(map(len, rows)), self.model.device
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        stops = stop_ids(self.tokenizer, self.model.generation_config)
+        processors = LogitsProcessorList()
+        if self.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+            processors.append(GumbelNoise(self.seed, requests))
+        with torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=stops,
+                logits_processor=processors,
+            )
+        for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
+            end = next((at for at, token in enumerate(generated) if token in stops), None)
+            text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
+            said = generated if end is None else generated[: end + 1]
+            yield Completion(request.id, text, "length" if end is None else "stop", tuple(said))
+
+
+class GumbelNoise:
+    """Adds Gumbel noise to the logits of each row: (B, T), (B, V) -> (B, V), float64, on the logits' device.
+
+    The noise of a token is a function of (seed, request, try, step, token) and of nothing else: the 64-bit mixer of
+    SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") turns that counter into a
+    uniform number of 53 bits. One object serves one call of `generate`.
+    """
+
+    def __init__(self, seed: int, requests: Sequence[Request]) -> None:
+        texts = [f"{seed} {request.attempt} {request.id}" for request in requests]
+        self.keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+        self.step = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        rows = [_signed(_mixed(key + self.step * _GOLDEN)) for key in self.keys]
+        self.step += 1
+        counter = torch.arange(1, scores.shape[-1] + 1, device=scores.device) * _signed(_GOLDEN)
+        bits = torch.tensor(rows, device=scores.device)[:, None] + counter
+        for shift, factor in _ROUNDS:
+            bits = _shifted_xor(bits, shift).mul_(_signed(factor))
+        uniform = _shifted_xor(bits, 31).bitwise_and_((1 << 53) - 1).double().add_(0.5).mul_(2.0**-53)
+        return uniform.log_().neg_().log_().neg_().add_(scores)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _mixed(value: int) -> int:
+    value &= (1 << 64) - 1
+    for shift, factor in _ROUNDS:
+        value = (value ^ value >> shift) * factor & (1 << 64) - 1
+    return value ^ value >> 31
+
+
+def _signed(value: int) -> int:
+    """The 64 bits as torch holds them; its products wrap as those of unsigned numbers do."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted_xor(bits: Any, shift: int) -> Any:
+    """bits ^ (bits >>> shift); torch's shift repeats the sign."""
+    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)

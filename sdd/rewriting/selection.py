@@ -1,0 +1,123 @@
+"""Self-data distillation: let the teacher rewrite reference answers, keep the rewrites that pass, else the reference.
+
+Source: arXiv 2410.09982, after SDFT (arXiv 2402.13669). A rewrite is refused when it is empty, was cut off, repeats the
+template's own words, or reaches another final answer than the reference, where the task has one. The data set never
+shrinks: a refused rewrite leaves the reference in place. Knows nothing of the store or Hydra.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdd.answers import equal, extract
+from sdd.data import Example
+from sdd.models.chats import rewrite_prompt
+from sdd.rewriting.engines import Completion, Engine, Request
+
+
+@dataclass(frozen=True)
+class Selection:
+    """When a rewrite may be a target. `rule` is an answer rule of `sdd.answers`."""
+
+    rule: str = "none"
+    leak_phrases: tuple[str, ...] = ()
+
+    def refusal(self, prompt: str, reference: str, rewrite: str, finish: str) -> str | None:
+        """Why the rewrite is refused: "too_long", "empty", "truncated", "leak" or "answer"; None if it passes.
+
+        A phrase that the task or its reference uses itself is no leak.
+        """
+        if finish == "too_long":
+            return "too_long"
+        if not rewrite.strip():
+            return "empty"
+        if finish != "stop":
+            return "truncated"
+        text, own = rewrite.casefold(), f"{prompt}\n{reference}".casefold()
+        if any(phrase.casefold() in text and phrase.casefold() not in own for phrase in self.leak_phrases):
+            return "leak"
+        return "answer" if self.agrees(rewrite, reference) is False else None
+
+    def agrees(self, text: str, reference: str) -> bool | None:
+        """Whether both reach the same final answer; None where the reference has none."""
+        expected, found = extract(reference, self.rule), extract(text, self.rule)
+        return None if expected is None else found is not None and equal(found, expected)
+
+
+def rewrite_rows(
+    engine: Engine, examples: Sequence[Example], template: str, selection: Selection
+) -> Iterator[dict[str, Any]]:
+    """A row per example, in order: {"id", "prompt", "reference", "rewrite", "finish"}.
+
+    With several tries, a row is asked again until its rewrite passes the selection; the last one stands if none does.
+    """
+    answers: dict[str, Completion] = {}
+    pending = list(examples)
+    for attempt in range(engine.tries):
+        requests = [Request(e.id, rewrite_prompt(template, e.prompt, e.reference), attempt) for e in pending]
+        answers |= {completion.id: completion for completion in engine.complete(requests)}
+        pending = [
+            e
+            for e in pending
+            if selection.refusal(e.prompt, e.reference, answers[e.id].text, answers[e.id].finish)
+            not in (None, "too_long")
+        ]
+        if not pending:
+            break
+    for example in examples:
+        completion = answers[example.id]
+        yield {
+            "id": example.id,
+            "prompt": example.prompt,
+            "reference": example.reference,
+            "rewrite": completion.text,
+            "finish": completion.finish,
+        }
+
+
+def choose_target(row: dict[str, Any], selection: Selection | None, gold_share: float, seed: int = 0) -> dict[str, Any]:
+    """A training row from a rewritten one: {"id", "prompt", "reference", "target", "source", "reason"}.
+
+    `selection=None` takes every rewrite that has text; `gold_share` keeps the reference for that share of rows, drawn
+    by row id.
+    """
+    if random.Random(f"gold {seed} {row['id']}").random() < gold_share:
+        reason = "gold_share"
+    elif selection is None:
+        reason = "ok" if row["rewrite"].strip() else "empty"
+    else:
+        reason = selection.refusal(row["prompt"], row["reference"], row["rewrite"], row["finish"]) or "ok"
+    taken = reason == "ok"
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "reference": row["reference"],
+        "target": row["rewrite"] if taken else row["reference"],
+        "source": "rewrite" if taken else "reference",
+        "reason": reason,
+    }
+
+
+def with_noise(
+    rows: Sequence[dict[str, Any]], share: float, selection: Callable[[dict[str, Any]], Selection], seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of `choose_target`, with another row's kept rewrite in place of that share of the kept ones.
+
+    The answer is then wrong and still in the teacher's own words: final answers differ, or where there are none, the
+    texts. Rows are drawn by id and donors do not depend on the share, so that a larger share adds to a smaller one.
+    `selection` gives a row's own, by whose rule answers are compared. A row without any such donor stays as it is.
+    """
+    order = [at for at, row in enumerate(rows) if row["source"] == "rewrite"]
+    random.Random(f"donors {seed}").shuffle(order)
+    noisy = list(rows)
+    for place, at in enumerate(order):
+        row, rule = rows[at], selection(rows[at])
+        if random.Random(f"noise {seed} {row['id']}").random() >= share:
+            continue
+        for donor in (rows[other] for other in order[place + 1 :] + order[:place]):
+            agrees = rule.agrees(donor["target"], row["reference"])
+            if donor["target"] != row["target"] and not agrees:
+                noisy[at] = row | {"target": donor["target"], "reason": "noise"}
+                break
+    return noisy
