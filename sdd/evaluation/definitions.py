@@ -5,6 +5,7 @@ Reads YAML only: no function of a definition is imported, no rows are fetched, n
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -87,17 +88,32 @@ def _index(whole: bool) -> Mapping[str, Any]:
     return index
 
 
+@cache
+def _texts() -> str:
+    """All definitions, one after the other: in a second what the whole index, which parses them, takes ten for."""
+    return "\n".join(path.read_text(errors="ignore") for path in packaged().rglob("*.yaml"))
+
+
+def _unknown(name: str) -> UserError:
+    names = re.findall(r"^[ -]*(?:task|group|tag):\s*[\"']?([\w.-]+)", _texts(), re.M)
+    near = difflib.get_close_matches(name[:LONGEST_NAME], sorted(set(names)), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see: python -m lm_eval ls tasks"
+    return UserError(f"evaluation.tasks: lm-eval has no task {printable(name[:LONGEST_NAME])}; {hint}")
+
+
 def find(names: list[str]) -> list[Entry]:
     """The entries of these names. A tag, or a group without a value of its own, gives an entry per task."""
     index = _index(whole=False)
-    if not set(names) <= set(index):
+    others = [name for name in names if name not in index]
+    for name in others:
+        if name not in _texts():
+            raise _unknown(name)
+    if others:
         index = _index(whole=True)
     entries: dict[str, Entry] = {}
     for name in names:
         if name not in index:
-            near = difflib.get_close_matches(name[:LONGEST_NAME], index, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see: python -m lm_eval ls tasks"
-            raise UserError(f"evaluation.tasks: lm-eval has no task {printable(name[:LONGEST_NAME])}; {hint}")
+            raise _unknown(name)
         entries |= {entry.name: entry for entry in _entries(index, name)}
     _check_disjoint(entries)
     return list(entries.values())
