@@ -118,51 +118,52 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     else:
         _check_machine(config.trainer)
     from sdd.config.provenance import provenance
-    from sdd.recipes import Recipes
+    from sdd.stages import graph, tuned
     from sdd.store import Store
+    from sdd.study import Study
 
     root = expanded(config.paths.artifacts).absolute()
     store = Store(root, provenance(script, HydraConfig.get().overrides.task, plain(config)))
     students = composed_students(config)
-    recipes = Recipes(config, root / ".digests", [Recipes(student, root / ".digests") for student, _ in students])
-    wanted = recipes.wanted(script)
+    study = Study(config, root / ".digests", [Study(student, root / ".digests") for student, _ in students])
+    wanted = graph.wanted(study, script)
     if config.dry_run:
-        return {"dry_run": True, "plan": print_plan(wanted, recipes, store)}
+        return {"dry_run": True, "plan": print_plan(wanted, study, store)}
     if wanted is None:
-        print(recipes.model_folder, flush=True)
-        return {"stage": "model", "path": str(recipes.model_folder)}
+        print(study.models.folder, flush=True)
+        return {"stage": "model", "path": str(study.models.folder)}
     if not store.has(wanted):
         from sdd.stages import builds
 
-        recipes.read_data(recipe for recipe in wanted.walk() if not store.has(recipe))
+        graph.read_data(study, (recipe for recipe in wanted.walk() if not store.has(recipe)))
         if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
             check_tracker(config.logger)
-            for one in recipes.students or [recipes]:
+            for one in study.students or [study]:
                 _check_quantisation(one.config.adapter.quantisation)
         _use_threads(config.trainer.threads)
-        how = builds(_runtime(config, recipes, run_folder))
+        how = builds(_runtime(config, study, run_folder))
         merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
         if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
-            for student, (own, words) in zip(recipes.students, students, strict=True):
-                Store(root, provenance("train", words, plain(own))).ensure(student.tuned(), how)
+            for student, (own, words) in zip(study.students, students, strict=True):
+                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
         store.ensure(wanted, how, config.store.missing)
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
 
 
-def print_plan(wanted: Any, recipes: Any, store: Any) -> list[dict[str, Any]]:
+def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
     """The graph of artifacts, inputs first, each with whether it exists and what it takes; on stdout, as asked for."""
     if wanted is None:
         print("nothing to build: the unpruned model itself")
         return []
-    from sdd.recipes.plan import assumption, lines, planned, summary
+    from sdd.stages.dry_run import assumption, lines, planned, summary
 
-    plan = planned(wanted, recipes, store)
+    plan = planned(wanted, study, store)
     print("\n".join(lines(plan)))
     records = [one.record() for one in plan]
     log.info(summary(records))
-    log.info(assumption(recipes.config.trainer.accelerator))
+    log.info(assumption(study.config.trainer.accelerator))
     if any(one.provisional for one in plan):
         log.info("addresses with a question mark are known once the model and the data have been fetched")
     return records
@@ -204,13 +205,13 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _runtime(config: DictConfig, recipes: Any, run_folder: Path) -> Any:
+def _runtime(config: DictConfig, study: Any, run_folder: Path) -> Any:
     from sdd.stages.runtime import Runtime
 
     trainer = config.trainer
     return Runtime(
-        sources=recipes.sources,
-        texts=recipes.texts,
+        sources=study.sources,
+        texts=study.texts,
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         attention=trainer.attention,

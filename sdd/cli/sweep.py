@@ -52,7 +52,7 @@ class SweepEnd(Callback):
                 print(printable(f"  #{name} {' '.join(job['overrides'])}: {job['error']}"), file=sys.stderr)
         plans = [record for _, job in jobs for record in job.get("plan", [])]
         if plans:
-            from sdd.recipes.plan import summary
+            from sdd.stages.dry_run import summary
 
             log.info("the whole sweep: %s", summary(plans))
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]

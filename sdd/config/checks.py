@@ -13,11 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from sdd.answers import RULES
 from sdd.config.schema import plain
 from sdd.errors import UserError
+from sdd.finetuning.modes import MODES
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "repair.method": ("none", "ridge"),
-    "finetune.mode": ("self_distill", "sft", "gold", "logit_distill", "none"),
+    "finetune.mode": (*MODES, "none"),
     "finetune.precision": ("32", "bf16"),
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),

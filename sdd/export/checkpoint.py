@@ -17,17 +17,16 @@ from sdd.models.hub import HUB_ID, PAGE, explained
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.stages.student import base_folder, open_student
-from sdd.store import Store, share
+from sdd.store import STAGES, Store, share
 from sdd.untrusted import printable
 
 DTYPES = ("float32", "bfloat16", "float16")
-EXPORTED = ("pruned", "tuned", "merged")
 
 
 def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: str | None = None) -> Path:
     """Write the student into the new folder `target`; `dtype` is by default that of the base checkpoint."""
     source = store.find(address)
-    if source.parent.name not in EXPORTED:
+    if not STAGES[source.parent.name].is_model:
         raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned, tuned or merged artifact")
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; name a new folder")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sdd.errors import UserError
+from sdd.finetuning.modes import MODES
 from sdd.models.hub import PAGE, checkpoint_folder, is_hub_id
 from sdd.stages.runtime import Runtime, read_facts
 from sdd.store import Store, read_manifest
@@ -260,14 +261,6 @@ def _repaired(facts: dict[str, Any]) -> str:
     )
 
 
-TARGETS = {
-    "self_distill": "answers that the unpruned model itself rewrote (self-data distillation, arXiv 2410.09982)",
-    "sft": "the dataset's own reference answers",
-    "logit_distill": "the dataset's own reference answers, towards the teacher's probabilities of every next token",
-    "gold": "reference answers in the unpruned model's own register",
-}
-
-
 def _tuning(line: Lineage) -> str:
     if "tuned" not in line.manifests:
         if "repair" in line.read("pruned", "pruning.json"):
@@ -295,7 +288,7 @@ def _data(line: Lineage, title: str) -> str:
     counted = as_markdown(", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())))
     settings = spec["finetune"]
     lines = [
-        f"Tuned on {as_code(dataset)}: {TARGETS.get(str(mode)) or as_markdown(str(mode))}.",
+        f"Tuned on {as_code(dataset)}: {MODES[mode].words if mode in MODES else as_markdown(str(mode))}.",
         f"{rows['trained']:,} rows, {rows['target_tokens']:,} target tokens, {settings['epochs']} epochs, learning "
         f"rate {settings['learning_rate']:g}, {settings['batch_size']} rows a step, seed {spec['seed']}.",
         f"Targets of all rows by what became of them: {counted}.",

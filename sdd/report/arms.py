@@ -12,9 +12,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdd.finetuning.modes import MODES as TUNING
 from sdd.report.collect import Run
 
-MODES = ("teacher", "pruned", "sft", "logit_distill", "self_distill", "gold", "merged")
+MODES = ("teacher", "pruned", *TUNING, "merged")
 ALWAYS = ("pruning.repair", "finetune.learning_rate", "adapter.rank")
 """Settings named whenever they differ; others only where two arms would share a name."""
 COLUMNS = ("kind", "finetune", "metric", "pruning", "dataset", "merge")

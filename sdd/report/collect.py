@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.report.library import AGAIN, STAGES, Artifact, Library, read_artifact, read_json
+from sdd.report.library import AGAIN, Artifact, Library, read_artifact, read_json
+from sdd.store import STAGES
 from sdd.untrusted import check_shape
 
 NO_TEACHER = (

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.store import STAGES
 from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_rows, read_text, strict_json
 
 MAKING = ("command", "config", "commit", "seconds", "created")
-STAGES = (
-    *("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated"),
-    *("answered", "surprisals", "drafted", "shifted", "measured"),
-)
-ANALYSES = ("drafted", "shifted", "measured")
+ANALYSES = tuple(name for name, stage in STAGES.items() if stage.is_result and name != "evaluated")
 
 
 @dataclass(frozen=True)

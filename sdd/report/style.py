@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdd.finetuning.modes import MODES as TUNING
+from sdd.finetuning.modes import Style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,42 +22,21 @@ DPI = 150
 INK = "#222222"
 SOFT = "#666666"
 WHITE = "#FFFFFF"
-SOLID = "-"
-
-
-@dataclass(frozen=True)
-class Mode:
-    """`marker` and `hatch` are matplotlib's, `symbol` is Vega's for the same marker, `glyph` stands for it in text.
-
-    U+FE0E after a glyph asks for text where fonts have an emoji too.
-    """
-
-    colour: str
-    on_dark: str
-    marker: str
-    symbol: str
-    glyph: str
-    hatch: str
-    line: Any = SOLID
 
 
 _STAR = "M0,-1.1L0.26,-0.36L1.05,-0.34L0.42,0.14L0.65,0.89L0,0.44L-0.65,0.89L-0.42,0.14L-1.05,-0.34L-0.26,-0.36Z"
-_SALTIRE = "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z"
 _HEXAGON = "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z"
 MODES = {
-    "teacher": Mode("#333333", "#F0F0F0", "*", _STAR, "★", ""),
-    "pruned": Mode("#707070", "#A3A3A3", "s", "square", "■", ""),
-    "sft": Mode("#0072B2", "#56B4E9", "o", "circle", "●", "//"),
-    "logit_distill": Mode("#E69F00", "#FEBE35", "X", _SALTIRE, "✖\ufe0e", "++", (0, (8, 3))),
-    "self_distill": Mode("#D55E00", "#F5883D", "^", "triangle-up", "▲", ".."),
-    "gold": Mode("#009E73", "#77E4A3", "D", "diamond", "◆", "xx"),
-    "slerp": Mode("#620175", "#AD4AB9", "P", "cross", "✚", "\\\\", (0, (8, 2, 2, 2))),
-    "linear": Mode("#BD54F1", "#CED0FC", ">", "triangle-right", "▶\ufe0e", "||", (0, (3, 1.5))),
-    "task_arithmetic": Mode("#6A485D", "#DA1E65", "<", "triangle-left", "◀\ufe0e", "oo", (0, (8, 2, 2, 2, 2, 2))),
-    "ties": Mode("#4206D6", "#7A68FE", "h", _HEXAGON, "⬢", "OO", (0, (1, 1, 4, 1))),
+    "teacher": Style("#333333", "#F0F0F0", "*", _STAR, "★", ""),
+    "pruned": Style("#707070", "#A3A3A3", "s", "square", "■", ""),
+    **{name: mode.look for name, mode in TUNING.items()},
+    "slerp": Style("#620175", "#AD4AB9", "P", "cross", "✚", "\\\\", (0, (8, 2, 2, 2))),
+    "linear": Style("#BD54F1", "#CED0FC", ">", "triangle-right", "▶\ufe0e", "||", (0, (3, 1.5))),
+    "task_arithmetic": Style("#6A485D", "#DA1E65", "<", "triangle-left", "◀\ufe0e", "oo", (0, (8, 2, 2, 2, 2, 2))),
+    "ties": Style("#4206D6", "#7A68FE", "h", _HEXAGON, "⬢", "OO", (0, (1, 1, 4, 1))),
 }
 """By what `Arm.look` says."""
-OTHER = Mode("#56B4E9", "#337777", "v", "triangle-down", "▼", "--")
+OTHER = Style("#56B4E9", "#337777", "v", "triangle-down", "▼", "--")
 LINES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Of the second arm of a mode and those after it; the first has the mode's own."""
 TINTS = (0.0, 0.3, 0.5, 0.64)
@@ -100,7 +82,7 @@ def mixed(colour: str, other: str, share: float) -> str:
 
 def looks(modes: list[str]) -> list[Look]:
     """A look for each arm given its mode; arms of one mode differ in tint, line style and marker filling."""
-    seen: dict[Mode, int] = {}
+    seen: dict[Style, int] = {}
     found = []
     for own in (MODES.get(mode, OTHER) for mode in modes):
         turn = seen[own] = seen.get(own, -1) + 1

@@ -1,30 +1,16 @@
-"""Stages: each turns a recipe and the folders of its inputs into an artifact. `builds` is the store's table of them."""
+"""Stages, a file each: its typed spec, its recipe in a study, an estimate, and how it is built.
+
+`builds` is the store's table of how; `sdd.store.stages` is the table of what they are.
+"""
 
 import gc
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from sdd.stages.runtime import Runtime
-from sdd.store import Build, Recipe
-
-_STAGES = {
-    "scores": ("cut", False),
-    "pruned": ("cut", False),
-    "rewrites": ("rows", True),
-    "targets": ("rows", False),
-    "tuned": ("tuned", True),
-    "merged": ("merged", False),
-    "evaluated": ("evaluated", True),
-    "answered": ("answered", True),
-    "surprisals": ("shifted", False),
-    "drafted": ("drafted", False),
-    "shifted": ("shifted", False),
-    "measured": ("measured", False),
-}
-"""Stage -> (module, whether it continues from partial work)."""
+from sdd.store import STAGES, Build, Recipe
 
 
 def _release() -> None:
@@ -37,14 +23,13 @@ def _release() -> None:
 def builds(runtime: Runtime) -> dict[str, Build]:
     """How every stage is built on this machine; a stage's module is imported when it is needed."""
 
-    def lazily(stage: str, module: str) -> Callable[[Recipe, Mapping[str, Path], Path], None]:
+    def lazily(stage: str) -> Callable[[Recipe, Mapping[str, Path], Path], None]:
         def function(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-            found = getattr(import_module(f"sdd.stages.{module}"), f"build_{stage}")
             try:
-                partial(found, runtime)(recipe, inputs, folder)
+                import_module(f"sdd.stages.{stage}").build(runtime, recipe, inputs, folder)
             finally:
                 _release()
 
         return function
 
-    return {stage: Build(lazily(stage, module), resumable) for stage, (module, resumable) in _STAGES.items()}
+    return {name: Build(lazily(name), stage.resumable) for name, stage in STAGES.items()}

@@ -59,7 +59,7 @@ def find_texts(runtime: Runtime, recipe: Recipe, num_texts: int) -> None:
     """Put the calibration texts of a recipe into the runtime: embedded, from the hub, of a dataset, or of a source."""
     spec, digest = recipe.spec, recipe.spec["texts"]
     if "dataset" in spec:
-        from sdd.stages.rows import read_examples
+        from sdd.stages.datasets import read_examples
 
         runtime.texts[digest] = [conversation(e) for e in read_examples(runtime, spec["dataset"])[:num_texts]]
         return

@@ -11,19 +11,84 @@ from sdd.errors import UserError
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
 from sdd.models.chats import chat_prompt_ids
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import HFEngine, Request
-from sdd.stages.rows import CHUNK_ROWS, read_examples
+from sdd.stages.datasets import CHUNK_ROWS, read_examples
 from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
 from sdd.stages.student import open_student, trained_prompts
 from sdd.stages.tuned import split_rows
 from sdd.store import SCRATCH, Recipe
+from sdd.study import Study
 
 
-def build_answered(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+@dataclass(frozen=True)
+class Answered(Spec):
+    """`model` where the unpruned model answers, else the input `model`."""
+
+    dataset: dict[str, Any]
+    held_out: int
+    system_prompt: str | None
+    dtype: str
+    max_new_tokens: int
+    max_prompt_tokens: int
+    chat_template: str | None = None
+    model: str | None = None
+
+
+def recipe(study: Study, student: Recipe | None) -> Recipe:
+    """The answers of a student, or of the unpruned model (None)."""
+    config, models = study.config, study.models
+    if (rows := study.prompts.source.known_rows()) is not None:
+        check_held_out(study, rows)
+    spec = Answered(
+        dataset=study.prompts.spec,
+        held_out=_held_out(study),
+        system_prompt=config.dataset.system_prompt,
+        dtype=models.dtype("analysis"),
+        max_new_tokens=config.analysis.max_new_tokens,
+        max_prompt_tokens=config.engine.get("max_prompt_tokens", 1024),
+        chat_template=models.plain_template(models.digest),
+        model=models.digest if student is None else None,
+    )
+    inputs = {} if student is None else {"model": student}
+    return study.recipe("answered", spec, inputs, study.prompts.labels, study.raised_for(student, spec.dtype))
+
+
+def _held_out(study: Study) -> int:
+    """How many prompts: those that no student is trained on, or as many as are asked for."""
+    asked = study.config.analysis.num_prompts
+    return int(study.config.finetune.validation_rows if asked is None else asked)
+
+
+def check_held_out(study: Study, num_examples: int) -> None:
+    """Refuse prompts that are not there, or not held out."""
+    held_out, validation = _held_out(study), study.config.finetune.validation_rows
+    if held_out < 1:
+        raise UserError("finetune.validation_rows=0 holds no prompt out; raise it, or set analysis.prompts")
+    if held_out > num_examples:
+        raise UserError(f"analysis.num_prompts={held_out}, but the dataset has {num_examples} rows; ask for fewer")
+    if study.config.analysis.prompts is None and held_out > validation:
+        raise UserError(
+            f"analysis.num_prompts={held_out}, but finetune.validation_rows={validation} are held out; "
+            "ask for fewer, or hold out more"
+        )
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    spec = Answered.read(recipe.spec)
+    work = sizes.work(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
+    batch = sizes.config.trainer.inference_batch_size
+    return estimates.rewrites(work, spec.held_out, sizes.prompt, spec.max_new_tokens, batch)
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`answers.jsonl`: {"id", "prompt", "text", "finish", "tokens"} a held-out row; finished chunks survive a kill."""
-    spec = recipe.spec
-    rows = split_rows(read_examples(runtime, spec["dataset"]), spec["held_out"], 0, seed=0)[1]
-    engine = HFEngine(max_new_tokens=spec["max_new_tokens"], max_prompt_tokens=spec["max_prompt_tokens"])
+    spec = Answered.read(recipe.spec)
+    rows = split_rows(read_examples(runtime, spec.dataset), spec.held_out, 0, seed=0)[1]
+    engine = HFEngine(max_new_tokens=spec.max_new_tokens, max_prompt_tokens=spec.max_prompt_tokens)
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
     opened = False
@@ -34,20 +99,20 @@ def build_answered(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path],
         if paths[-1].is_file():
             continue
         if not opened:
-            source = inputs["model"] if "model" in inputs else runtime.source(spec["model"], "model")
-            model, base = open_student(source, runtime, spec["dtype"])
-            engine.take(model, checkpoints.load_tokenizer(base), spec["system_prompt"], runtime.inference_batch_size)
+            source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")
+            model, base = open_student(source, runtime, spec.dtype)
+            engine.take(model, checkpoints.load_tokenizer(base), spec.system_prompt, runtime.inference_batch_size)
             opened = True
-        said = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
+        answers = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
         write_jsonl(
             paths[-1],
             (
                 {
                     "id": row.id,
                     "prompt": row.prompt,
-                    "text": said[row.id].text,
-                    "finish": said[row.id].finish,
-                    "tokens": list(said[row.id].tokens),
+                    "text": answers[row.id].text,
+                    "finish": answers[row.id].finish,
+                    "tokens": list(answers[row.id].tokens),
                 }
                 for row in chunk
             ),
@@ -71,17 +136,17 @@ class Shown:
 
 def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown:
     """What a recipe with the inputs `model`, the student, and `answers` shows; both models in the recipe's dtype."""
-    asked, dtype = recipe.inputs["answers"].spec, recipe.spec["dtype"]
+    asked, dtype = Answered.read(recipe.inputs["answers"].spec), recipe.spec["dtype"]
     left_out = trained_prompts(inputs["model"])
     given = read_jsonl(inputs["answers"] / "answers.jsonl")
     answers = [row for row in given if row["tokens"] and row["prompt"] not in left_out]
     if not answers:
         raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
-    source = runtime.source(asked["model"], "model")
+    source = runtime.source(str(asked.model), "model")
     teacher = checkpoints.load_model(source, dtype, runtime.device, runtime.attention)
     student, base = open_student(inputs["model"], runtime, dtype)
     for model in (teacher, student):
         checkpoints.check_logits(model)
     tokenizer = checkpoints.load_tokenizer(base)
-    rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked["system_prompt"]), row["tokens"]) for row in answers]
+    rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked.system_prompt), row["tokens"]) for row in answers]
     return Shown(answers, rows, teacher, student, tokenizer)

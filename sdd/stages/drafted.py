@@ -7,7 +7,7 @@ artifact is built: another folder of artifacts takes it anew. Prompts that the s
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -16,30 +16,72 @@ from typing import Any
 from sdd.analysis import costs, speculative
 from sdd.analysis.speculative import Generated, Passes
 from sdd.models.chats import stop_ids
-from sdd.stages.answered import shown
+from sdd.planning.estimates import Estimate
+from sdd.stages import answered
+from sdd.stages.answered import Answered, shown
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
 from sdd.store import TIMINGS, Recipe
+from sdd.study import Study
 
 log = logging.getLogger(__name__)
 
 
-def build_drafted(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+@dataclass(frozen=True)
+class Drafted(Spec):
+    """Timings are taken where `repeats` is above 0."""
+
+    dtype: str
+    draft_lengths: list[int]
+    temperature: float
+    repeats: int
+    timed_lengths: list[int] | None = None
+    timed_prompts: int | None = None
+
+
+def recipe(study: Study, student: Recipe) -> Recipe:
+    settings = study.config.analysis
+    inputs = {"model": student, "answers": answered.recipe(study, None)}
+    labels = student.labels | {"prompts": inputs["answers"].labels["dataset"]}
+    spec = Drafted(
+        dtype=study.models.dtype("analysis"),
+        draft_lengths=sorted(set(settings.draft_lengths)),
+        temperature=settings.temperature,
+        repeats=settings.repeats,
+        timed_lengths=list(settings.timed_lengths) if settings.repeats else None,
+        timed_prompts=settings.timed_prompts if settings.repeats else None,
+    )
+    return study.recipe("drafted", spec, inputs, labels, study.raised_for(student, spec.dtype))
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    settings, dtype = sizes.config.analysis, Drafted.read(recipe.spec).dtype
+    asked = Answered.read(recipe.inputs["answers"].spec)
+    found = sizes.shown(dtype, 3 * asked.held_out, sizes.prompt + asked.max_new_tokens)
+    work = sizes.work(sizes.shape.blocks, dtype)
+    rounds = settings.repeats * settings.timed_prompts * 2 * (1 + len(settings.timed_lengths))
+    seconds, _ = work.generation(rounds, sizes.prompt, settings.max_new_tokens, 1) if rounds else (0.0, 0.0)
+    return Estimate(found.seconds + seconds, 2 * found.memory, found.disk)
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`drafted.json`, `prompts.jsonl` from which it can be recomputed, and `timings.json`."""
-    spec, given, batch = recipe.spec, shown(runtime, recipe, inputs), runtime.inference_batch_size
+    spec, given, batch = Drafted.read(recipe.spec), shown(runtime, recipe, inputs), runtime.inference_batch_size
     matches = speculative.greedy_matches(given.student, given.rows, batch)
-    sampled = speculative.sampling_acceptance(given.teacher, given.student, given.rows, batch, spec["temperature"])
+    sampled = speculative.sampling_acceptance(given.teacher, given.student, given.rows, batch, spec.temperature)
     records = [
-        record_of(answer, row, spec["draft_lengths"]) | {"sampling_acceptance": fmean(accepted)}
+        record_of(answer, row, spec.draft_lengths) | {"sampling_acceptance": fmean(accepted)}
         for answer, row, accepted in zip(given.answers, matches, sampled, strict=True)
     ]
     write_jsonl(folder / "prompts.jsonl", records)
     result = summary(records)
     write_json(folder / "drafted.json", result)
     log.info("accepted: %.1f%% of the unpruned model's tokens", 100 * result["acceptance_rate"])
-    if spec["repeats"]:
+    if spec.repeats:
         stops = stop_ids(given.tokenizer, given.teacher.generation_config)
-        prompts = [prompt for prompt, _ in given.rows[: spec["timed_prompts"]]]
-        longest = recipe.inputs["answers"].spec["max_new_tokens"]
+        prompts = [prompt for prompt, _ in given.rows[: spec.timed_prompts]]
+        longest = Answered.read(recipe.inputs["answers"].spec).max_new_tokens
         timings = _timings(given.teacher, given.student, prompts, stops, spec, longest, runtime.device, result)
         write_json(folder / TIMINGS, timings)
 
@@ -80,20 +122,20 @@ def _timings(
     student: Any,
     prompts: list[list[int]],
     stops: list[int],
-    spec: dict[str, Any],
+    spec: Drafted,
     new_tokens: int,
     device: str,
     result: dict[str, Any],
 ) -> dict[str, Any]:
     """Assisted against plain generation by transformers, batch 1, in turns, and what the cost model says of it."""
-    lengths, repeats, opened = spec["timed_lengths"], spec["repeats"], {"teacher": teacher, "student": student}
+    lengths, repeats, opened = spec.timed_lengths or [], spec.repeats, {"teacher": teacher, "student": student}
     ways: list[int | None] = [None, *lengths]
     runs: dict[tuple[str, int | None], list[list[Generated]]] = {}
     for repeat in range(repeats + 1):  # the first round, of one prompt, warms up
         for number, prompt in enumerate(prompts if repeat else prompts[:1]):
             for kind, way in product(("greedy", "sampling"), ways):
                 draft = None if way is None else (student, way)
-                sampled = (spec["temperature"], number) if kind == "sampling" else None
+                sampled = (spec.temperature, number) if kind == "sampling" else None
                 one = speculative.generate(teacher, prompt, stops, new_tokens, draft, sampled)
                 if repeat:
                     runs.setdefault((kind, way), [[] for _ in range(repeats)])[repeat - 1].append(one)
@@ -114,7 +156,7 @@ def _timings(
             "verification_in_steps": verification,
         }
     return {
-        "machine": costs.machine(device, spec["dtype"]),
+        "machine": costs.machine(device, spec.dtype),
         "prompts": len(prompts),
         "context": context,
         "step_seconds": {name: seconds[name] for name in ("teacher", "student")},

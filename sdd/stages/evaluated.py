@@ -5,9 +5,11 @@ every task left.
 """
 
 import dataclasses
+import importlib.metadata
 import logging
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,147 @@ from tqdm import tqdm
 
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
+from sdd.evaluation.suites import SUITES
 from sdd.evaluation.tiny import suite_tasks
 from sdd.models import checkpoints
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
 from sdd.stages.student import open_student
 from sdd.store import SCRATCH, Recipe, digest_of
+from sdd.study import Study
 
 log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
 
-def build_evaluated(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+@dataclass(frozen=True)
+class Embedded(Spec):
+    """The embedded suite's tasks by digest; `model` where the unpruned model is evaluated, else the input `model`."""
+
+    suite: str
+    tasks: dict[str, str]
+    split: str
+    seed: int
+    limit: int | None
+    chat_template: Any
+    system_prompt: str | None
+    dtype: str
+    max_new_tokens: int | None
+    lm_eval: str
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Stock(Spec):
+    """lm-eval's tasks by digest, as they were `asked` for, and their rows: files by digest, or commits of the hub."""
+
+    suite: str
+    tasks: dict[str, str]
+    data: dict[str, Any]
+    asked: list[str]
+    num_fewshot: int | None
+    limit: int | None
+    chat_template: Any
+    system_prompt: str | None
+    dtype: str
+    max_new_tokens: int | None
+    lm_eval: str
+    model: str | None = None
+
+
+def read_spec(recipe: Recipe) -> Embedded | Stock:
+    return Embedded.read(recipe.spec) if recipe.spec.get("suite") == "tiny" else Stock.read(recipe.spec)
+
+
+# ---- what is asked for --------------------------------------------------------------------------------------------
+
+
+def recipe(study: Study, student: Recipe | None) -> Recipe:
+    """`student` is what is evaluated, None for the unpruned model."""
+    settings, models = study.config.evaluation, study.models
+    template = models.plain_template(models.digest) if settings.chat_template else None
+    shared = {
+        "suite": settings.suite,
+        "limit": settings.limit,
+        "chat_template": template or settings.chat_template,
+        "system_prompt": settings.system_prompt,
+        "dtype": models.dtype("evaluation"),
+        "max_new_tokens": settings.max_new_tokens,
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        "model": models.digest if student is None else None,
+    }
+    tasks = _embedded_tasks(study) if settings.suite == "tiny" else _stock_tasks(study)
+    spec = (Embedded if settings.suite == "tiny" else Stock)(**shared, **tasks)
+    inputs, labels = ({}, {}) if student is None else ({"model": student}, student.labels)
+    return study.recipe("evaluated", spec, inputs, labels, study.raised_for(student, spec.dtype))
+
+
+def _embedded_tasks(study: Study) -> dict[str, Any]:
+    settings = study.config.evaluation
+    for key in ("data_dir", "num_fewshot"):
+        if settings[key] is not None:
+            raise UserError(f"evaluation.{key} belongs to lm-eval's tasks; leave it out with evaluation=tiny")
+    if settings.max_new_tokens is None:
+        raise UserError("evaluation.max_new_tokens=null, but the embedded tasks set no limit; give a number")
+    names = None if settings.tasks is None else list(settings.tasks)
+    tasks = suite_tasks(settings.suite, names, settings.split, settings.seed, settings.limit)
+    digests = {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()}
+    return {"tasks": digests, "split": settings.split, "seed": settings.seed}
+
+
+def benchmark_of(settings: Any) -> Benchmark:
+    """lm-eval's tasks that the evaluation's node asks for."""
+    names = None if settings.tasks is None else list(settings.tasks)
+    return Benchmark(settings.suite, names, settings.num_fewshot)
+
+
+def check_rows(study: Study) -> None:
+    """Read every row that lm-eval's tasks ask for, from the hub where no files are given."""
+    benchmark = benchmark_of(study.config.evaluation)
+    data, files = benchmark.data(study.config.evaluation.data_dir, study.digest_memory)
+    benchmark.check({name: files[digest] for name, digest in data["files"].items()} if files else None)
+
+
+def _stock_tasks(study: Study) -> dict[str, Any]:
+    settings = study.config.evaluation
+    if settings.suite not in SUITES:
+        raise UserError(f"evaluation.suite={settings.suite} is unknown; choose one of tiny, {', '.join(SUITES)}")
+    if settings.split is not None:
+        what = f"evaluation.split={settings.split}"
+        raise UserError(f"{what}, but lm-eval's tasks name their own split; set evaluation.split=null")
+    benchmark = benchmark_of(settings)
+    data, files = benchmark.data(settings.data_dir, study.digest_memory)
+    study.sources |= files
+    asked = {"asked": benchmark.names, "num_fewshot": settings.num_fewshot}
+    return {"tasks": benchmark.digests(), "data": data, **asked}
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    settings, spec = sizes.config.evaluation, read_spec(recipe)
+    work = sizes.student(spec.dtype) if "model" in recipe.inputs else sizes.work(sizes.shape.blocks, spec.dtype)
+    if isinstance(spec, Embedded):
+        tasks = [estimates.EMBEDDED_TASK] * len(spec.tasks)
+    else:
+        tasks = estimates.tasks_of(benchmark_of(settings).sizes())
+    return estimates.evaluated(work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`samples/<task>.jsonl` and `results.json`, every value of which can be recomputed from the samples."""
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
-    plan = _embedded if recipe.spec["suite"] == "tiny" else _stock
-    results, records = plan(runtime, recipe, inputs, scratch)
+    spec = read_spec(recipe)
+    if isinstance(spec, Embedded):
+        results, records = _embedded(runtime, spec, inputs, scratch)
+    else:
+        results, records = _stock(runtime, spec, inputs, scratch)
     (folder / "samples").mkdir(exist_ok=True)
     for name, rows in records.items():
         write_jsonl(folder / "samples" / f"{name}.jsonl", rows)
@@ -42,7 +168,7 @@ def build_evaluated(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]
         {
             "model": {"kind": upstream.stage, "address": upstream.address}
             if upstream
-            else {"kind": "teacher", "digest": recipe.spec["model"]},
+            else {"kind": "teacher", "digest": spec.model},
             "tasks": scored,
             "average": statistics.fmean(result["value"] for result in scored.values()) if scored else None,
             **{key: value for key, value in results.items() if key != "tasks"},
@@ -50,14 +176,14 @@ def build_evaluated(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]
     )
 
 
-def _harness(runtime: Runtime, spec: dict[str, Any], inputs: Mapping[str, Path]) -> Any:
+def _harness(runtime: Runtime, spec: Embedded | Stock, inputs: Mapping[str, Path]) -> Any:
     from sdd.evaluation.harness import Harness
 
-    source = inputs["model"] if "model" in inputs else runtime.source(spec["model"], "model")
-    model, tokenizer_folder = open_student(source, runtime, spec["dtype"])
+    source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")
+    model, tokenizer_folder = open_student(source, runtime, spec.dtype)
     tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
-    limits = runtime.evaluation_batch_size, spec["max_new_tokens"]
-    return Harness(model, tokenizer, *limits, spec["system_prompt"], spec["chat_template"])
+    limits = runtime.evaluation_batch_size, spec.max_new_tokens
+    return Harness(model, tokenizer, *limits, spec.system_prompt, spec.chat_template)
 
 
 def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harness: Callable[[], Any]) -> None:
@@ -71,12 +197,11 @@ def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harn
 
 
 def _embedded(
-    runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], scratch: Path
+    runtime: Runtime, spec: Embedded, inputs: Mapping[str, Path], scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Rows]]:
     from sdd.evaluation.harness import summary
 
-    spec = recipe.spec
-    tasks = suite_tasks(spec["suite"], list(spec["tasks"]), spec["split"], spec["seed"], spec["limit"])
+    tasks = suite_tasks(spec.suite, list(spec.tasks), spec.split, spec.seed, spec.limit)
     _check_digests(spec, {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()})
     _each(scratch, list(tasks), lambda harness, name: harness.run(tasks[name]), lambda: _harness(runtime, spec, inputs))
     records = {name: list(read_jsonl(scratch / f"{name}.jsonl")) for name in tasks}
@@ -86,15 +211,14 @@ def _embedded(
 
 
 def _stock(
-    runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], scratch: Path
+    runtime: Runtime, spec: Stock, inputs: Mapping[str, Path], scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Rows]]:
     """lm-eval's tasks. All rows are loaded before the model, so that a missing network or field costs no time."""
-    spec = recipe.spec
-    benchmark = Benchmark(spec["suite"], spec["asked"], spec["num_fewshot"])
+    benchmark = Benchmark(spec.suite, spec.asked, spec.num_fewshot)
     _check_digests(spec, benchmark.digests())
     files = None
-    if "files" in spec["data"]:
-        files = {name: runtime.source(digest, f"task file {name}") for name, digest in spec["data"]["files"].items()}
+    if "files" in spec.data:
+        files = {name: runtime.source(digest, f"task file {name}") for name, digest in spec.data["files"].items()}
     names = [task.name for task in benchmark.tasks]
     built = {name: benchmark.build(name, files) for name in names if not (scratch / f"{name}.jsonl").is_file()}
 
@@ -105,7 +229,7 @@ def _stock(
         return harness
 
     def run(harness: Any, name: str) -> Rows:
-        outcome = harness.run_stock(name, built.pop(name), spec["limit"])
+        outcome = harness.run_stock(name, built.pop(name), spec.limit)
         return [{"values": outcome.values, "counts": outcome.counts}, *outcome.records]
 
     _each(scratch, names, run, opened)
@@ -117,7 +241,7 @@ def _stock(
     return {"tasks": counted, "beside": beside}, records
 
 
-def _check_digests(spec: dict[str, Any], found: dict[str, str]) -> None:
-    for name, digest in spec["tasks"].items():
+def _check_digests(spec: Embedded | Stock, found: dict[str, str]) -> None:
+    for name, digest in spec.tasks.items():
         if found.get(name) != digest:
             raise UserError(f"task {name} differs from the one that this recipe names; use the version that made it")

@@ -5,37 +5,70 @@ one run and in turns; it names that machine, is no content of the recipe, and is
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdd.analysis import costs
 from sdd.models import checkpoints
+from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
 from sdd.stages.student import checkpoint_of, open_student
 from sdd.store import TIMINGS, Recipe
+from sdd.study import Study
 
 
-def build_measured(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+@dataclass(frozen=True)
+class Measured(Spec):
+    dtype: str
+    model: str
+    context: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
+
+
+def recipe(study: Study, student: Recipe) -> Recipe:
+    settings = study.config.analysis
+    own = {key: settings[key] for key in ("context", "prompt_tokens", "new_tokens", "batch_size", "repeats")}
+    spec = Measured(study.models.dtype("analysis"), study.models.digest, **own)
+    return study.recipe("measured", spec, {"model": student}, student.labels)
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    spec = Measured.read(recipe.spec)
+    work = sizes.work(sizes.shape.blocks, spec.dtype)
+    lengths = spec.prompt_tokens, spec.new_tokens
+    spent = [work.generation(batch, *lengths, batch) for batch in (1, spec.batch_size)]
+    seconds = 2 * (spec.repeats + 1) * sum(each for each, _ in spent)
+    return Estimate(2 * work.opening + seconds, 2 * work.weights + 2 * max(held for _, held in spent), 1e4)
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`costs.json` and `timings.json`, each of both models."""
-    spec = recipe.spec
-    folders = {"teacher": runtime.source(spec["model"], "model"), "student": checkpoint_of(inputs["model"], runtime)}
-    found = {name: costs.counted(each, spec["context"], spec["dtype"]) for name, each in folders.items()}
+    spec = Measured.read(recipe.spec)
+    folders = {"teacher": runtime.source(spec.model, "model"), "student": checkpoint_of(inputs["model"], runtime)}
+    found = {name: costs.counted(each, spec.context, spec.dtype) for name, each in folders.items()}
     adapter = inputs["model"] / "adapter" / "adapter_model.safetensors"
     write_json(
         folder / "costs.json",
         {
-            **{key: spec[key] for key in ("dtype", "context")},
+            "dtype": spec.dtype,
+            "context": spec.context,
             **found,
             "adapter_bytes": adapter.stat().st_size if adapter.is_file() else 0,
             "saved": costs.saved(found["teacher"], found["student"]),
         },
     )
-    if not spec["repeats"]:
+    if not spec.repeats:
         return
     opened = {
-        "teacher": checkpoints.load_model(folders["teacher"], spec["dtype"], runtime.device, runtime.attention),
-        "student": open_student(inputs["model"], runtime, spec["dtype"])[0],
+        "teacher": checkpoints.load_model(folders["teacher"], spec.dtype, runtime.device, runtime.attention),
+        "student": open_student(inputs["model"], runtime, spec.dtype)[0],
     }
-    counts = spec["prompt_tokens"], spec["new_tokens"], spec["batch_size"], spec["repeats"]
+    counts = spec.prompt_tokens, spec.new_tokens, spec.batch_size, spec.repeats
     timings = costs.measured(opened, *counts, runtime.device)
-    how = {key: spec[key] for key in ("prompt_tokens", "new_tokens", "batch_size")}
-    write_json(folder / TIMINGS, {"machine": costs.machine(runtime.device, spec["dtype"]), **how, **timings})
+    how = {key: getattr(spec, key) for key in ("prompt_tokens", "new_tokens", "batch_size")}
+    write_json(folder / TIMINGS, {"machine": costs.machine(runtime.device, spec.dtype), **how, **timings})

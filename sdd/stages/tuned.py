@@ -7,21 +7,225 @@ import random
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sdd.config.allowed import build
+from sdd.config import plain
+from sdd.config.allowed import build as build_part
+from sdd.data import Example
 from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, save_student
+from sdd.finetuning.modes import MODES
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate, Training
+from sdd.planning.work import BYTES, Work, shape_of
+from sdd.pruning.depth import matrices
+from sdd.stages import pruned, targets
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime, read_jsonl, write_json
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
+from sdd.study import Study
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Tuned(Spec):
+    """`model` where nothing was pruned, else the input `pruned`; `distillation` where a teacher's probabilities are
+    learned; `micro_batch_tokens` where dropout's draws follow the passes."""
+
+    adapter: dict[str, Any]
+    base_quantisation: str | None
+    precision: str
+    finetune: dict[str, Any]
+    system_prompt: str | None
+    seed: int
+    chat_template: str | None = None
+    distillation: dict[str, Any] | None = None
+    micro_batch_tokens: int | None = None
+    model: str | None = None
+
+
+# ---- what is asked for --------------------------------------------------------------------------------------------
+
+
+def recipe(study: Study) -> Recipe:
+    config, models = study.config, study.models
+    finetune = config.finetune
+    if (rows := study.rows.source.known_rows()) is not None:
+        check_rows(study, rows)
+    _check_adapter(study)
+    settings = plain(finetune)
+    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "temperature", "precision"):
+        settings.pop(key)
+    distillation = None
+    if finetune.mode in MODES and MODES[finetune.mode].is_distilled:
+        distillation = {"teacher": models.teacher_digest, "dtype": config.model.dtype}
+        distillation |= {"temperature": finetune.temperature, "ce_share": finetune.ce_share}
+    adapter = _adapter_spec(study)
+    inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
+    spec = Tuned(
+        adapter=adapter,
+        base_quantisation=config.adapter.quantisation,
+        precision=finetune.precision,
+        finetune=settings,
+        system_prompt=config.dataset.system_prompt,
+        seed=config.seed,
+        chat_template=models.plain_template(models.digest),
+        distillation=distillation,
+        micro_batch_tokens=config.trainer.micro_batch_tokens if adapter.get("dropout", 0) > 0 else None,
+        model=models.digest if cut is None else None,
+    )
+    return study.recipe("tuned", spec, inputs if cut is None else inputs | {"pruned": cut}, study.rows.labels)
+
+
+def _adapter_spec(study: Study) -> dict[str, Any]:
+    """What of the adapter's settings counts; LoRA on all blocks is named by its own four."""
+    adapter = study.config.adapter
+    if adapter.method != "lora":
+        return {"method": adapter.method}
+    spec = {key: adapter[key] for key in ("rank", "alpha", "dropout")} | {"targets": list(adapter.targets)}
+    return spec if adapter.scope == "all" else spec | {"scope": adapter.scope, "blocks": adapter.blocks}
+
+
+def check_rows(study: Study, num_examples: int) -> None:
+    """Refuse a split that the dataset is too small for."""
+    finetune = study.config.finetune
+    rows = num_examples - finetune.validation_rows
+    if rows < 1:
+        raise UserError(
+            f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
+            f"the dataset has {num_examples} rows"
+        )
+    if finetune.num_rows is not None and finetune.num_rows > rows:
+        raise UserError(
+            f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
+            f"{finetune.validation_rows} for validation; raise dataset.num_rows"
+        )
+
+
+def check_lengths(study: Study, examples: list[Example]) -> None:
+    """Refuse a limit that is below every row; of rows that wait for a rewrite, below every prompt."""
+    finetune, system_prompt = study.config.finetune, study.config.dataset.system_prompt
+    tokenizer = checkpoints.load_tokenizer(study.models.folder)
+    shortest = None
+    for example in examples:
+        target = {"self_distill": "", "gold": example.gold}.get(finetune.mode, example.reference) or ""
+        length = len(training_ids(tokenizer, example.prompt, target, system_prompt)[0])
+        if length <= finetune.max_length:
+            return
+        shortest = length if shortest is None else min(shortest, length)
+    raise UserError(
+        f"finetune.max_length={finetune.max_length} is shorter than every row of the dataset; the shortest has "
+        f"{shortest} tokens{' without its answer' if finetune.mode == 'self_distill' else ''}, raise it"
+    )
+
+
+def check_vocabulary(study: Study) -> None:
+    """Refuse a teacher whose probabilities are not over the student's own tokens."""
+    if study.models.teacher_digest == study.models.digest:
+        return
+    model, teacher = study.models.folder, study.sources[study.models.teacher_digest]
+    sizes = [checkpoints.read_config(folder)["vocab_size"] for folder in (teacher, model)]
+    same = sizes[0] == sizes[1]
+    if not same or checkpoints.load_tokenizer(teacher).get_vocab() != checkpoints.load_tokenizer(model).get_vocab():
+        what = f"{sizes[0]} tokens and the model's {sizes[1]}" if not same else "other tokens than the model's"
+        raise UserError(
+            f"teacher.path={study.config.teacher.path}: its vocabulary has {what}, and logit distillation compares "
+            "token by token; choose a teacher of the same family, or finetune=self_distill"
+        )
+
+
+def _check_adapter(study: Study) -> None:
+    adapter, pruning = study.config.adapter, study.config.pruning
+    if adapter.method != "lora":
+        return
+    removed = study.blocks_removed
+    if adapter.scope == "beside_cut" and not removed and pruning.ratio is not None:
+        raise UserError(
+            f"adapter.scope=beside_cut needs removed blocks, but pruning.ratio={pruning.ratio:g} narrows every "
+            "block alike; choose adapter=lora, or remove blocks too: pruning.size=2"
+        )
+    if adapter.scope == "beside_cut" and not removed:
+        raise UserError("adapter.scope=beside_cut needs a cut; choose another adapter, or add for example pruning=n2")
+    if adapter.scope == "last" and adapter.blocks > study.models.num_blocks - removed:
+        raise UserError(
+            f"adapter.blocks={adapter.blocks} is more than the student's {study.models.num_blocks - removed} blocks"
+        )
+    targets = list(adapter.targets)
+    if targets == ["all-linear"]:
+        return
+    names: set[str] = study.models.known(lambda: matrices(study.models.folder), set())
+    for target in targets:
+        if names and not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rsplit(".", 1)[1] for name in names if ".layers." in name})
+            raise UserError(
+                f"adapter.targets: no linear layer {target}; choose [all-linear] or from {', '.join(known)}"
+            )
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
+    left = max(1, sizes.rows - finetune.validation_rows)
+    rows = finetune.epochs * min(finetune.num_rows or left, left)
+    length = min(sizes.prompt + sizes.answer, finetune.max_length)
+    work, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
+    teacher = _teacher(sizes, spec)
+    return estimates.tuned(work, training(sizes), rows, length, finetune.batch_size, micro, teacher)
+
+
+def _teacher(sizes: Sizes, spec: Tuned) -> Work | None:
+    """Work on the teacher beside a student; one that is not here yet counts as the model itself."""
+    if spec.distillation is None:
+        return None
+    folder = sizes.sources.get(spec.distillation["teacher"])
+    shape = sizes.shape if folder is None else shape_of(checkpoints.read_config(folder))
+    return Work(shape, shape.blocks, BYTES[spec.distillation["dtype"]], sizes.device)
+
+
+def training(sizes: Sizes) -> Training:
+    """What the adapter trains of the student."""
+    adapter, recomputed = sizes.config.adapter, sizes.config.trainer.gradient_checkpointing
+    if adapter.method == "full":
+        return Training(sizes.cut.parameters(sizes.kept), whole=True, recomputed=recomputed)
+    if adapter.method == "head_and_norms":
+        return Training(estimates.head_and_norms_parameters(sizes.cut, sizes.kept), recomputed=recomputed)
+    blocks, reach = _adapted_blocks(sizes)
+    trained = estimates.adapter_parameters(sizes.cut, blocks, adapter.rank, list(adapter.targets))
+    return Training(trained, reach, four_bit=adapter.quantisation is not None, recomputed=recomputed)
+
+
+def _adapted_blocks(sizes: Sizes) -> tuple[int, int]:
+    """(blocks with LoRA, blocks from the last down to the first of them).
+
+    Where the cut is not known before it is made, it counts as one gap above the first blocks: the most that it
+    can take.
+    """
+    adapter, pruning = sizes.config.adapter, sizes.config.pruning
+    if adapter.scope == "all":
+        return sizes.kept, sizes.kept
+    if adapter.scope == "last":
+        return adapter.blocks, adapter.blocks
+    removed = pruning.blocks
+    if removed is None and pruning.start is not None:
+        removed = range(pruning.start, pruning.start + pruning.size)
+    if removed is None:
+        return min(2 * adapter.blocks, sizes.kept), sizes.kept
+    kept = [block for block in range(sizes.shape.blocks) if block not in removed]
+    places = beside_cut(kept, list(removed), adapter.blocks)
+    return len(places), sizes.kept - places[0]
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
 
 
 def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed: int) -> tuple[list[Any], list[Any]]:
@@ -33,29 +237,33 @@ def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed
     return [rows[i] for i in rest[:num_rows]], [rows[i] for i in validation]
 
 
-def tokenized(tokenizer: Any, rows: list[dict[str, Any]], spec: dict[str, Any]) -> tuple[list[Any], int]:
+def tokenized(
+    tokenizer: Any, rows: list[dict[str, Any]], system_prompt: str | None, max_length: int
+) -> tuple[list[Any], int]:
     """Training rows as token ids, and how many were over `max_length`."""
     from sdd.finetuning.module import TrainingRow
 
     kept = []
     for row in rows:
-        ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], spec["system_prompt"])
-        if len(ids) <= spec["finetune"]["max_length"]:
+        ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], system_prompt)
+        if len(ids) <= max_length:
             kept.append(TrainingRow(ids, prompt_length))
     return kept, len(rows) - len(kept)
 
 
-def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`adapter/` (or `checkpoint/`, where all is trained), `history.csv`, `learning_curve.png` and `rows.json`."""
     import torch
 
-    spec, settings = recipe.spec, recipe.spec["finetune"]
-    base = inputs["pruned"] if "pruned" in inputs else runtime.source(spec["model"], "model")
+    spec = Tuned.read(recipe.spec)
+    settings = spec.finetune
+    base = inputs["pruned"] if "pruned" in inputs else runtime.source(str(spec.model), "model")
     tokenizer = checkpoints.load_tokenizer(base)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
-    drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec["seed"])
-    training, too_long = tokenized(tokenizer, drawn, spec)
-    validation, held_out_too_long = tokenized(tokenizer, held_out, spec)
+    drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec.seed)
+    shown = spec.system_prompt, settings["max_length"]
+    training, too_long = tokenized(tokenizer, drawn, *shown)
+    validation, held_out_too_long = tokenized(tokenizer, held_out, *shown)
     if not training:
         raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
     if too_long:
@@ -63,16 +271,16 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     if held_out_too_long:
         said = "%d of %d validation rows are over finetune.max_length and left out"
         log.warning(said, held_out_too_long, len(held_out))
-    torch.manual_seed(spec["seed"])
-    adapter = spec["adapter"]
-    dtype = "float32" if adapter.get("method") == "full" else _dtype(spec)
-    model = checkpoints.load_model(base, dtype, runtime.device, runtime.attention, spec["base_quantisation"])
+    torch.manual_seed(spec.seed)
+    adapter = spec.adapter
+    dtype = "float32" if adapter.get("method") == "full" else PRECISIONS[spec.precision]
+    model = checkpoints.load_model(base, dtype, runtime.device, runtime.attention, spec.base_quantisation)
     checkpoints.check_logits(model)
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         checkpoints.recompute_activations(model)
     loss = _loss(spec, runtime)
-    base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec['model']}"
+    base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
     save_student(student, folder, base, base_name)
     with (folder / "history.csv").open("w", newline="") as file:
@@ -93,17 +301,13 @@ def build_tuned(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], fo
     )
 
 
-def _dtype(spec: dict[str, Any]) -> str:
-    return {"32": "float32", "bf16": "bfloat16"}[spec["precision"]]
-
-
-def _loss(spec: dict[str, Any], runtime: Runtime) -> Any:
+def _loss(spec: Tuned, runtime: Runtime) -> Any:
     """Cross-entropy on the targets, or with a teacher beside the student, its distribution at every target token."""
     from sdd.finetuning.module import LogitDistillation, loss_sum
 
-    if "distillation" not in spec:
+    if spec.distillation is None:
         return loss_sum
-    settings = spec["distillation"]
+    settings = spec.distillation
     folder = runtime.source(settings["teacher"], "teacher")
     teacher = checkpoints.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
     checkpoints.check_logits(teacher)
@@ -162,7 +366,8 @@ def _fit(
 
     from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
 
-    settings, seed = recipe.spec["finetune"], recipe.spec["seed"]
+    spec = Tuned.read(recipe.spec)
+    settings, seed = spec.finetune, spec.seed
     plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)
     optimisation = Optimisation(
         settings["learning_rate"],
@@ -199,7 +404,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
-            precision={"32": "32-true", "bf16": "bf16-mixed"}[recipe.spec["precision"]],  # type: ignore[arg-type]
+            precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),
             max_epochs=-1,
             logger=_logger(recipe, runtime),
@@ -234,7 +439,7 @@ def _logger(recipe: Recipe, runtime: Runtime) -> Any:
     mode = recipe.inputs["targets"].spec["mode"]
     name = f"{mode}-{recipe.labels.get('dataset', '')}-{recipe.spec['seed']}"
     config = {"stage": recipe.stage, "address": recipe.address, "spec": recipe.spec}
-    return build(runtime.logger, id=recipe.address, name=name, save_dir=str(runtime.run_folder), config=config)
+    return build_part(runtime.logger, id=recipe.address, name=name, save_dir=str(runtime.run_folder), config=config)
 
 
 def _finish_logger(logger: Any) -> None:

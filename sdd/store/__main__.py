@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store.store import MANIFEST, RESULTS, Store, files_of, is_place
+from sdd.store.stages import STAGES
+from sdd.store.store import MANIFEST, Store, files_of, is_place
 from sdd.untrusted import printable
 
 MOST_COMPARED = 1_000
@@ -77,7 +78,7 @@ def unneeded(store: Store) -> list[Path]:
     """Complete artifacts that no result (evaluated, drafted, ...) stands on."""
     manifests = {manifest["address"]: manifest for manifest in store.manifests()}
     needed: set[str] = set()
-    queue = [address for address, manifest in manifests.items() if manifest["stage"] in RESULTS]
+    queue = [address for address, manifest in manifests.items() if STAGES[manifest["stage"]].is_result]
     while queue:
         address = queue.pop()
         if address not in needed:

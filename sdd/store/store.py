@@ -26,16 +26,11 @@ from filelock import FileLock, Timeout
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
 from sdd.store.recipe import Recipe, address_of
+from sdd.store.stages import STAGES
 from sdd.untrusted import ANY, check_inside, check_regular, check_shape, printable, read_json
 
 log = logging.getLogger(__name__)
 
-STAGES = (
-    *("scores", "pruned", "rewrites", "targets", "tuned", "merged", "evaluated"),
-    *("answered", "surprisals", "drafted", "shifted", "measured"),
-)
-RESULTS = ("evaluated", "drafted", "shifted", "measured")
-"""Stages whose artifacts are asked for in themselves; others are kept for these."""
 TIMINGS = "timings.json"
 """File of an artifact that says what the machine took that built it: no content of the recipe."""
 SCRATCH = "scratch"
@@ -102,12 +97,9 @@ class Store:
         inputs = {}
         for name, upstream in recipe.inputs.items():
             if missing == "raise" and not self.has(upstream):
-                script = {"scores": "prune.py", "pruned": "prune.py", "rewrites": "generate.py"}
-                script |= {"targets": "generate.py", "tuned": "train.py", "merged": "train.py"}
-                script |= {"answered": "evaluate.py", "surprisals": "evaluate.py"}
                 raise UserError(
                     f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
-                    f"build it with: python {script[upstream.stage]} and the same settings"
+                    f"build it with: python {STAGES[upstream.stage].script}.py and the same settings"
                 )
             inputs[name] = self.ensure(upstream, builds, missing)
         partial = self.root / ".partial" / recipe.stage / recipe.address

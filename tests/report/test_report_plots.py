@@ -5,13 +5,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from sdd.finetuning.modes import SOLID
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.library import Library, find_evaluated
 from sdd.report.page.marks import DARK_GROUND
 from sdd.report.plots import read_history
 from sdd.report.selection import MOST, MOST_PER_MODE, labels, pick
-from sdd.report.style import LINES, MODES, OTHER, SOLID, WHITE, looks
+from sdd.report.style import LINES, MODES, OTHER, WHITE, looks
 
 
 @pytest.fixture

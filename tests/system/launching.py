@@ -201,7 +201,7 @@ def _hold_in(stage: str) -> None:
     from pytorch_lightning.plugins.io import TorchCheckpointIO
 
     from sdd.finetuning import module
-    from sdd.stages import cut, evaluated, rows
+    from sdd.stages import evaluated, pruned, rewrites, scores, targets
 
     def wait() -> None:
         Path(f"holding-{stage}").touch()
@@ -233,10 +233,10 @@ def _hold_in(stage: str) -> None:
 
     places = {
         "checkpoint": lambda: wait_within_checkpoint(3),
-        "scores": lambda: wait_before(cut, "heat_map"),
-        "pruned": lambda: wait_before(cut, "write_json"),
-        "rewrites": lambda: wait_before(rows, "write_jsonl", times=2),
-        "targets": lambda: wait_before(rows, "write_json"),
+        "scores": lambda: wait_before(scores, "heat_map"),
+        "pruned": lambda: wait_before(pruned, "write_json"),
+        "rewrites": lambda: wait_before(rewrites, "write_jsonl", times=2),
+        "targets": lambda: wait_before(targets, "write_json"),
         "tuned": lambda: wait_before(module.StudentModule, "_record", times=4),
         "evaluated": lambda: wait_before(evaluated, "write_jsonl", times=2),
     }

@@ -11,7 +11,8 @@ from launching import run
 from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.app import config_folder
-from sdd.recipes import Recipes
+from sdd.stages import graph
+from sdd.study import Study
 
 FOLLOWS = {
     "scores": {"pruned", "tuned", "evaluated"},
@@ -38,7 +39,7 @@ def addresses(composed: Callable[..., DictConfig], tmp_path_factory: pytest.Temp
             config = composed(*groups)
             for name, value in (values or {}).items():
                 OmegaConf.update(config, name, value, force_add=True)
-            wanted = Recipes(config, memory).wanted("evaluate")
+            wanted = graph.wanted(Study(config, memory), "evaluate")
             assert wanted is not None
             known[key] = {recipe.stage: recipe.address for recipe in wanted.walk()}
         return known[key]
@@ -273,7 +274,7 @@ def test_renamed_option_is_the_same_work(small: list[str], tmp_path: Path) -> No
 
 
 def graph(config: DictConfig, memory: Path) -> list[Any]:
-    wanted = Recipes(config, memory).wanted("prune")
+    wanted = graph.wanted(Study(config, memory), "prune")
     assert wanted is not None
     return list(wanted.walk())
 
@@ -382,7 +383,7 @@ def test_teacher_is_in_the_key_of_the_rewrites_alone(addresses: Addresses, moved
 
 def test_what_is_off_adds_nothing_to_a_key(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     """Shares of nothing and the settings of another arm: addresses made before they existed are still good."""
-    wanted = Recipes(composed(), tmp_path).wanted("evaluate")
+    wanted = graph.wanted(Study(composed(), tmp_path), "evaluate")
     assert wanted is not None
     by_stage = {recipe.stage: recipe.spec for recipe in wanted.walk()}
     assert set(by_stage["targets"]) == {"mode", "rule", "leak_phrases", "select", "gold_share"}

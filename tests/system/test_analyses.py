@@ -10,9 +10,10 @@ from launching import run
 from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.app import config_folder
-from sdd.recipes import Recipes
+from sdd.stages import graph
 from sdd.stages.__main__ import main as stages
 from sdd.store import Recipe
+from sdd.study import Study
 
 QUICK = ["analysis.max_new_tokens=6", "analysis.repeats=1", "analysis.timed_prompts=1", "analysis.timed_lengths=[2]"]
 QUICK += ["analysis.context=16", "analysis.prompt_tokens=8", "analysis.new_tokens=2", "analysis.batch_size=2"]
@@ -104,7 +105,7 @@ def addresses(composed: Callable[..., DictConfig], tmp_path_factory: pytest.Temp
         config = composed(*groups)
         for name, value in values.items():
             OmegaConf.update(config, f"analysis.{name}", value, force_add=True)
-        wanted = Recipes(config, memory).wanted("evaluate")
+        wanted = graph.wanted(Study(config, memory), "evaluate")
         assert wanted is not None
         return {named(recipe): recipe.address for recipe in wanted.walk()}
 

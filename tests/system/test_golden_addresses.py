@@ -23,7 +23,8 @@ from test_addresses import IN_KEY, NOT_IN_KEY
 
 from sdd.cli.app import config_folder
 from sdd.errors import UserError
-from sdd.recipes import Recipes
+from sdd.stages import graph
+from sdd.study import Study
 
 GOLDEN = Path(__file__).parent / "golden" / "addresses.json"
 NEEDED = {
@@ -68,11 +69,11 @@ def settings() -> Iterator[tuple[str, list[str], dict[str, Any]]]:
         yield f"{groups} {shared} {key}={plain}", groups, {**shared, key: value}
 
 
-def walked(config: Any, memory: Path, students: list[Recipes]) -> list[str]:
+def walked(config: Any, memory: Path, students: list[Study]) -> list[str]:
     """The artifacts of the study, inputs first, as stage/address; the refusal where there is none."""
     config.dry_run = True  # what would have to be fetched has a stand-in
     try:
-        wanted = Recipes(config, memory, students).wanted("evaluate")
+        wanted = graph.wanted(Study(config, memory, students), "evaluate")
     except UserError as error:
         return [f"refused: {error}"]
     return [] if wanted is None else [f"{recipe.stage}/{recipe.address}" for recipe in wanted.walk()]
@@ -97,7 +98,7 @@ def all_addresses(folder: Path) -> dict[str, list[str]]:
         for name, words in options():
             students = []
             if name.startswith(WITH_STUDENTS) or name == "experiment=merging":
-                students = [Recipes(config(student), folder / "digests") for student in STUDENTS]
+                students = [Study(config(student), folder / "digests") for student in STUDENTS]
             found[name] = walked(config(words), folder / "digests", students)
         for name, groups, values in settings():
             changed = config(groups)

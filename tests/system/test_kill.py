@@ -39,7 +39,7 @@ def scratch_of(root: Path, stage: str) -> list[str]:
 def noted(patch: pytest.MonkeyPatch) -> list[str]:
     """The chunks and steps that are computed from now on, by the name of what they leave for a resumed build."""
     from sdd.finetuning import module
-    from sdd.stages import evaluated, rows
+    from sdd.stages import evaluated, rewrites
 
     done: list[str] = []
 
@@ -52,7 +52,7 @@ def noted(patch: pytest.MonkeyPatch) -> list[str]:
 
         patch.setattr(owner, function, noting)
 
-    for room in (rows, evaluated):
+    for room in (rewrites, evaluated):
         note(room, "write_jsonl", lambda path, lines: path.name if path.parent.name == SCRATCH else None)
     note(module.StudentModule, "_record", lambda student, step, *rest: f"step={step}.ckpt")
     return done

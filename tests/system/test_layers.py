@@ -10,15 +10,17 @@ LAYERS = (
     {"errors", "answers", "untrusted"},
     {"store", "architectures"},
     {"models"},
-    {"config", "tiny", "forward"},
-    {"data", "pruning", "rewriting", "finetuning", "evaluation", "merging", "planning", "importance", "analysis"},
-    {"recipes"},
+    {"forward"},
+    {"finetuning"},
+    {"config", "tiny"},
+    {"data", "pruning", "rewriting", "evaluation", "merging", "planning", "importance", "analysis"},
+    {"study"},
     {"stages"},
     {"report", "export"},
     {"cli"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-COMPUTING = ("architectures", "models", "tiny", "forward", *LAYERS[4])
+COMPUTING = ("architectures", "models", "tiny", "forward", "finetuning", *LAYERS[6])
 DIGESTS = {"digest_of", "file_digest", "remembered_digest", "canonical"}
 """What the computing layers may take from the store's room: functions of bytes, nothing of artifacts."""
 

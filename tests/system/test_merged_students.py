@@ -12,14 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.students import quoted
 from sdd.export.checkpoint import export
-from sdd.recipes import Recipes
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.library import Library
+from sdd.stages import merged
 from sdd.stages.__main__ import rerun
 from sdd.stages.runtime import Runtime
 from sdd.store import Store
 from sdd.store.__main__ import differences
+from sdd.study import Study
 
 PAIR = "merge.students=[[seed=0],[seed=1]]"
 
@@ -95,8 +96,8 @@ def test_what_is_in_the_key(composed: Callable[..., DictConfig], record: Any, tm
         config = composed(f"merge={method}")
         for key, value in values.items():
             OmegaConf.update(config, f"merge.{key}", value, force_add=True)
-        students = [Recipes(composed(f"seed={seed}"), tmp_path) for seed in seeds]
-        return Recipes(config, tmp_path, students).merged().address
+        students = [Study(composed(f"seed={seed}"), tmp_path) for seed in seeds]
+        return merged.recipe(Study(config, tmp_path, students)).address
 
     plain = address("slerp")
     assert plain == record[0].name

@@ -13,8 +13,13 @@ from test_scripts import HEAVY, RUN_AND_LIST
 
 from sdd.cli.app import config_folder
 from sdd.planning.estimates import Estimate, Training
-from sdd.recipes import Recipes
-from sdd.recipes.counts import Counts
+from sdd.stages import evaluated as evaluated_stage
+from sdd.stages import graph
+from sdd.stages import tuned as tuned_stage
+from sdd.stages.dry_run import estimate
+from sdd.stages.sizes import Sizes
+from sdd.store import Recipe
+from sdd.study import Study
 
 UNFETCHED = "model=smollm2_135m_instruct"
 
@@ -65,14 +70,14 @@ LORA_BLOCK = 1_310_720
 """Weights of LoRA of rank 16 on the seven linear layers of a block of Llama 3.1 8B."""
 
 
-def counts(tmp_path: Path, *overrides: str) -> tuple[Counts, Recipes]:
+def counts(tmp_path: Path, *overrides: str) -> tuple[Sizes, Study]:
     """Of one cell of the paper's table: Llama 3.1 8B without its last 6 of 32 blocks."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("config", [*CELL, *overrides])
     GlobalHydra.instance().clear()
-    recipes = Recipes(config, tmp_path)
-    return Counts(recipes), recipes
+    study = Study(config, tmp_path)
+    return Sizes(study), study
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def counts(tmp_path: Path, *overrides: str) -> tuple[Counts, Recipes]:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_adapter_is_counted_as_what_it_trains(overrides: list[str], expected: Training, tmp_path: Path) -> None:
-    assert counts(tmp_path, *overrides)[0].training == expected
+    assert tuned_stage.training(counts(tmp_path, *overrides)[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,8 +127,8 @@ def test_rows_on_the_hub_are_counted_by_what_is_typical_of_them(
 
 
 def tuned(tmp_path: Path, *overrides: str) -> Estimate:
-    found, recipes = counts(tmp_path, *overrides)
-    return found.estimate(recipes.tuned())
+    found, study = counts(tmp_path, *overrides)
+    return estimate(found, tuned_stage.recipe(study))
 
 
 def test_a_teacher_beside_the_student_is_opened_held_and_run_forward(checkpoint: Path, tmp_path: Path) -> None:
@@ -142,8 +147,8 @@ def test_a_teacher_beside_the_student_is_opened_held_and_run_forward(checkpoint:
 
 
 def evaluated(tmp_path: Path, *overrides: str) -> Estimate:
-    found, recipes = counts(tmp_path, *overrides)
-    return found.estimate(recipes.evaluated())
+    found, study = counts(tmp_path, *overrides)
+    return estimate(found, evaluated_stage.recipe(study, graph.student(study)))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,12 @@ def test_no_student_is_opened_in_32_bits(tmp_path: Path) -> None:
     assert 2 * 6_721_589_248 < lora.memory == whole.memory < 16e9
 
 
+def whole(study: Study) -> list[Recipe]:
+    wanted = graph.wanted(study, "evaluate")
+    assert wanted is not None
+    return list(wanted.walk())
+
+
 STUDIES = config_folder() / "experiment" / "paper"
 
 
@@ -184,8 +195,8 @@ def test_header_of_the_papers_cell_states_what_its_dry_run_does(tmp_path: Path) 
     header = " ".join(line.lstrip("# ") for line in (STUDIES / "cell.yaml").read_text().splitlines())
     stated = re.search(r"not measured\): (\S+) GPU hours, (\S+) GB of GPU memory, (\S+) GB of disk", header)
     assert stated
-    found, recipes = counts(tmp_path)
-    estimates = [found.estimate(recipe) for recipe in recipes.evaluated().walk()]
+    found, study = counts(tmp_path)
+    estimates = [estimate(found, recipe) for recipe in whole(study)]
     hours = sum(one.seconds for one in estimates) / 3600
     memory, disk = max(one.memory for one in estimates) / 1e9, sum(one.disk for one in estimates) / 1e9
     assert [float(number) for number in stated.groups()] == pytest.approx([hours, memory, disk], rel=0.05)
@@ -197,8 +208,8 @@ def test_every_dataset_and_model_of_the_main_table_is_planned_without_the_hub(tm
     hours = []
     for key, other in (("dataset", "model"), ("model", "dataset")):
         for option in swept[key].split(","):
-            found, recipes = counts(tmp_path, f"{key}={option}", f"{other}={swept[other].split(',')[0]}", "seed=1")
-            stages = {recipe.stage: found.estimate(recipe) for recipe in recipes.evaluated().walk()}
+            found, study = counts(tmp_path, f"{key}={option}", f"{other}={swept[other].split(',')[0]}", "seed=1")
+            stages = {recipe.stage: estimate(found, recipe) for recipe in whole(study)}
             assert set(stages) == {"scores", "pruned", "rewrites", "targets", "tuned", "evaluated"}
             hours.append(sum(one.seconds for one in stages.values()))
     assert len(set(hours)) == len(hours) - 1, "one cell is there twice"

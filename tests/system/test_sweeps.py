@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, artifacts_of, run, subprocess_run
 
+from sdd.stages import pruned
+from sdd.study import Study
+
 
 def records_of(folder: Path) -> dict[int, dict]:
     return {int(path.parent.name): json.loads(path.read_text()) for path in folder.glob("*/result.json")}
@@ -73,16 +76,15 @@ def test_earlier_sweep_in_the_same_folder_is_left_out(small: list[str], tmp_path
 def test_failure_that_is_not_the_users_makes_it_1(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdd.recipes import Recipes
 
-    original = Recipes.pruned
+    original = pruned.recipe
 
-    def sometimes(self: Recipes) -> object:
-        if self.config.pruning.size == 2:
+    def sometimes(study: Study) -> object:
+        if study.config.pruning.size == 2:
             raise RuntimeError("something broke")
-        return original(self)
+        return original(study)
 
-    monkeypatch.setattr(Recipes, "pruned", sometimes)
+    monkeypatch.setattr(pruned, "recipe", sometimes)
     outcome = run("prune", "-m", *small, "metric=last", "pruning.size=4,2,1", cwd=tmp_path)
     assert outcome.code == 1
     assert len(outcome.lines) == 1

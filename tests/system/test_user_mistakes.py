@@ -288,7 +288,7 @@ def test_failure_that_is_not_the_users_has_a_traceback_and_code_1(
     def broken(*words: object) -> None:
         raise RuntimeError("something broke\nin two lines")
 
-    monkeypatch.setattr("sdd.recipes.Recipes.pruned", broken)
+    monkeypatch.setattr("sdd.stages.pruned.recipe", broken)
     outcome = run("prune", *small, cwd=tmp_path)
     assert outcome.code == 1
     assert outcome.errors == ["error: RuntimeError: something broke"]

@@ -17,7 +17,7 @@ from sdd.models.checkpoints import load_model, recompute_activations, save_model
 from sdd.pruning.depth import prune_checkpoint
 from sdd.stages.runtime import Runtime, write_json, write_jsonl
 from sdd.stages.student import open_student
-from sdd.stages.tuned import build_tuned
+from sdd.stages.tuned import build as build_tuned
 from sdd.store import SCRATCH, Recipe, digest_of
 from sdd.tiny.tasks import instances
 

@@ -242,9 +242,10 @@ def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_pat
     """By the embedded teacher. The first reference of each part is wrong; only a part with an answer rule minds."""
     from sdd.models.chats import REWRITE_TEMPLATE, rewrite_prompt
     from sdd.rewriting.engines import HFEngine, Request
-    from sdd.stages.rows import build_rewrites, build_targets
+    from sdd.stages.rewrites import build as build_rewrites
     from sdd.stages.runtime import Runtime
     from sdd.stages.sources import TEACHER
+    from sdd.stages.targets import build as build_targets
     from sdd.store import Recipe
     from sdd.tiny.tasks import instances
 

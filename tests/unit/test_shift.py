@@ -19,7 +19,7 @@ from sdd.analysis.shift import (
 )
 from sdd.errors import UserError
 from sdd.models import checkpoints
-from sdd.stages.shifted import lengths, surprise
+from sdd.stages.surprisals import lengths, surprise
 
 
 def test_kl_by_hand() -> None:

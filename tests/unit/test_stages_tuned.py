@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sdd.errors import UserError
 from sdd.finetuning.module import StudentModule, padded
 from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
-from sdd.stages.tuned import build_tuned, split_rows, tokenized
+from sdd.stages.tuned import build as build_tuned
+from sdd.stages.tuned import split_rows, tokenized
 from sdd.store import SCRATCH, Recipe
 from sdd.tiny.tasks import instances
 
@@ -62,14 +63,10 @@ def test_both_arms_get_the_same_rows() -> None:
 # ---- tokens -----------------------------------------------------------------------------------------------------
 
 
-def spec_of(max_length: int = 256, system_prompt: str | None = None) -> dict[str, Any]:
-    return {"system_prompt": system_prompt, "finetune": {"max_length": max_length}}
-
-
 def test_the_loss_is_taken_on_the_answer_and_its_end(tokenizer: Any) -> None:
     tasks = list(instances("pool", 4, 8))
     rows = [{"prompt": task.prompt, "target": task.gold} for task in tasks]
-    kept, too_long = tokenized(tokenizer, rows, spec_of())
+    kept, too_long = tokenized(tokenizer, rows, None, 256)
     assert too_long == 0
     ids, mask, labels = padded(kept)
     for at, task in enumerate(tasks):
@@ -83,18 +80,18 @@ def test_the_loss_is_taken_on_the_answer_and_its_end(tokenizer: Any) -> None:
 def test_training_reads_the_prompt_that_generation_is_asked_with(tokenizer: Any) -> None:
     from sdd.models.chats import chat_prompt_ids
 
-    (row,), _ = tokenized(tokenizer, [{"prompt": "Sort: b a", "target": "a b"}], spec_of(system_prompt="Be brief."))
+    (row,), _ = tokenized(tokenizer, [{"prompt": "Sort: b a", "target": "a b"}], "Be brief.", 256)
     assert row.ids[: row.prompt_length] == chat_prompt_ids(tokenizer, "Sort: b a", "Be brief.")
 
 
 def test_rows_over_the_limit_are_left_out_whole_and_counted(tokenizer: Any) -> None:
     rows = [{"prompt": "p", "target": "word " * n} for n in (1, 5, 50)]
-    (short, middle, long), _ = tokenized(tokenizer, rows, spec_of())
+    (short, middle, long), _ = tokenized(tokenizer, rows, None, 256)
     limit = len(middle.ids)
-    kept, too_long = tokenized(tokenizer, rows, spec_of(limit))
+    kept, too_long = tokenized(tokenizer, rows, None, limit)
     assert (kept, too_long) == ([short, middle], 1)
     assert len(long.ids) > limit
-    assert len(tokenized(tokenizer, rows, spec_of(limit - 1))[0]) == 1
+    assert len(tokenized(tokenizer, rows, None, limit - 1)[0]) == 1
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------
@@ -241,7 +238,7 @@ def test_validation_rows_over_the_limit_are_counted_and_told(
 ) -> None:
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     _, held_out = split_rows(rows, 3, 10, seed=0)
-    lengths = sorted(len(row.ids) for row in tokenized(tokenizer, held_out, spec_of())[0])
+    lengths = sorted(len(row.ids) for row in tokenized(tokenizer, held_out, None, 256)[0])
     assert lengths[0] < lengths[-1]
     limit = lengths[-1] - 1
     over = sum(length > limit for length in lengths)

@@ -7,9 +7,10 @@ whisker from `low` to `high`; where both axes have a value, the other one's are 
 
 from typing import Any
 
+from sdd.finetuning.modes import SOLID
 from sdd.report.arms import Arm
 from sdd.report.page.section import Subject
-from sdd.report.style import MODES, OTHER, SOLID, TINTS, WHITE, looks, mixed
+from sdd.report.style import MODES, OTHER, TINTS, WHITE, looks, mixed
 
 DARK_GROUND = "#15181D"
 REFERENCE = "#888888"

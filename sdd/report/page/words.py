@@ -5,11 +5,13 @@ from typing import Any
 
 from sdd.report.arms import COLUMNS, DIGEST, Arm, text_of
 from sdd.report.collect import flatten, spans
-from sdd.report.library import STAGES, Artifact
+from sdd.report.library import Artifact
 from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.section import Section, Subject, render
 from sdd.report.tables import METHOD, evaluation_of, pairs_of
+from sdd.store import STAGES
 
+ORDER = list(STAGES)
 MOST_CONTRASTS = 300
 MOST_VALUES = 12
 DIMENSIONS = {"mode": "mode", "pruning": "size", "metric": "metric", "dataset": "dataset"}
@@ -149,7 +151,7 @@ def provenance(subject: Subject) -> Section:
             evaluated = subject.library.get(run.address)
             upstream = subject.library.upstream(evaluated) if evaluated else []
             every |= {artifact.address: artifact for artifact in upstream}
-            chain = sorted(upstream, key=lambda artifact: -STAGES.index(artifact.stage))
+            chain = sorted(upstream, key=lambda artifact: -ORDER.index(artifact.stage))
             command = evaluated.record.get("command", "") if evaluated else ""
             runs.append({"seed": run.seed, "chain": chain, "command": command})
         analyses: list[Artifact] = []
@@ -161,7 +163,7 @@ def provenance(subject: Subject) -> Section:
         differs = {name: text_of(value) for name, value in arm.differs.items()}
         own: dict[str, Any] = {"name": arm.name, "anchor": subject.anchors[arm.name], "runs": runs, "differs": differs}
         arms.append({**own, "analyses": analyses, "look": arm.look})
-    artifacts = sorted(every.values(), key=lambda artifact: (STAGES.index(artifact.stage), artifact.address))
+    artifacts = sorted(every.values(), key=lambda artifact: (ORDER.index(artifact.stage), artifact.address))
     lead = (
         "Artifacts are folders <artifacts>/<stage>/<address>/; an address is a hash of the recipe, so the same command "
         "on the same code finds them again. The command is that of the job that first built an artifact."

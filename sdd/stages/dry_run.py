@@ -4,15 +4,16 @@ Builds and fetches nothing.
 """
 
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
-from sdd.evaluation.suites import SUITES
-from sdd.planning import estimates
-from sdd.planning.estimates import Estimate, Training
-from sdd.planning.work import DEVICES, Shape, Work
-from sdd.recipes import Recipes, is_provisional
-from sdd.recipes.counts import Counts
+from sdd.planning.estimates import Estimate
+from sdd.planning.requirements import duration, size
+from sdd.planning.work import DEVICES
+from sdd.stages import tuned
+from sdd.stages.sizes import Sizes
 from sdd.store import Recipe, Store
+from sdd.study import Study, is_provisional
 
 
 @dataclass(frozen=True)
@@ -36,53 +37,24 @@ def named(recipe: Recipe, provisional: bool) -> str:
     return f"{recipe.stage}/{'?' if provisional else ''}{recipe.address}"
 
 
-def planned(wanted: Recipe, recipes: Recipes, store: Store) -> list[Planned]:
+def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
     """All that `wanted` stands on and itself, inputs first."""
-    whole = Counts(recipes)
-    of_student: dict[str, Counts] = {}
-    for student in recipes.students:
-        of_student |= dict.fromkeys((recipe.address for recipe in student.tuned().walk()), Counts(student))
+    whole = Sizes(study)
+    of_student: dict[str, Sizes] = {}
+    for student in study.students:
+        of_student |= dict.fromkeys((recipe.address for recipe in tuned.recipe(student).walk()), Sizes(student))
     found = []
     for recipe in wanted.walk():
-        counts = of_student.get(recipe.address, whole)
         provisional = is_provisional(recipe)
         exists = not provisional and store.has(recipe)
-        found.append(Planned(recipe, exists, provisional, counts.estimate(recipe)))
+        found.append(Planned(recipe, exists, provisional, estimate(of_student.get(recipe.address, whole), recipe)))
     return found
 
 
-def requirements(shape: Shape) -> list[str]:
-    """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""
-    device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
-    whole, cut = Work(shape, shape.blocks, 2, device), Work(shape, blocks, 2, device)
-    training = Training(estimates.adapter_parameters(shape, blocks, 16, ["all-linear"]))
-    tasks = estimates.tasks_of({each.task: (1, each.shots or 0) for each in SUITES["openllm_v1"]})
-    stages = {
-        "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
-        f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
-        "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
-        "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, training, 2 * 7373, 160, 32, 4096),
-        "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8),
-    }
-    formulas = "by the formulas of sdd/planning/estimates.py, not measured"
-    lines = [f"Each stage on {device.name}, {formulas}: time, memory, disk."]
-    for what, one in stages.items():
-        lines.append(f"  {what:<34} {duration(one.seconds):>7} {size(one.memory):>8} {size(one.disk):>8}")
-    return lines
-
-
-def duration(seconds: float) -> str:
-    """Rounded for reading: seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes rounded for reading, in powers of 1,000."""
-    if count < 1e8:
-        return f"{max(count, 1e4) / 1e6:.2g} MB"
-    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    """What building one artifact takes, its inputs being there."""
+    found: Estimate = import_module(f"sdd.stages.{recipe.stage}").estimate(sizes, recipe)
+    return found
 
 
 def lines(plan: list[Planned]) -> list[str]:

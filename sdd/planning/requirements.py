@@ -1,0 +1,40 @@
+"""What each stage of a usual run takes on one GPU, for a model's header; sizes and times as one reads them."""
+
+from sdd.evaluation.suites import SUITES
+from sdd.planning import estimates
+from sdd.planning.estimates import Training
+from sdd.planning.work import DEVICES, Shape, Work
+
+
+def requirements(shape: Shape) -> list[str]:
+    """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""
+    device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
+    whole, cut = Work(shape, shape.blocks, 2, device), Work(shape, blocks, 2, device)
+    training = Training(estimates.adapter_parameters(shape, blocks, 16, ["all-linear"]))
+    tasks = estimates.tasks_of({each.task: (1, each.shots or 0) for each in SUITES["openllm_v1"]})
+    stages = {
+        "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
+        f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
+        "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
+        "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, training, 2 * 7373, 160, 32, 4096),
+        "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8),
+    }
+    formulas = "by the formulas of sdd/planning/estimates.py, not measured"
+    lines = [f"Each stage on {device.name}, {formulas}: time, memory, disk."]
+    for what, one in stages.items():
+        lines.append(f"  {what:<34} {duration(one.seconds):>7} {size(one.memory):>8} {size(one.disk):>8}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Rounded for reading: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes rounded for reading, in powers of 1,000."""
+    if count < 1e8:
+        return f"{max(count, 1e4) / 1e6:.2g} MB"
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"

@@ -1,0 +1,47 @@
+"""The rows that a recipe names, read again from where they lie on this machine."""
+
+from functools import partial
+from typing import Any
+
+from sdd.config.allowed import build
+from sdd.data import Example
+from sdd.data.mixture import part_of
+from sdd.errors import UserError
+from sdd.rewriting.selection import Selection
+from sdd.stages.runtime import Runtime
+
+CHUNK_ROWS = 128
+"""Rows of one chunk of answers: what a killed run loses at most."""
+
+
+def read_examples(runtime: Runtime, spec: dict[str, Any]) -> list[Example]:
+    """The dataset rows that a recipe names, checked against its digest."""
+    if "parts" in spec:
+        node = {"_target_": spec["_target_"], "num_rows": spec["num_rows"]}
+        parts = {name: partial(_source, runtime, part) for name, part in spec["parts"].items()}
+        source = build(node, parts=parts, weights={name: part["weight"] for name, part in spec["parts"].items()})
+    else:
+        source = _source(runtime, spec, spec["num_rows"])
+    if source.spec()["digest"] != spec["digest"]:
+        raise UserError(f"the dataset differs from the one with digest {spec['digest']}")
+    examples: list[Example] = source.examples()
+    return examples
+
+
+def _source(runtime: Runtime, spec: dict[str, Any], num_rows: int | None) -> Any:
+    node: dict[str, Any] = {key: spec[key] for key in ("_target_", "families", "fields", "hub") if key in spec}
+    if spec.get("seed") is not None:
+        node["seed"] = spec["seed"]
+    if "families" not in spec and "hub" not in spec:
+        node["path"] = str(runtime.source(spec["digest"], "dataset"))
+    return build(node, num_rows=num_rows)
+
+
+def for_row(setting: Any, id: str) -> Any:
+    """A dataset's setting as it is for one row: in a mixture, each part has its own."""
+    return setting[part_of(id)] if isinstance(setting, dict) else setting
+
+
+def selection_for(rule: Any, leak_phrases: Any, id: str) -> Selection:
+    """How a rewrite of one row is judged."""
+    return Selection(for_row(rule, id), tuple(for_row(leak_phrases, id)))

@@ -1,0 +1,65 @@
+"""The map of the house: a study becomes a graph of recipes.
+
+teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; tuned ones -> merged; any of
+them -> evaluated, or analysed: answered (by teacher and student) -> drafted, shifted; targets -> surprisals -> shifted;
+measured. What is in a key is decided in each stage's file and nowhere else.
+"""
+
+from collections.abc import Iterable
+
+from sdd.errors import UserError
+from sdd.stages import answered, drafted, evaluated, measured, merged, pruned, shifted, targets, tuned
+from sdd.store import Recipe
+from sdd.study import Study
+
+ANALYSES = {"speculative": drafted.recipe, "shift": shifted.recipe, "cost": measured.recipe}
+"""By the name of an analysis, the recipe that it asks for."""
+
+
+def student(study: Study) -> Recipe | None:
+    """What is evaluated: merged, tuned or pruned; None for the unpruned model itself."""
+    if study.config.merge.method != "none":
+        return merged.recipe(study)
+    return pruned.recipe(study) if study.config.finetune.mode == "none" else tuned.recipe(study)
+
+
+def wanted(study: Study, script: str) -> Recipe | None:
+    """The artifact that a script is asked for; None where that is the unpruned model itself."""
+    if script == "prune":
+        return pruned.recipe(study)
+    if script == "generate":
+        return targets.recipe(study)
+    if script == "train":
+        return student(study)
+    kind, own = study.config.analysis.kind, student(study)
+    if kind == "none":
+        return evaluated.recipe(study, own)
+    if own is None:
+        raise UserError(f"analysis={kind} compares a student with the unpruned model; add for example pruning=n2")
+    return ANALYSES[kind](study, own)
+
+
+def read_data(study: Study, missing: Iterable[Recipe]) -> None:
+    """Read what building the recipes needs, so that what is wrong with it is said before any work.
+
+    Recipes name what lies on the hub without asking it; this is where it is asked.
+    """
+    missing = list(missing)
+    for one in study.students:
+        own = {recipe.address for recipe in tuned.recipe(one).walk()}
+        read_data(one, (recipe for recipe in missing if recipe.address in own))
+        study.texts |= one.texts
+    stages = {recipe.stage for recipe in missing}
+    if "answered" in stages:
+        answered.check_held_out(study, len(study.prompts.source.examples()))
+    if stages & {"rewrites", "targets"} and not study.students:
+        examples = study.rows.source.examples()
+        if "tuned" in stages:
+            tuned.check_rows(study, len(examples))
+            tuned.check_lengths(study, examples)
+    if any("distillation" in recipe.spec for recipe in missing):
+        tuned.check_vocabulary(study)
+    if any("texts" in recipe.spec for recipe in missing) and not study.students:
+        study.texts[study.calibration.spec["texts"]] = study.calibration.source.texts()
+    if "evaluated" in stages and stages != {"evaluated"} and study.config.evaluation.suite != "tiny":
+        evaluated.check_rows(study)

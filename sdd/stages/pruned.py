@@ -1,0 +1,226 @@
+"""Stage `pruned`: a smaller checkpoint. Blocks go before channels; a repair refits what is left at the cut."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.importance.channels import kept_channels
+from sdd.importance.states import chosen_blocks
+from sdd.models import checkpoints
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate
+from sdd.pruning.depth import check_names, prune_checkpoint
+from sdd.pruning.repair import check_repairable, cuts_of
+from sdd.pruning.width import Share, narrow_checkpoint, sizes_of
+from sdd.stages import scores as scores_stage
+from sdd.stages.runtime import Runtime, read_facts, write_json
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
+from sdd.store import Recipe
+from sdd.study import Study
+
+
+@dataclass(frozen=True)
+class ListedBlocks(Spec):
+    """Without these blocks."""
+
+    model: str
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class ScoredBlocks(Spec):
+    """Without `size` blocks, which the input `scores` names."""
+
+    model: str
+    size: int
+    rule: str
+
+
+@dataclass(frozen=True)
+class Narrowed(Spec):
+    """With narrower MLPs, by the channels of the input `scores`; the input `pruned` is narrowed if there is one."""
+
+    model: str
+    ratio: float
+    ratio_of: str
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Repaired(Spec):
+    """The input `pruned` with projections refitted at its cuts, on calibration texts."""
+
+    model: str
+    repair: str
+    penalty: float
+    dtype: str
+    texts: str
+    max_length: int
+    source: dict[str, Any] | None = None
+    dataset: dict[str, Any] | None = None
+
+
+SPECS: dict[str, type[Spec]] = {"repair": Repaired, "ratio": Narrowed, "size": ScoredBlocks, "blocks": ListedBlocks}
+"""By the setting that tells a way of pruning in a key."""
+
+SCORES = {"metric": str, "num_blocks?": (int, None), "distance?": {str: [(float, None)]}}
+CUT = {"removed_blocks": [int], "kept_blocks": [int]}
+DEPTH = {"metric": (str, None), "removed_blocks": [int], "kept_blocks": [int], "parameters_before": int}
+DEPTH |= {"size": (int, None), "start": (int, None), "score": (float, None)}
+
+
+def read_spec(recipe: Recipe) -> Spec:
+    for setting, kind in SPECS.items():
+        if setting in recipe.spec:
+            return kind.read(recipe.spec)
+    raise UserError("the recipe says nothing of what is pruned; was its manifest edited?")
+
+
+# ---- what is asked for --------------------------------------------------------------------------------------------
+
+
+def recipe(study: Study) -> Recipe | None:
+    """None where nothing is pruned: the student then starts from the unpruned model."""
+    cut, repair, models = _cut(study), study.config.repair, study.models
+    if repair.method == "none":
+        return cut
+    if study.config.pruning.ratio is not None:
+        raise UserError(f"repair={repair.method} is for removed blocks only, not for narrower ones; choose repair=none")
+    removed = None if cut is None else cut.spec.get("blocks")
+    if cut is None or not (removed or cut.spec.get("size")):
+        raise UserError(
+            f"repair={repair.method} refits what is before removed blocks, and none is removed; add for example "
+            "pruning=n2, or choose repair=none"
+        )
+    if removed:
+        cuts_of([block for block in range(models.num_blocks) if block not in removed], removed)
+    models.known(lambda: bool(check_repairable(models.folder)), True)
+    spec = Repaired(models.digest, repair.method, repair.penalty, **study.calibration.shown)
+    return study.recipe("pruned", spec, {"pruned": cut}, cut.labels | study.calibration.labels)
+
+
+def _cut(study: Study) -> Recipe | None:
+    """The pruned model as it comes from the cut, before any repair. Blocks go before channels."""
+    pruning, models = study.config.pruning, study.models
+    if pruning.ratio is None:
+        if study.config.width_metric and (pruning.size or pruning.blocks is not None):
+            raise UserError("metric@width_metric scores channels; add pruning.ratio=0.2, or leave it out")
+        return _without_blocks(study)
+    scores_stage.check_metric(study, scores_stage.width_metric(study), channels=True)
+    share = Share(pruning.ratio, pruning.ratio_of, pruning.multiple)
+    models.known(lambda: sizes_of(models.folder).width(share, study.blocks_removed), None)
+    depth = _without_blocks(study)
+    scores = scores_stage.channels_recipe(study, depth)
+    spec = Narrowed(models.digest, pruning.ratio, pruning.ratio_of, pruning.multiple)
+    inputs = {"scores": scores} if depth is None else {"scores": scores, "pruned": depth}
+    both = "+".join(each.labels["metric"] for each in (depth, scores) if each and "metric" in each.labels)
+    return study.recipe("pruned", spec, inputs, {"metric": both})
+
+
+def _without_blocks(study: Study) -> Recipe | None:
+    """The model without the blocks that go; None where none does."""
+    pruning, models = study.config.pruning, study.models
+    if pruning.size or pruning.blocks is not None:
+        models.known(lambda: check_names(models.folder), None)
+    blocks = None if pruning.blocks is None else sorted(pruning.blocks)
+    if pruning.start is not None:
+        blocks = list(range(pruning.start, pruning.start + pruning.size))
+    if blocks is not None:
+        return study.recipe("pruned", ListedBlocks(models.digest, blocks), {}, {})
+    if pruning.size == 0:
+        return None
+    depth = study.config.metric.get("depth") or pruning.size
+    if pruning.size > depth:
+        raise UserError(
+            f"pruning.size={pruning.size}, but metric.depth={depth} removals are measured; raise metric.depth"
+        )
+    scores = scores_stage.recipe(study)
+    spec = ScoredBlocks(models.digest, pruning.size, "lowest")
+    return study.recipe("pruned", spec, {"scores": scores}, scores.labels)
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    spec = read_spec(recipe)
+    if isinstance(spec, Repaired):
+        texts, batch = sizes.config.calibration.num_texts, sizes.config.trainer.inference_batch_size
+        whole, length = sizes.work(sizes.shape.blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
+        return estimates.repaired(whole, sizes.work(sizes.kept, sizes.stored), texts, length, batch)
+    if isinstance(spec, Narrowed):
+        return estimates.pruned(sizes.student(sizes.stored))
+    return estimates.pruned(sizes.work(sizes.kept, sizes.stored))
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """The checkpoint, and `pruning.json`."""
+    spec = read_spec(recipe)
+    if isinstance(spec, Repaired):
+        _build_repaired(runtime, spec, inputs["pruned"], folder)
+    elif isinstance(spec, Narrowed):
+        _build_narrowed(runtime, spec, inputs, folder)
+    elif isinstance(spec, ScoredBlocks):
+        scores = read_facts(inputs["scores"] / "scores.json", SCORES)
+        try:
+            removed, score = chosen_blocks(scores, spec.size)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"{inputs['scores']}/scores.json says nothing of {spec.size} blocks") from None
+        _without(runtime.source(spec.model, "model"), removed, folder, scores["metric"], score)
+    elif isinstance(spec, ListedBlocks):
+        _without(runtime.source(spec.model, "model"), spec.blocks, folder, None, None)
+
+
+def _without(source: Path, removed: list[int], folder: Path, metric: str | None, score: float | None) -> None:
+    facts = prune_checkpoint(source, folder, removed)
+    contiguous = bool(removed) and removed == list(range(removed[0], removed[0] + len(removed)))
+    write_json(
+        folder / "pruning.json",
+        {
+            "kind": "depth",
+            "metric": metric,
+            "size": len(removed),
+            "start": removed[0] if contiguous else None,
+            "score": score,
+            **facts,
+        },
+    )
+
+
+def _build_narrowed(runtime: Runtime, spec: Narrowed, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`removed_of_all` and `removed_of_mlp` are shares of the model that was narrowed; where blocks went before,
+    `parameters_before` and `flops_saved` count from the unpruned model, and what is said of blocks is the depth cut's.
+    """
+    source = inputs["pruned"] if "pruned" in inputs else runtime.source(spec.model, "model")
+    sizes = sizes_of(source)
+    width = sizes.width(Share(spec.ratio, spec.ratio_of, spec.multiple))
+    kept = [kept_channels(importance.tolist(), width) for importance in scores_stage.read_channels(inputs["scores"])]
+    facts = narrow_checkpoint(source, folder, kept)
+    metric = read_facts(inputs["scores"] / "scores.json", {"metric": str})["metric"]
+    cut: dict[str, Any] = {"kind": "width", "metric": metric, "size": None, "start": None, "score": None}
+    cut |= {"removed_blocks": [], "kept_blocks": list(range(sizes.num_blocks))}
+    if "pruned" in inputs:
+        depth = read_facts(inputs["pruned"] / "pruning.json", DEPTH)
+        cut |= {key: depth[key] for key in cut if key not in ("kind", "metric")}
+        cut |= {"kind": "depth+width", "metric": "+".join(name for name in (depth["metric"], metric) if name)}
+        facts["parameters_before"] = depth["parameters_before"]
+        facts["flops_saved"] = 1 - facts["parameters_after"] / depth["parameters_before"]
+    write_json(folder / "pruning.json", cut | {"ratio": spec.ratio, "ratio_of": spec.ratio_of} | facts)
+
+
+def _build_repaired(runtime: Runtime, spec: Repaired, pruned: Path, folder: Path) -> None:
+    """The pruned checkpoint with some of its projections replaced; its `pruning.json`, and what the repair did."""
+    from sdd.forward.batches import tokenize_texts
+    from sdd.pruning.repair import repair, replace_tensors
+
+    facts = read_facts(pruned / "pruning.json", CUT)
+    source = runtime.source(spec.model, "model")
+    rows = tokenize_texts(checkpoints.load_tokenizer(source), runtime.texts[spec.texts], spec.max_length)
+    how = spec.dtype, runtime.device, runtime.attention, runtime.inference_batch_size
+    tensors, done = repair(source, pruned, facts, rows, spec.penalty, *how)
+    replace_tensors(pruned, folder, tensors)
+    done = {"method": spec.repair, "penalty": spec.penalty, "texts": spec.texts, **done}
+    write_json(folder / "pruning.json", {**facts, "repair": done})

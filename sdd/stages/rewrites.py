@@ -1,0 +1,104 @@
+"""Stage `rewrites`: the teacher's own answers to the rows of a dataset, guided by the reference answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sdd.config.allowed import build as build_part
+from sdd.data.mixture import part_of
+from sdd.models.chats import rewrite_prompt
+from sdd.planning import estimates
+from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
+from sdd.rewriting.selection import Selection, rewrite_rows
+from sdd.stages.datasets import CHUNK_ROWS, for_row, read_examples, selection_for
+from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
+from sdd.store import SCRATCH, Recipe
+from sdd.study import Study
+
+ENGINES = {"hf": "sdd.engines.HFEngine"}
+"""By the kind that an engine has in a key, its id in `sdd.config.parts`."""
+
+
+@dataclass(frozen=True)
+class Rewrites(Spec):
+    """`selection` is there where several tries are sampled, of which the first good one is kept."""
+
+    teacher: str
+    dtype: str
+    dataset: dict[str, Any]
+    template: Any
+    system_prompt: str | None
+    engine: dict[str, Any]
+    chat_template: str | None = None
+    selection: dict[str, Any] | None = None
+
+
+def recipe(study: Study) -> Recipe:
+    """The version rises by 1 where the teacher's checkpoint ships settings that steer generation, which were once
+    obeyed, and by 2 where rewrites are sampled, whose noise was once drawn from another generator."""
+    config, models, rows = study.config, study.models, study.rows
+    engine = build_part(config.engine)
+    spec = Rewrites(
+        teacher=models.teacher_digest,
+        dtype=config.model.dtype,
+        dataset=rows.spec,
+        template=rows.setting("template"),
+        system_prompt=config.dataset.system_prompt,
+        engine=engine.spec(),
+        chat_template=models.plain_template(models.teacher_digest),
+        selection=rows.selection if engine.tries > 1 else None,
+    )
+    raised = models.steers(models.teacher_digest) + 2 * (config.engine.get("temperature", 0) > 0)
+    return study.recipe("rewrites", spec, {}, rows.labels, raised)
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    engine, template = sizes.config.engine, sizes.config.dataset.template
+    prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
+    batch = engine.get("batch_size") or sizes.config.trainer.inference_batch_size
+    new = min(2 * sizes.answer, engine.get("max_new_tokens") or 2 * sizes.answer)  # as long as the longest of a batch
+    work = sizes.work(sizes.shape.blocks, sizes.config.model.dtype)
+    found = estimates.rewrites(work, sizes.rows, prompt, new, batch)
+    return Estimate(found.seconds * (engine.get("tries") or 1), found.memory, found.disk)
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`rewrites.jsonl`; finished chunks of rows of similar length survive a kill."""
+    spec = Rewrites.read(recipe.spec)
+    examples = read_examples(runtime, spec.dataset)
+    settings = {key: value for key, value in spec.engine.items() if key != "kind"}
+    engine = build_part({"_target_": ENGINES[spec.engine["kind"]], **settings})
+    templates = [for_row(spec.template, example.id) for example in examples]
+    order = sorted(
+        range(len(examples)),
+        key=lambda i: (-len(rewrite_prompt(templates[i], examples[i].prompt, examples[i].reference)), i),
+    )
+    chunks = []
+    for part in spec.dataset.get("parts", [None]):  # rows of one chunk share a template and a selection
+        own = [i for i in order if part is None or part_of(examples[i].id) == part]
+        chunks += [own[at : at + CHUNK_ROWS] for at in range(0, len(own), CHUNK_ROWS)]
+    scratch = folder / SCRATCH
+    scratch.mkdir(exist_ok=True)
+    opened = False
+    with tqdm(total=len(examples), desc="rewrites", unit="row") as progress:
+        for number, chunk in enumerate(chunks):
+            path = scratch / f"{number:06d}.jsonl"
+            if not path.is_file():
+                if not opened:
+                    teacher = runtime.source(spec.teacher, "teacher")
+                    batch_size = runtime.inference_batch_size
+                    engine.open(teacher, spec.dtype, spec.system_prompt, runtime.device, batch_size)
+                    opened = True
+                chosen = [examples[i] for i in chunk]
+                selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
+                write_jsonl(path, rewrite_rows(engine, chosen, templates[chunk[0]], selection))
+            else:
+                progress.initial += len(chunk)
+            progress.update(len(chunk))
+    rows = {row["id"]: row for number in range(len(chunks)) for row in read_jsonl(scratch / f"{number:06d}.jsonl")}
+    write_jsonl(folder / "rewrites.jsonl", (rows[example.id] for example in examples))

@@ -1,0 +1,328 @@
+"""Stage `scores`: how important every block, or every MLP channel, is by one criterion."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdd.config import plain
+from sdd.config.allowed import build as build_part
+from sdd.errors import UserError
+from sdd.forward.bypass import Row, task_row
+from sdd.importance.channels import SDM, ChannelCriterion, TaylorWidth
+from sdd.importance.states import ModelCriterion
+from sdd.models import checkpoints
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate
+from sdd.pruning.depth import check_prunable
+from sdd.pruning.width import check_narrowable, sizes_of
+from sdd.stages.datasets import read_examples
+from sdd.stages.figures import channel_curves, heat_map
+from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
+from sdd.store import Recipe
+from sdd.study import Study
+
+log = logging.getLogger(__name__)
+
+CHANNELS = "channels.safetensors"
+"""A float32 vector of length intermediate_size a block under the keys "0", "1", ...; higher is more important."""
+GRADIENTS = {"sdd.channels.TaylorWidth": 1, "sdd.channels.SDM": 2}
+"""Criteria measured by passes back as well, and what they cost: the second has the teacher's passes beside."""
+
+
+@dataclass(frozen=True)
+class BlindScores(Spec):
+    """Of a criterion that looks at nothing but sizes."""
+
+    metric: dict[str, Any]
+    num_blocks: int
+    intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class WeightScores(Spec):
+    """Of a criterion that reads weights; `model` is absent where the input `pruned` is scored."""
+
+    metric: dict[str, Any]
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class TextScores(Spec):
+    """Of a criterion that is shown calibration texts, whose digest is `texts`."""
+
+    metric: dict[str, Any]
+    dtype: str
+    texts: str
+    max_length: int
+    model: str | None = None
+    source: dict[str, Any] | None = None
+    dataset: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RowScores(Spec):
+    """Of a criterion that is shown the first of the fine-tuning rows, in chats of at most `max_length` tokens."""
+
+    metric: dict[str, Any]
+    model: str
+    dtype: str
+    dataset: dict[str, Any]
+    num_rows: int
+    max_length: int
+    system_prompt: str | None
+    chat_template: str | None = None
+
+
+SPECS: dict[str, type[Spec]] = {
+    "nothing": BlindScores,
+    "weights": WeightScores,
+    "texts": TextScores,
+    "rows": RowScores,
+}
+"""By what a criterion looks at."""
+
+
+# ---- what is asked for --------------------------------------------------------------------------------------------
+
+
+def recipe(study: Study) -> Recipe:
+    """Scores of blocks by the config's `metric`."""
+    check_metric(study, "metric", channels=False)
+    config, models, calibration = study.config, study.models, study.calibration
+    metric = plain(config.metric)
+    criterion = build_part(metric)
+    labels = {"metric": criterion.name}
+    if criterion.needs == "nothing":
+        return study.recipe("scores", BlindScores(metric, models.num_blocks), {}, labels)
+    if criterion.needs == "weights":
+        return study.recipe("scores", WeightScores(metric, models.digest), {}, labels)
+    if criterion.needs == "rows":
+        spec = RowScores(
+            metric=metric,
+            model=models.digest,
+            dtype=config.model.dtype,
+            dataset=study.rows.spec,
+            num_rows=calibration.num_texts,
+            max_length=config.calibration.max_length,
+            system_prompt=config.dataset.system_prompt,
+            chat_template=models.plain_template(models.digest),
+        )
+        return study.recipe("scores", spec, {}, labels)
+    shown = TextScores(metric=metric, model=models.digest, **calibration.shown)
+    return study.recipe("scores", shown, {}, labels | calibration.labels)
+
+
+def channels_recipe(study: Study, depth: Recipe | None) -> Recipe:
+    """Scores of MLP channels, of the unpruned model or of the one without blocks, `depth`."""
+    config, models, calibration = study.config, study.models, study.calibration
+    node = plain(config[width_metric(study)])
+    criterion = build_part(node)
+    labels, inputs = {"metric": criterion.name}, {} if depth is None else {"pruned": depth}
+    own = None if depth else models.digest
+    if criterion.needs == "nothing":
+        blocks, width = models.num_blocks - study.blocks_removed, int(models.sizes["intermediate_size"])
+        return study.recipe("scores", BlindScores(node, blocks, width), {}, labels)
+    if isinstance(criterion, SDM | TaylorWidth) and config.model.dtype == "float16":
+        raise UserError(
+            f"metric={criterion.name} takes gradients, which float16 rounds to zero; set model.dtype=bfloat16"
+        )
+    if criterion.needs == "weights":
+        return study.recipe("scores", WeightScores(node, own), inputs, labels)
+    labels |= calibration.labels
+    if not isinstance(criterion, SDM):
+        return study.recipe("scores", TextScores(metric=node, model=own, **calibration.shown), inputs, labels)
+    first = TextScores(metric={"_target_": "sdd.channels.TaylorWidth"}, model=own, **calibration.shown)
+    stage1 = study.recipe("scores", first, inputs, labels | {"metric": TaylorWidth.name})
+    node |= criterion.resolved(config.pruning.ratio, config.pruning.ratio_of)
+    second = TextScores(metric=node, model=models.digest, **calibration.shown)
+    return study.recipe("scores", second, inputs | {"first": stage1}, labels)
+
+
+def width_metric(study: Study) -> str:
+    """The node that names the criterion of a width cut."""
+    pruning = study.config.pruning
+    alone = not pruning.size or pruning.start is not None or pruning.blocks is not None
+    return "metric" if alone and not study.config.width_metric else "width_metric"
+
+
+def check_metric(study: Study, node: str, channels: bool) -> None:
+    """Refuse a criterion of blocks for a cut of channels, and the reverse."""
+    pruning, given = study.config.pruning, study.config[node]
+    if not given:
+        raise UserError(
+            f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio:g} need a criterion each; add for "
+            "example metric=angular metric@width_metric=sdm"
+        )
+    criterion = build_part(given)
+    if isinstance(criterion, ChannelCriterion) == channels:
+        return
+    name = f"{'metric@' if node != 'metric' else ''}{node}={criterion.name}"
+    if channels:
+        raise UserError(
+            f"{name} scores blocks, but pruning.ratio={pruning.ratio:g} removes MLP channels; choose one of "
+            "sdm, taylor_width, activation_width, magnitude_width, random_width, or prune blocks (pruning=n2)"
+        )
+    raise UserError(
+        f"{name} scores MLP channels, but pruning.size={pruning.size} removes blocks; choose a criterion of blocks "
+        "such as metric=angular (for channels beside it metric@width_metric=sdm), or pruning=mlp20"
+    )
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    criterion = build_part(recipe.spec["metric"])
+    spec = SPECS[criterion.needs].read(recipe.spec)
+    if isinstance(spec, BlindScores):
+        return Estimate(1.0, 1e8, 1e5)
+    trainer, whole = sizes.config.trainer, sizes.shape.blocks
+    if isinstance(criterion, ChannelCriterion):
+        blocks = sizes.kept if "pruned" in recipe.inputs else whole
+        if not isinstance(spec, TextScores):
+            return estimates.weights_read(sizes.work(blocks, sizes.stored))
+        work, length = sizes.work(blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
+        texts, kind = sizes.config.calibration.num_texts, spec.metric["_target_"]
+        if kind in GRADIENTS:
+            return estimates.gradient_scores(work, texts, length, trainer.micro_batch_tokens, GRADIENTS[kind])
+        return estimates.scores(work, texts, length, trainer.inference_batch_size)
+    if isinstance(spec, WeightScores):
+        return estimates.weights_read(sizes.work(whole, sizes.stored))
+    if isinstance(spec, TextScores):
+        texts, length = sizes.num_texts, sizes.text_tokens(spec.texts)
+    else:
+        texts, length = min(sizes.num_texts, sizes.rows), sizes.prompt + sizes.answer
+    runs = criterion.runs(whole) if isinstance(criterion, ModelCriterion) else ()
+    work = sizes.work(whole, sizes.config.model.dtype)
+    return estimates.scores(work, texts, length, trainer.inference_batch_size, *runs)
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`scores.json` and a figure, after as many passes over the texts as the criterion takes; of channels, also
+    `channels.safetensors`."""
+    criterion = build_part(recipe.spec["metric"])
+    spec = SPECS[criterion.needs].read(recipe.spec)
+    if isinstance(criterion, ChannelCriterion):
+        _build_channels(runtime, spec, inputs, folder, criterion)
+    else:
+        _build_blocks(runtime, spec, folder, criterion)
+
+
+def _build_blocks(runtime: Runtime, spec: Any, folder: Path, criterion: Any) -> None:
+    num_texts = 0
+    if isinstance(spec, BlindScores):
+        blocks = spec.num_blocks
+        criterion.start(blocks)
+    else:
+        source = runtime.source(spec.model, "model")
+        blocks = checkpoints.num_blocks(source)
+        if blocks > 1:
+            check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
+        criterion.start(blocks)
+    if isinstance(spec, WeightScores):
+        criterion.read(source)
+    elif isinstance(spec, TextScores | RowScores):
+        from sdd.forward.batches import show_texts
+
+        rows = _task_rows(runtime, spec) if isinstance(spec, RowScores) else _text_rows(runtime, spec)
+        num_texts = len(rows)
+        model = checkpoints.load_model(source, spec.dtype, runtime.device, runtime.attention)
+        if isinstance(criterion, ModelCriterion):
+            criterion.measure(model, rows, runtime.inference_batch_size)
+        else:
+            show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
+    scores = {"metric": criterion.name, "num_blocks": blocks, "num_texts": num_texts, **criterion.scores()}
+    write_json(folder / "scores.json", scores)
+    heat_map(scores, folder / "scores.png")
+
+
+def _text_rows(runtime: Runtime, spec: TextScores) -> list[Row]:
+    """The calibration texts, every token of them but the first to be scored."""
+    from sdd.forward.batches import tokenize_texts
+
+    tokenizer = checkpoints.load_tokenizer(runtime.source(str(spec.model), "model"))
+    return [Row(ids) for ids in tokenize_texts(tokenizer, runtime.texts[spec.texts], spec.max_length)]
+
+
+def _task_rows(runtime: Runtime, spec: RowScores) -> list[Row]:
+    """The first fine-tuning rows as chats, those left out that are too long."""
+    tokenizer = checkpoints.load_tokenizer(runtime.source(spec.model, "model"))
+    examples = read_examples(runtime, spec.dataset)[: spec.num_rows]
+    rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec.system_prompt) for e in examples]
+    short = [row for row in rows if len(row.ids) <= spec.max_length]
+    if not short:
+        raise UserError(
+            f"calibration.max_length={spec.max_length}: all {len(rows)} rows of the dataset are longer; raise "
+            "calibration.max_length"
+        )
+    if len(short) < len(rows):
+        left_out = len(rows) - len(short)
+        log.info("scores: %d of %d rows left out, longer than %d tokens", left_out, len(rows), spec.max_length)
+    return short
+
+
+def _build_channels(runtime: Runtime, spec: Any, inputs: Mapping[str, Path], folder: Path, criterion: Any) -> None:
+    """Where blocks went first, the input `pruned` is scored."""
+    import torch
+    from safetensors.torch import save_file
+
+    rows: list[list[int]] = []
+    if isinstance(spec, BlindScores):
+        found = criterion.draw(spec.num_blocks, spec.intermediate_size)
+    else:
+        source = inputs["pruned"] if "pruned" in inputs else runtime.source(spec.model, "model")
+        check_narrowable(source, sizes_of(source).mlp.width - 1)
+        if isinstance(spec, TextScores):
+            from sdd.forward.batches import tokenize_texts
+
+            rows = tokenize_texts(checkpoints.load_tokenizer(source), runtime.texts[spec.texts], spec.max_length)
+            found = _measured(runtime, spec, inputs, source, criterion, rows)
+        else:
+            found = criterion.read(source)
+    vectors = {str(block): torch.as_tensor(vector).float().contiguous() for block, vector in enumerate(found)}
+    save_file(vectors, folder / CHANNELS)
+    scores = {
+        "metric": criterion.name,
+        "num_blocks": len(vectors),
+        "num_texts": len(rows),
+        "intermediate_size": len(vectors["0"]),
+        "direction": "higher is more important",
+        **{key: value for key, value in spec.metric.items() if key != "_target_"},
+    }
+    write_json(folder / "scores.json", scores)
+    curves = [vectors[str(block)].tolist() for block in range(len(vectors))]
+    channel_curves(curves, criterion.name, len(rows), folder / "scores.png")
+
+
+def _measured(
+    runtime: Runtime,
+    spec: TextScores,
+    inputs: Mapping[str, Path],
+    source: Path,
+    criterion: Any,
+    rows: list[list[int]],
+) -> Any:
+    """Importance from passes over the texts; the second stage of SDMPrune has the first one's and a teacher."""
+
+    def opened(folder: Path) -> Any:
+        model = checkpoints.load_model(folder, spec.dtype, runtime.device, runtime.attention)
+        checkpoints.check_logits(model)
+        return model
+
+    model = opened(source)
+    if not isinstance(criterion, SDM):
+        return criterion.measure(model, rows, runtime.micro_batch_tokens)
+    teacher = opened(runtime.source(str(spec.model), "model")) if "pruned" in inputs else None
+    return criterion.measure(model, rows, runtime.micro_batch_tokens, read_channels(inputs["first"]), teacher)
+
+
+def read_channels(folder: Path) -> list[Any]:
+    """The importance of every block's channels in a scores artifact."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / CHANNELS)
+    return [found[str(block)] for block in range(len(found))]

@@ -1,0 +1,101 @@
+"""The counts behind the estimates of a dry run, read from the composed config: sizes of model and cut, rows, tokens.
+
+Builds and fetches nothing: what is not here yet counts as what is typical of it.
+"""
+
+from dataclasses import replace
+from operator import mul
+
+from omegaconf import DictConfig
+
+from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
+from sdd.planning.work import BYTES, DEVICES, Device, Shape, Work, shape_of
+from sdd.pruning.width import Share
+from sdd.study import Study
+
+TYPICAL_ROWS = {
+    "gsm8k": (7473, 235, 287),
+    "dolly": (15011, 425, 358),
+    "alpaca": (52002, 82, 273),
+    "openmathinstruct": (1_800_000, 164, 417),
+    "openmathinstruct2": (14_000_000, 258, 1112),
+}
+"""By dataset: rows, characters of a prompt, characters of a reference answer; used before the rows are here."""
+
+OTHER_ROWS = (10_000, 300, 300)
+TEMPLATE_TOKENS = 30
+"""Of the chat template around a prompt."""
+
+
+class Sizes:
+    """Sizes of the model and of its cut, rows and their lengths in tokens."""
+
+    def __init__(self, study: Study) -> None:
+        self.config: DictConfig = study.config
+        self.texts, self.num_texts, self.sources = study.texts, study.calibration.num_texts, study.sources
+        self.sizes = study.models.sizes
+        self.shape = shape_of(self.sizes)
+        self.kept = self.shape.blocks - study.blocks_removed
+        self.cut = self._narrowed()
+        self.rows, self.prompt, self.answer = self._row_counts(study)
+
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.config.trainer.accelerator]
+
+    def _narrowed(self) -> Shape:
+        """The shape after the width cut, if there is one."""
+        pruning = self.config.pruning
+        if pruning.ratio is None:
+            return self.shape
+        share = Share(pruning.ratio, pruning.ratio_of, pruning.multiple)
+        channel = self.kept * self.shape.mlp_matrices * self.shape.hidden
+        width = share.width(self.shape.intermediate, self.shape.parameters(self.kept), channel)
+        return replace(self.shape, intermediate=width)
+
+    def _row_counts(self, study: Study) -> tuple[int, float, float]:
+        """(rows, tokens of a bare prompt, tokens of a reference answer)."""
+        dataset = self.config.dataset
+        if examples := study.rows.examples:
+            rows = len(examples)
+            prompt = sum(len(row.prompt) for row in examples) / rows
+            answer = sum(len(row.reference) for row in examples) / rows
+        elif dataset.parts:
+            rows, parts = dataset.num_rows, list(dataset.parts.values())
+            shares = [part.weight / sum(part.weight for part in parts) for part in parts]
+            lengths = [TYPICAL_ROWS.get(part.name, OTHER_ROWS)[1:] for part in parts]
+            prompt, answer = (sum(map(mul, shares, column)) for column in zip(*lengths, strict=True))
+        else:
+            available, prompt, answer = TYPICAL_ROWS.get(
+                dataset.name, (dataset.num_rows or OTHER_ROWS[0], *OTHER_ROWS[1:])
+            )
+            rows = min(available, dataset.num_rows or available)
+        return rows, prompt / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, answer / CHARACTERS_PER_TOKEN
+
+    @property
+    def stored(self) -> str:
+        """The dtype that the weights are stored in."""
+        dtype = self.sizes.get("dtype") or self.sizes.get("torch_dtype")
+        return dtype if dtype in BYTES else str(self.config.model.dtype)
+
+    def work(self, blocks: int, dtype: str) -> Work:
+        return Work(self.shape, blocks, BYTES[dtype], self.device)
+
+    def student(self, dtype: str) -> Work:
+        """Work on the pruned model, or on the unpruned one where nothing goes."""
+        return Work(self.cut, self.kept, BYTES[dtype], self.device)
+
+    def text_tokens(self, digest: str) -> float:
+        """Tokens of a calibration text; of the longest allowed, before the texts are here."""
+        longest = self.config.calibration.max_length
+        texts = self.texts.get(digest)
+        if not texts:
+            return float(longest)
+        tokens = sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts)
+        return float(tokens / len(texts))
+
+    def shown(self, dtype: str, rows: int, length: float) -> Estimate:
+        """Passes of the unpruned model over given answers, without gradients."""
+        work, batch = self.work(self.shape.blocks, dtype), self.config.trainer.inference_batch_size
+        held = work.weights + work.activations(batch * length) + work.logits(512)
+        return Estimate(work.opening + work.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows)

@@ -1,0 +1,94 @@
+"""Stage `targets`: the answers that a student is trained on, each with where it came from and why."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.finetuning.modes import MODES
+from sdd.planning import estimates
+from sdd.planning.estimates import Estimate
+from sdd.rewriting.selection import choose_target, with_noise
+from sdd.stages import rewrites
+from sdd.stages.datasets import read_examples, selection_for
+from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.sizes import Sizes
+from sdd.stages.spec import Spec
+from sdd.store import Recipe
+from sdd.study import Study
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Targets(Spec):
+    """`dataset` where answers of the dataset are the targets; where rewrites are, how they are chosen."""
+
+    mode: str
+    dataset: dict[str, Any] | None = None
+    rule: Any = None
+    leak_phrases: Any = None
+    select: bool | None = None
+    gold_share: float | None = None
+    noise_share: float = 0.0
+
+
+def recipe(study: Study) -> Recipe:
+    finetune, rows = study.config.finetune, study.rows
+    if finetune.mode == "none":
+        raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
+    mode = MODES[finetune.mode]
+    if mode.targets == "gold" and not rows.source.has_gold:
+        raise UserError("finetune=gold needs answers in the teacher's own register; this dataset has none")
+    if mode.targets != "rewrites":
+        return study.recipe("targets", Targets(mode.name, dataset=rows.spec), {}, rows.labels)
+    shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
+    spec = Targets(mode.name, **rows.selection, select=finetune.select, **shares)
+    return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels)
+
+
+def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    return estimates.targets(sizes.rows, sizes.prompt + 2 * sizes.answer)
+
+
+def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+    """`train.jsonl` with a reason for every row, and `summary.json` with the count of each."""
+    spec = Targets.read(recipe.spec)
+    if "rewrites" in inputs:
+        dataset, rows = recipe.inputs["rewrites"].spec["dataset"], _chosen(spec, inputs["rewrites"])
+        counts = Counter(row["reason"] for row in rows)
+        log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in counts.most_common()))
+    else:
+        assert spec.dataset is not None, "targets are made of rewrites or of a dataset"
+        dataset, is_gold = spec.dataset, MODES[spec.mode].targets == "gold"
+        rows = [
+            {
+                "id": e.id,
+                "prompt": e.prompt,
+                "reference": e.reference,
+                "target": e.gold if is_gold else e.reference,
+                "source": "gold" if is_gold else "reference",
+                "reason": spec.mode,
+            }
+            for e in read_examples(runtime, dataset)
+        ]
+    write_jsonl(folder / "train.jsonl", rows)
+    reasons = Counter(row["reason"] for row in rows)
+    groups = Counter(e.group for e in read_examples(runtime, dataset) if e.group is not None)
+    write_json(folder / "summary.json", {"rows": len(rows), "reasons": dict(reasons), "groups": dict(groups)})
+
+
+def _chosen(spec: Targets, rewrites: Path) -> list[dict[str, Any]]:
+    """Of every row the rewrite, or the reference where that is not good enough."""
+
+    def selection(row: dict[str, Any]) -> Any:
+        return selection_for(spec.rule, spec.leak_phrases, row["id"])
+
+    rows = [
+        choose_target(row, selection(row) if spec.select else None, spec.gold_share or 0.0)
+        for row in read_jsonl(rewrites / "rewrites.jsonl")
+    ]
+    return with_noise(rows, spec.noise_share, selection) if spec.noise_share else rows

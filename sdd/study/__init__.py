@@ -1,0 +1,62 @@
+"""What one composed config names - models, rows, texts, students - as digests and as places of this machine.
+
+Recipes are made of it, in `sdd/stages/`. Reads only configs, digests and row counts; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdd.config import check_pruning
+from sdd.store import STAGES, Recipe, canonical
+from sdd.study.calibration import Calibration
+from sdd.study.models import STAND_IN, Models
+from sdd.study.rows import Rows
+
+__all__ = ["Study", "is_provisional"]
+
+
+def is_provisional(recipe: Recipe) -> bool:
+    """Whether the recipe's address is another one once all it names has been fetched."""
+    return any(STAND_IN in canonical(upstream.spec) for upstream in recipe.walk())
+
+
+class Study:
+    """One config; `students` are the studies of the students to merge.
+
+    `sources` maps the digests that recipes name to paths on this machine, `texts` to calibration texts.
+    """
+
+    def __init__(self, config: DictConfig, digest_memory: Path, students: Sequence[Study] = ()) -> None:
+        self.config, self.digest_memory, self.students = config, digest_memory, list(students)
+        self.sources: dict[str, Path] = {}
+        self.texts: dict[str, list[str]] = {}
+        self.models = Models(config, digest_memory, self.sources)
+        self.rows = Rows(config.dataset, self.sources)
+        self.prompts = self.rows if config.analysis.prompts is None else Rows(config.analysis.prompts, self.sources)
+        self.calibration = Calibration(config, self.rows)
+        check_pruning(config.pruning, self.models.num_blocks)
+
+    @property
+    def blocks_removed(self) -> int:
+        pruning = self.config.pruning
+        return int(pruning.size if pruning.blocks is None else len(pruning.blocks))
+
+    def recipe(
+        self, stage: str, spec: Any, inputs: dict[str, Recipe], labels: dict[str, str], raised: int = 0
+    ) -> Recipe:
+        """A recipe of a stage's typed spec; `raised` is what its version is raised by in this case."""
+        return Recipe(stage, STAGES[stage].version + raised, spec.key(), inputs, dict(labels))
+
+    def raised_for(self, student: Recipe | None, dtype: str) -> int:
+        """What the version of a stage in which the model, or a student of it, writes is raised by.
+
+        By 1 where the checkpoint ships settings that steer generation, which were once obeyed; by 4 where a student
+        with an adapter runs in 16 bits, whose rotary frequencies were once rounded too.
+        """
+        adapted = student is not None and student.stage == "tuned" and student.spec["adapter"].get("method") != "full"
+        return self.models.steers(self.models.digest) + 4 * (adapted and dtype != "float32")

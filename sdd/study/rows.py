@@ -1,0 +1,84 @@
+"""The rows that a config names: where they come from, what recipes say of them, what of a dataset's settings counts."""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sdd.config import plain
+from sdd.config.allowed import build
+from sdd.data import Example
+
+
+def hub_of(node: DictConfig) -> dict[str, Any] | None:
+    """A config's `hub` node as plain values; None where it names no repository."""
+    return plain(node) if node.repository else None
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are set: a part whose constructor does not know a setting refuses it only if it was given."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def source_of(dataset: DictConfig) -> Any:
+    """The source of rows that a node describes."""
+    if not dataset.parts:
+        return _rows(dataset, dataset.seed, dataset.num_rows)
+    return build(
+        {"_target_": dataset._target_},
+        parts={name: partial(_rows, part, dataset.seed) for name, part in dataset.parts.items()},
+        weights={name: part.weight for name, part in dataset.parts.items()},
+        num_rows=dataset.num_rows,
+    )
+
+
+def _rows(rows: DictConfig, seed: int, num_rows: int | None) -> Any:
+    return build(
+        {"_target_": rows._target_},
+        path=rows.path,
+        num_rows=num_rows,
+        seed=seed,
+        families=None if rows.families is None else list(rows.families),
+        **given(hub=hub_of(rows.hub), fields=None if rows.fields is None else dict(rows.fields)),
+    )
+
+
+class Rows:
+    """The rows of the fine-tuning dataset, or of another node of its kind."""
+
+    def __init__(self, node: DictConfig, sources: dict[str, Path]) -> None:
+        self.node, self.sources = node, sources
+
+    @cached_property
+    def source(self) -> Any:
+        return source_of(self.node)
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        spec = {"_target_": self.node._target_, **self.source.spec()}
+        self.sources |= self.source.sources()
+        return spec
+
+    @property
+    def examples(self) -> list[Example] | None:
+        """The rows; None where they would have to be asked of the hub."""
+        parts = list(self.node.parts.values()) or [self.node]
+        if any(part.path is None and part.hub.repository is not None for part in parts):
+            return None
+        found: list[Example] = self.source.examples()
+        return found
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"dataset": self.node.name}
+
+    def setting(self, key: str) -> Any:
+        """A setting of the dataset; in a mixture, of each part by name."""
+        dataset = plain(self.node)
+        return {name: part[key] for name, part in dataset["parts"].items()} if dataset["parts"] else dataset[key]
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """How rewrites are judged."""
+        return {"rule": self.setting("answer_rule"), "leak_phrases": self.setting("leak_phrases")}
