@@ -338,7 +338,8 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
     watched: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sdd.stages.student.models.load_model", lambda *a, **k: watched.append(load_model(*a, **k)) or watched[0]
+            "sdd.stages.student.checkpoints.load_model",
+            lambda *a, **k: watched.append(load_model(*a, **k)) or watched[0],
         )
         patch.setattr(Linear, "merge", merging)
         model, _ = open_student(tuned, Runtime(), target)

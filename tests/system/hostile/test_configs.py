@@ -372,7 +372,7 @@ def test_workers_of_a_sweep_check_too(canaries: Canaries) -> None:
     """A process of its own, as joblib's: the sweep's parameter chooses the hostile file."""
     folder, choice = offer(canaries, REFUSED["environment"])
     words = [folder, "-m", choice + ",null", "dry_run=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    code = "import sys; from sdd import app; sys.argv = ['prune', *sys.argv[1:]]; app.main('prune')"
+    code = "import sys; from sdd.cli import app; sys.argv = ['prune', *sys.argv[1:]]; app.main('prune')"
     outcome = subprocess_run(["-c", code, *words], canaries.work)
     assert outcome.code == 2, outcome.stderr
     assert "Traceback" not in outcome.stderr
