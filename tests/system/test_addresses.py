@@ -273,15 +273,15 @@ def test_renamed_option_is_the_same_work(small: list[str], tmp_path: Path) -> No
     assert plain.stdout == renamed.stdout
 
 
-def graph(config: DictConfig, memory: Path) -> list[Any]:
+def walked(config: DictConfig, memory: Path) -> list[Any]:
     wanted = graph.wanted(Study(config, memory), "prune")
     assert wanted is not None
     return list(wanted.walk())
 
 
 def test_second_stage_shares_the_first_with_its_ablation(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
-    alone = graph(composed("metric=taylor_width", "pruning=mlp20"), tmp_path)
-    first, second, cut = graph(composed("metric=sdm", "pruning=mlp30"), tmp_path)
+    alone = walked(composed("metric=taylor_width", "pruning=mlp20"), tmp_path)
+    first, second, cut = walked(composed("metric=sdm", "pruning=mlp30"), tmp_path)
     assert first.address == alone[0].address
     assert second.inputs == {"first": first}
     assert cut.inputs == {"scores": second}
@@ -295,8 +295,8 @@ def test_second_stage_shares_the_first_with_its_ablation(composed: Callable[...,
 
 def test_depth_goes_before_width(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     """The channels are scored on what the depth cut left; the original is the second stage's teacher."""
-    depth = graph(composed("pruning=n2"), tmp_path)
-    both = graph(composed("pruning=n2", "metric@width_metric=sdm", "pruning.ratio=0.2"), tmp_path)
+    depth = walked(composed("pruning=n2"), tmp_path)
+    both = walked(composed("pruning=n2", "metric@width_metric=sdm", "pruning.ratio=0.2"), tmp_path)
     assert [recipe.address for recipe in both[:2]] == [recipe.address for recipe in depth]
     _, between, first, second, cut = both
     assert first.inputs == {"pruned": between}
@@ -305,7 +305,7 @@ def test_depth_goes_before_width(composed: Callable[..., DictConfig], tmp_path: 
     assert second.spec["model"] == between.spec["model"]
     assert cut.inputs == {"scores": second, "pruned": between}
     assert cut.labels["metric"] == "angular+sdm"
-    listed = graph(composed("metric=taylor_width", "pruning.blocks=[1]", "pruning.ratio=0.2"), tmp_path)
+    listed = walked(composed("metric=taylor_width", "pruning.blocks=[1]", "pruning.ratio=0.2"), tmp_path)
     assert [recipe.stage for recipe in listed] == ["pruned", "scores", "pruned"]
 
 

@@ -98,7 +98,7 @@ def assert_bound(path: tuple, node: dict) -> None:
         given = {key: given[key] for key in PASSED[path[0]] if given.get(key) is not None}
         if not given["hub"]["repository"]:
             del given["hub"]
-    inspect.signature((class_of(name) if name in PLACES else get_object(name))).bind(**given, **ADDED.get(path[0], {}))
+    inspect.signature(class_of(name) if name in PLACES else get_object(name)).bind(**given, **ADDED.get(path[0], {}))
 
 
 def test_configs_in_use_are_those_of_the_checkout() -> None:

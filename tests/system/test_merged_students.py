@@ -15,7 +15,7 @@ from sdd.export.checkpoint import export
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.library import Library
-from sdd.stages import merged
+from sdd.stages import merged as merged_stage
 from sdd.stages.__main__ import rerun
 from sdd.stages.runtime import Runtime
 from sdd.store import Store
@@ -97,7 +97,7 @@ def test_what_is_in_the_key(composed: Callable[..., DictConfig], record: Any, tm
         for key, value in values.items():
             OmegaConf.update(config, f"merge.{key}", value, force_add=True)
         students = [Study(composed(f"seed={seed}"), tmp_path) for seed in seeds]
-        return merged.recipe(Study(config, tmp_path, students)).address
+        return merged_stage.recipe(Study(config, tmp_path, students)).address
 
     plain = address("slerp")
     assert plain == record[0].name
