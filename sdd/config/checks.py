@@ -14,6 +14,7 @@ from sdd.answers import RULES
 from sdd.config.schema import plain
 from sdd.errors import UserError
 from sdd.finetuning.modes import MODES
+from sdd.store import ANALYSES
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -25,7 +26,7 @@ CHOICES = {
     "pruning.ratio_of": ("all", "mlp"),
     "merge.method": ("none", "slerp", "linear", "task_arithmetic", "ties"),
     "evaluation.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "analysis.kind": ("none", "speculative", "shift", "cost"),
+    "analysis.kind": ("none", *ANALYSES),
     "analysis.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.attention": ("eager", "sdpa", "flash_attention_2"),

@@ -1,6 +1,7 @@
 """The ways of fine-tuning, a record each: where targets come from, what is minimised, what is said and shown of it."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 SOLID = "-"
@@ -25,15 +26,25 @@ class Style:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """A loss with a teacher beside the student: a class that is called with the teacher and these settings of
+    `finetune`, which then are in the key. `id` tells losses apart there; the first that there was has none."""
+
+    place: str
+    settings: tuple[str, ...]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Mode:
-    """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `is_distilled`: the
-    teacher's probabilities are learned at every target token. `words` say what an exported student was tuned on."""
+    """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `loss`: None is
+    cross-entropy on them. `words` say what an exported student was tuned on."""
 
     name: str
     targets: Literal["reference", "gold", "rewrites"]
     words: str
     look: Style
-    is_distilled: bool = False
+    loss: Loss | None = None
 
 
 _ALL = (
@@ -48,7 +59,7 @@ _ALL = (
         "reference",
         "the dataset's own reference answers, towards the teacher's probabilities of every next token",
         Style("#E69F00", "#FEBE35", "X", _SALTIRE, "✖\ufe0e", "++", (0, (8, 3))),
-        is_distilled=True,
+        Loss("sdd.finetuning.logit_distillation:LogitDistillation", ("temperature", "ce_share")),
     ),
     Mode(
         "self_distill",
@@ -65,3 +76,10 @@ _ALL = (
 )
 MODES = {mode.name: mode for mode in _ALL}
 """In the order in which reports compare them: the later minus the earlier."""
+
+
+def loss_of(id: str | None) -> tuple[type, Loss]:
+    """The class of a loss with a teacher, and its record, by the id that it has in a key."""
+    record = next(mode.loss for mode in _ALL if mode.loss is not None and mode.loss.id == id)
+    module, _, name = record.place.partition(":")
+    return getattr(import_module(module), name), record

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdd.errors import UserError
 from sdd.finetuning.adapters import causal_lm
 from sdd.forward import chunks
-from sdd.forward.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
+from sdd.forward.losses import summed_in_chunks, target_loss_sum
 from sdd.models.checkpoints import decoder, head_logits
 
 VALIDATIONS = 4
@@ -88,7 +88,7 @@ def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tu
     """Summed cross-entropy over the rows' target tokens, and their number; logits at target positions only."""
     ids, mask, labels = padded(rows, device)
     at = labels[:, 1:] != -100
-    states, targets = _states(model, ids, mask, at), labels[:, 1:][at]
+    states, targets = target_states(model, ids, mask, at), labels[:, 1:][at]
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return target_loss_sum(head_logits(model, hidden), targets)
@@ -98,40 +98,10 @@ def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tu
     return summed_in_chunks(loss, states, targets, chunk=chunks.CHUNK_TOKENS), len(targets)
 
 
-def _states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+def target_states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
     """The states from which the tokens chosen by `at`, (B, T - 1), are predicted: -> (N, hidden)."""
     hidden: Tensor = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden[:, :-1][at]
-
-
-@dataclass(frozen=True)
-class LogitDistillation:
-    """The loss of logit distillation, in place of `loss_sum`: ce_share * CE + (1 - ce_share) * KL(teacher || student).
-
-    Taken at every target token. The frozen teacher reads the same rows in the same step, in its own dtype, so that
-    nothing is cached. It is no part of the module in training, of its optimiser or of its checkpoints. Beside the
-    student there are the teacher's weights, its states of one micro-batch, and both models' logits of one chunk.
-    """
-
-    teacher: Any
-    temperature: float = 1.0
-    ce_share: float = 0.0
-
-    def __call__(self, model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
-        ids, mask, labels = padded(rows, device)
-        at = labels[:, 1:] != -100
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            taught = _states(self.teacher, ids, mask, at)
-
-        def loss(hidden: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
-            logits = head_logits(model, hidden)
-            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-                teacher_logits = head_logits(self.teacher, taught)
-            kl = (1 - self.ce_share) * forward_kl_sum(logits, teacher_logits, self.temperature)
-            return kl + self.ce_share * target_loss_sum(logits, targets) if self.ce_share else kl
-
-        parts = _states(model, ids, mask, at), taught, labels[:, 1:][at]
-        return summed_in_chunks(loss, *parts, chunk=chunks.CHUNK_TOKENS), int(at.sum())
 
 
 def target_tokens(rows: Sequence[TrainingRow]) -> int:

@@ -30,9 +30,9 @@ from sdd.report.files import write
 from sdd.report.forgetting import against_forgetting
 from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
 from sdd.report.library import AGAIN, Artifact, Library, read_artifact, read_json, read_jsonl
+from sdd.store import STAGES
 from sdd.untrusted import check_shape
 
-KINDS = {"drafted": "speculative", "shifted": "shift", "measured": "cost"}
 RESULT = {"drafted": "drafted.json", "shifted": "shift.json", "measured": "costs.json"}
 
 SHIFT_ROW = {"id": (str, int), "tokens": int, "kl": float, "similarity?": float}
@@ -103,14 +103,14 @@ def _rows(artifact: Artifact) -> Rows:
 def find(arms: list[Arm], library: Library) -> list[Analysis]:
     """The analyses of the arms' students, by arm, kind and setting."""
     of_model: dict[str, list[Artifact]] = {}
-    for artifact in library.of_stages(KINDS):
+    for artifact in library.of_stages(RESULT):
         of_model.setdefault(artifact.inputs.get("model", ""), []).append(artifact)
     found: dict[tuple[str, str, str], Analysis] = {}
     for arm in arms:
         for run in arm.runs:
             model = read_artifact(run.path).inputs.get("model")
             for artifact in of_model.get(model or "", []):
-                kind = KINDS[artifact.stage]
+                kind = str(STAGES[artifact.stage].analysis)
                 setting = json.dumps([artifact.version, artifact.spec, artifact.inputs.get("answers")], sort_keys=True)
                 analysis = found.setdefault((arm.name, kind, setting), Analysis(arm, kind, setting, [], [], []))
                 if artifact.address not in {other.address for other in analysis.artifacts}:

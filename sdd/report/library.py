@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store import STAGES
+from sdd.store import ANALYSES, STAGES
 from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_rows, read_text, strict_json
 
 MAKING = ("command", "config", "commit", "seconds", "created")
-ANALYSES = tuple(name for name, stage in STAGES.items() if stage.is_result and name != "evaluated")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def find_evaluated(folder: Path) -> list[Path]:
 
 def find_analyses(folder: Path) -> list[Path]:
     """Folders of analyses that the jobs of a sweep asked for; those of an artifacts folder are found with it."""
-    return [] if (folder / "evaluated").is_dir() else _asked_for(folder, ANALYSES)
+    return [] if (folder / "evaluated").is_dir() else _asked_for(folder, tuple(ANALYSES.values()))
 
 
 def _asked_for(folder: Path, stages: tuple[str, ...]) -> list[Path]:

@@ -38,8 +38,9 @@ class Completion:
 
 
 class Engine(Protocol):
-    """What rewriting needs of an engine. `spec` is what of its settings decides the text."""
+    """What rewriting needs of an engine. `spec` is what of its settings decides the text, its `kind` among it."""
 
+    kind: str
     tries: int
 
     def spec(self) -> dict[str, Any]: ...
@@ -51,6 +52,8 @@ class Engine(Protocol):
 
 class HFEngine:
     """Generation by transformers, left-padded, batched by prompt length."""
+
+    kind = "hf"
 
     def __init__(
         self,

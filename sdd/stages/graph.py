@@ -6,14 +6,12 @@ measured. What is in a key is decided in each stage's file and nowhere else.
 """
 
 from collections.abc import Iterable
+from importlib import import_module
 
 from sdd.errors import UserError
-from sdd.stages import answered, drafted, evaluated, measured, merged, pruned, shifted, targets, tuned
-from sdd.store import Recipe
+from sdd.stages import answered, evaluated, merged, pruned, targets, tuned
+from sdd.store import ANALYSES, Recipe
 from sdd.study import Study
-
-ANALYSES = {"speculative": drafted.recipe, "shift": shifted.recipe, "cost": measured.recipe}
-"""By the name of an analysis, the recipe that it asks for."""
 
 
 def student(study: Study) -> Recipe | None:
@@ -36,7 +34,8 @@ def wanted(study: Study, script: str) -> Recipe | None:
         return evaluated.recipe(study, own)
     if own is None:
         raise UserError(f"analysis={kind} compares a student with the unpruned model; add for example pruning=n2")
-    return ANALYSES[kind](study, own)
+    asked: Recipe = import_module(f"sdd.stages.{ANALYSES[kind]}").recipe(study, own)
+    return asked
 
 
 def read_data(study: Study, missing: Iterable[Recipe]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sdd.config.allowed import build as build_part
+from sdd.config.parts import TARGETS, class_of
 from sdd.data.mixture import part_of
+from sdd.errors import UserError
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
@@ -19,9 +21,7 @@ from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
 from sdd.study import Study
-
-ENGINES = {"hf": "sdd.engines.HFEngine"}
-"""By the kind that an engine has in a key, its id in `sdd.config.parts`."""
+from sdd.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,20 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     return Estimate(found.seconds * (engine.get("tries") or 1), found.memory, found.disk)
 
 
+def _engine(kind: str) -> str:
+    """The id of the engine that has this kind in a key."""
+    for id in sorted(TARGETS["engine",]):
+        if class_of(id).kind == kind:  # type: ignore[attr-defined]
+            return id
+    raise UserError(f"the recipe names an engine {printable(kind)}, which is not one of this project's")
+
+
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`rewrites.jsonl`; finished chunks of rows of similar length survive a kill."""
     spec = Rewrites.read(recipe.spec)
     examples = read_examples(runtime, spec.dataset)
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
-    engine = build_part({"_target_": ENGINES[spec.engine["kind"]], **settings})
+    engine = class_of(_engine(spec.engine["kind"]))(**settings)
     templates = [for_row(spec.template, example.id) for example in examples]
     order = sorted(
         range(len(examples)),

@@ -18,7 +18,7 @@ from sdd.config.allowed import build as build_part
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, save_student
-from sdd.finetuning.modes import MODES
+from sdd.finetuning.modes import MODES, loss_of
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning import estimates
@@ -67,10 +67,10 @@ def recipe(study: Study) -> Recipe:
     settings = plain(finetune)
     for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "temperature", "precision"):
         settings.pop(key)
-    distillation = None
-    if finetune.mode in MODES and MODES[finetune.mode].is_distilled:
+    distillation, loss = None, MODES[finetune.mode].loss if finetune.mode in MODES else None
+    if loss is not None:
         distillation = {"teacher": models.teacher_digest, "dtype": config.model.dtype}
-        distillation |= {"temperature": finetune.temperature, "ce_share": finetune.ce_share}
+        distillation |= {key: finetune[key] for key in loss.settings} | ({"loss": loss.id} if loss.id else {})
     adapter = _adapter_spec(study)
     inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
     spec = Tuned(
@@ -302,8 +302,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
 
 
 def _loss(spec: Tuned, runtime: Runtime) -> Any:
-    """Cross-entropy on the targets, or with a teacher beside the student, its distribution at every target token."""
-    from sdd.finetuning.module import LogitDistillation, loss_sum
+    """Cross-entropy on the targets, or the mode's own loss with a teacher beside the student."""
+    from sdd.finetuning.module import loss_sum
 
     if spec.distillation is None:
         return loss_sum
@@ -311,7 +311,8 @@ def _loss(spec: Tuned, runtime: Runtime) -> Any:
     folder = runtime.source(settings["teacher"], "teacher")
     teacher = checkpoints.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
     checkpoints.check_logits(teacher)
-    return LogitDistillation(teacher, settings["temperature"], settings["ce_share"])
+    kind, record = loss_of(settings.get("loss"))
+    return kind(teacher, **{key: settings[key] for key in record.settings})
 
 
 def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[int] | None:

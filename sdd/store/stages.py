@@ -11,7 +11,8 @@ class Stage:
     """`version` is raised when the way a stage computes changes its content; `script` asks for it.
 
     `resumable`: building goes on from what a killed one left. `is_result`: asked for in itself, other artifacts are
-    kept for it. `is_model`: holds a student that can be evaluated, merged or exported.
+    kept for it. `is_model`: holds a student that can be evaluated, merged or exported. `analysis`: what a config
+    calls it that asks for it in place of an evaluation.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Stage:
     resumable: bool = False
     is_result: bool = False
     is_model: bool = False
+    analysis: str | None = None
 
 
 STAGES = {
@@ -34,9 +36,11 @@ STAGES = {
         Stage("evaluated", "evaluate", resumable=True, is_result=True),
         Stage("answered", "evaluate", resumable=True),
         Stage("surprisals", "evaluate"),
-        Stage("drafted", "evaluate", is_result=True),
-        Stage("shifted", "evaluate", is_result=True),
-        Stage("measured", "evaluate", is_result=True),
+        Stage("drafted", "evaluate", is_result=True, analysis="speculative"),
+        Stage("shifted", "evaluate", is_result=True, analysis="shift"),
+        Stage("measured", "evaluate", is_result=True, analysis="cost"),
     )
 }
 """In the order of the pipeline."""
+ANALYSES = {stage.analysis: name for name, stage in STAGES.items() if stage.analysis}
+"""By what a config calls it, the stage of an analysis."""

@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from peft import LoraConfig, get_peft_model
 
+from sdd.finetuning.logit_distillation import LogitDistillation
 from sdd.finetuning.module import (
-    LogitDistillation,
     Optimisation,
     StudentModule,
     TrainingRow,
