@@ -7,7 +7,7 @@ time, so that a large vocabulary costs no memory. Knows nothing of whose answers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sdd.forward.batches import length_batches
+from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
 
 MAX_TOKENS = 16_384
@@ -29,12 +29,7 @@ def answer_states(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[
     body, device = checkpoints.decoder(model), model.device
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
     for batch in length_batches(lengths, batch_size, MAX_TOKENS):
-        longest = lengths[batch[0]]
-        ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids)
-        for at, index in enumerate(batch):
-            ids[at, : lengths[index]] = torch.tensor([*rows[index][0], *rows[index][1]], device=device)
-            mask[at, : lengths[index]] = 1
+        ids, mask = padded([[*rows[index][0], *rows[index][1]] for index in batch], device)
         with torch.no_grad():
             states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         for at, index in enumerate(batch):

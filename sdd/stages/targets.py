@@ -57,13 +57,15 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`train.jsonl` with a reason for every row, and `summary.json` with the count of each."""
     spec = Targets.read(recipe.spec)
+    dataset = recipe.inputs["rewrites"].spec["dataset"] if "rewrites" in inputs else spec.dataset
+    assert dataset is not None, "targets are made of rewrites or of a dataset"
+    examples = read_examples(runtime, dataset)
     if "rewrites" in inputs:
-        dataset, rows = recipe.inputs["rewrites"].spec["dataset"], _chosen(spec, inputs["rewrites"])
+        rows = _chosen(spec, inputs["rewrites"])
         counts = Counter(row["reason"] for row in rows)
         log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in counts.most_common()))
     else:
-        assert spec.dataset is not None, "targets are made of rewrites or of a dataset"
-        dataset, is_gold = spec.dataset, MODES[spec.mode].targets == "gold"
+        is_gold = MODES[spec.mode].targets == "gold"
         rows = [
             {
                 "id": e.id,
@@ -73,11 +75,11 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 "source": "gold" if is_gold else "reference",
                 "reason": spec.mode,
             }
-            for e in read_examples(runtime, dataset)
+            for e in examples
         ]
     write_jsonl(folder / "train.jsonl", rows)
     reasons = Counter(row["reason"] for row in rows)
-    groups = Counter(e.group for e in read_examples(runtime, dataset) if e.group is not None)
+    groups = Counter(e.group for e in examples if e.group is not None)
     write_json(folder / "summary.json", {"rows": len(rows), "reasons": dict(reasons), "groups": dict(groups)})
 
 
