@@ -203,6 +203,11 @@ def test_noise_is_uniform_and_rows_steps_and_tokens_are_unrelated() -> None:
         assert abs(float(z)) < 5
 
 
+def test_noise_is_made_where_the_scores_are() -> None:
+    """By arithmetic on a counter: nothing is drawn on the processor and carried over."""
+    assert GumbelNoise(0, [Request("a", "p")])(None, torch.zeros(1, 7, device="meta")).device.type == "meta"
+
+
 def test_noise_of_a_row_does_not_depend_on_its_batch() -> None:
     requests = [Request(str(n), "p") for n in range(3)]
     together = GumbelNoise(5, requests)(None, torch.zeros(3, 1000))
