@@ -70,6 +70,7 @@ def checked(form: str, rows: int, vocabulary: int, device: str) -> dict[str, Any
     """What the noise has to be, whatever its form: uniform once undone, unrelated, and a row's own."""
     import torch
 
+    rows = max(rows, 4)
     requests = requests_of(rows)
     noise, scores = FORMS[form](1, requests), torch.zeros(rows, vocabulary, device=device)
     first, second = noise(None, scores), noise(None, scores)
