@@ -1,5 +1,6 @@
 """Generation in batches against generation one prompt at a time, and sampling against the distribution it claims."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sdd.models.chats import chat_prompt_ids
 from sdd.models.checkpoints import steers_generation
@@ -203,16 +206,70 @@ def test_noise_is_uniform_and_rows_steps_and_tokens_are_unrelated() -> None:
         assert abs(float(z)) < 5
 
 
-def test_noise_is_made_where_the_scores_are() -> None:
-    """By arithmetic on a counter: nothing is drawn on the processor and carried over."""
-    assert GumbelNoise(0, [Request("a", "p")])(None, torch.zeros(1, 7, device="meta")).device.type == "meta"
-
-
 def test_noise_of_a_row_does_not_depend_on_its_batch() -> None:
     requests = [Request(str(n), "p") for n in range(3)]
     together = GumbelNoise(5, requests)(None, torch.zeros(3, 1000))
     alone = [GumbelNoise(5, [request])(None, torch.zeros(1, 1000))[0] for request in requests]
     assert torch.equal(together, torch.stack(alone))
+
+
+def splitmix64(seed: int, request: str, step: int, token: int) -> float:
+    """The noise of one token in plain integers: two rounds of SplitMix64, over the row's step and over the token."""
+    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mixed(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    key = int.from_bytes(hashlib.sha256(f"{seed} 0 {request}".encode()).digest()[:8], "big")
+    row = mixed((key + step * golden) & mask)
+    uniform = (mixed((row + (token + 1) * golden) & mask) % 2**53 + 0.5) / 2**53
+    return -math.log(-math.log(uniform))
+
+
+def test_noise_is_a_function_of_a_counter() -> None:
+    """Of seed, request, try, step and token; not of how many tokens or rows there are."""
+    wide, narrow = (GumbelNoise(7, [Request(id, "p") for id in ids]) for ids in (("a", "b", "c"), ("b",)))
+    for step in range(3):
+        noise = wide(None, torch.zeros(3, 1000))
+        assert torch.equal(narrow(None, torch.zeros(1, 300))[0], noise[1, :300])
+        for row, token in ((0, 0), (1, 299), (2, 999)):
+            assert float(noise[row, token]) == pytest.approx(splitmix64(7, "abc"[row], step, token), rel=1e-12)
+
+
+def test_noise_is_made_where_the_logits_are() -> None:
+    """On a device that holds shapes alone: nothing as wide as the vocabulary is made on the CPU and moved."""
+    made: list[tuple[str, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            made.extend((t.device.type, t.numel()) for t in tree_leaves(output) if isinstance(t, torch.Tensor))
+            return output
+
+    with Watch():
+        noise = GumbelNoise(0, [Request(str(n), "p") for n in range(4)])(None, torch.zeros(4, 1000, device="meta"))
+    assert (noise.device.type, noise.dtype) == ("meta", torch.float64)
+    assert max(size for device, size in made if device == "meta") >= 4000
+    assert max((size for device, size in made if device == "cpu"), default=0) <= 4
+
+
+def test_noise_is_finite_at_both_ends() -> None:
+    """Keys whose first token draws the smallest and the largest number; an excluded token stays excluded."""
+    mask = (1 << 64) - 1
+
+    def unmixed(z: int) -> int:
+        for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+            z = (z ^ (z >> shift) ^ (z >> 2 * shift)) * pow(factor, -1, 1 << 64) & mask
+        return z
+
+    noise = GumbelNoise(0, [Request(id, "p") for id in "abc"])
+    noise.keys = [unmixed((unmixed(end) - 0x9E3779B97F4A7C15) & mask) for end in (0, 2**53 - 1, 2**53 - 1)]
+    smallest, largest, excluded = noise(None, torch.tensor([[0.0], [0.0], [-math.inf]]))[:, 0].tolist()
+    assert smallest == pytest.approx(-math.log(54 * math.log(2)))
+    assert largest == pytest.approx(53 * math.log(2), rel=1e-3)
+    assert excluded == -math.inf
 
 
 SHIPPED = [
