@@ -154,7 +154,7 @@ def check_metric(study: Study, node: str, channels: bool) -> None:
     pruning, given = study.config.pruning, study.config[node]
     if not given:
         raise UserError(
-            f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio:g} need a criterion each; add for "
+            f"pruning.size={pruning.size} and pruning.ratio={pruning.ratio} need a criterion each; add for "
             "example metric=angular metric@width_metric=sdm"
         )
     criterion = build_part(given)
