@@ -1,8 +1,8 @@
 """Every address there was, pinned: artifacts that somebody made must be found again, whatever moves in the house.
 
 `golden/addresses.json` holds the artifacts of the whole study of the embedded model, one walk for every option of every
-group and every setting of `test_addresses`. What is new has no address to keep. A stage's version may rise for a reason that the log names;
-then write it anew: `python tests/system/test_golden_addresses.py`.
+group and every setting of `test_addresses`. What is new has no address to keep. A stage's version may rise for a reason
+that the log names; then write it anew: `python tests/system/test_golden_addresses.py`.
 """
 
 import json

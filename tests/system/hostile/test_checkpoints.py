@@ -447,6 +447,7 @@ def test_command_ends_in_one_line(name: str, model: Path, canaries: Any, small: 
     assert not (canaries.work / "artifacts" / "pruned").exists()
 
 
+@pytest.mark.process
 def test_kernels_are_never_imported(model: Path, canaries: Any) -> None:
     """Another package of that name, of a version that transformers would take, in a process of its own."""
     package = canaries.work / "site" / "kernels"

@@ -368,6 +368,7 @@ def test_two_harmless_halves_are_not_resolved_together(canaries: Canaries) -> No
     canaries.check_refused(outcome)
 
 
+@pytest.mark.process
 def test_workers_of_a_sweep_check_too(canaries: Canaries) -> None:
     """A process of its own, as joblib's: the sweep's parameter chooses the hostile file."""
     folder, choice = offer(canaries, REFUSED["environment"])
