@@ -17,8 +17,9 @@ import yaml
 from sdd.errors import UserError
 from sdd.finetuning.modes import MODES
 from sdd.models.hub import PAGE, checkpoint_folder, is_hub_id
-from sdd.stages.runtime import Runtime, read_facts
+from sdd.stages.runtime import Runtime
 from sdd.store import Store, read_manifest
+from sdd.store.files import read_facts
 from sdd.untrusted import ANY, as_block, as_code, as_markdown, check_inside, check_shape, cleaned
 
 TUNED = {"finetune": {"epochs": int, "learning_rate": float, "batch_size": int}, "seed": int}

@@ -29,8 +29,9 @@ from sdd.report.contrasts import Study
 from sdd.report.files import write
 from sdd.report.forgetting import against_forgetting
 from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
-from sdd.report.library import AGAIN, Artifact, Library, read_artifact, read_json, read_jsonl
+from sdd.report.library import Artifact, Library, read_artifact
 from sdd.store import STAGES
+from sdd.store.files import AGAIN, shown_json, shown_rows
 from sdd.untrusted import check_shape
 
 RESULT = {"drafted": "drafted.json", "shifted": "shift.json", "measured": "costs.json"}
@@ -94,7 +95,7 @@ def _rows(artifact: Artifact) -> Rows:
         return {}
     shape = SHIFT_ROW if artifact.stage == "shifted" else DRAFT_ROW
     rows = {}
-    for row in read_jsonl(path, artifact.path):
+    for row in shown_rows(path, artifact.path):
         check_shape(row, shape, f"{path} has a broken row; {AGAIN}: row")
         rows[str(row["id"])] = row
     return rows
@@ -138,8 +139,8 @@ def _record(analysis: Analysis) -> dict[str, Any]:
         "seeds": analysis.seeds,
         "prompts": len(analysis.prompts),
         "measures": measures,
-        "results": [read_json(artifact.path / RESULT[artifact.stage]) for artifact in analysis.artifacts],
-        "timings": [read_json(path) if path.is_file() else None for path in timings],
+        "results": [shown_json(artifact.path / RESULT[artifact.stage]) for artifact in analysis.artifacts],
+        "timings": [shown_json(path) if path.is_file() else None for path in timings],
         "addresses": [artifact.address for artifact in analysis.artifacts],
     }
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.report.library import AGAIN, Artifact, Library, read_artifact, read_json
+from sdd.report.library import Artifact, Library, read_artifact
 from sdd.store import STAGES
+from sdd.store.files import AGAIN, shown_json
 from sdd.untrusted import check_shape
 
 NO_TEACHER = (
@@ -115,7 +116,7 @@ def _cut_settings(pruned: Artifact, library: Library) -> dict[str, Any]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """What an evaluated artifact says of its tasks, numbers checked, and names that name no other file."""
-    results: dict[str, Any] = read_json(path, RESULTS)
+    results: dict[str, Any] = shown_json(path, RESULTS)
     if len(results["tasks"]) > MOST_TASKS:
         raise UserError(f"{path}: more than {MOST_TASKS:,} tasks; {AGAIN}")
     for task in results["tasks"]:
@@ -126,7 +127,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def read_cut(path: Path) -> dict[str, Any]:
     """What a pruned model says of its cut."""
-    cut: dict[str, Any] = read_json(path, CUT)
+    cut: dict[str, Any] = shown_json(path, CUT)
     if max(len(cut.get(name) or []) for name in ("removed_blocks", "kept_blocks")) > MOST_BLOCKS:
         raise UserError(f"{path}: more than {MOST_BLOCKS:,} blocks; {AGAIN}")
     return cut
@@ -190,7 +191,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     metric = pruning.get("metric") or (pruned[0].labels.get("metric") if pruned and pruned[0].inputs else None)
     metric = metric and one_line(metric)
     removed = pruning.get("removed_blocks") or []
-    summaries = [read_json(artifact.path / "summary.json", SUMMARY).get("groups") for artifact in targets]
+    summaries = [shown_json(artifact.path / "summary.json", SUMMARY).get("groups") for artifact in targets]
     groups = frozenset(name for each in summaries if each for name, count in each.items() if count)
     labels = [artifact.labels.get("dataset") or artifact.spec.get("dataset") for artifact in targets]
     settings = {

@@ -6,14 +6,15 @@ stages mean.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
 from sdd.store import ANALYSES, STAGES
-from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_rows, read_text, strict_json
+from sdd.store.files import AGAIN, shown_json
+from sdd.untrusted import ANY
 
 MAKING = ("command", "config", "commit", "seconds", "created")
 
@@ -34,7 +35,6 @@ class Artifact:
 
 
 ADDRESS = re.compile(r"[0-9a-f]{12,64}")
-AGAIN = "build its artifact again"
 MANIFEST = {
     "stage": str,
     "address": str,
@@ -50,31 +50,8 @@ MANIFEST = {
 }
 
 
-def read_json(path: Path, shape: Any = ANY) -> Any:
-    """JSON of an artifact in a shape (see `check_shape`), finite numbers only, cleaned for showing."""
-    check_file(path, path.parent)
-    value = strict_json(read_text(path, f"{path}"), f"{path}", f"; {AGAIN}")
-    check_shape(value, shape, f"{path}")
-    return cleaned(value)
-
-
-def read_jsonl(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of an artifact, cleaned for showing."""
-    check_file(path, folder)
-    for row in read_rows(path, f"{path}"):
-        check_shape(row, ANY, f"{path}")
-        yield cleaned(row)
-
-
-def check_file(path: Path, folder: Path) -> None:
-    """Refuse what is not there, or is a link out of the artifact's folder."""
-    if not path.exists() and not path.is_symlink():
-        raise UserError(f"{path} is missing; {AGAIN}")
-    check_inside(path, folder, f"{path}")
-
-
 def read_artifact(path: Path) -> Artifact:
-    manifest = read_json(path / "manifest.json", MANIFEST)
+    manifest = shown_json(path / "manifest.json", MANIFEST)
     inputs = manifest.get("inputs") or {}
     if (manifest["stage"], manifest["address"]) != (path.parent.name, path.name) or manifest["stage"] not in STAGES:
         raise UserError(f"{path}/manifest.json is of another artifact; {AGAIN}")
@@ -154,7 +131,7 @@ def _asked_for(folder: Path, stages: tuple[str, ...]) -> list[Path]:
     """What the jobs of a sweep recorded, as far as it is of these stages."""
     paths = []
     for file in sorted(folder.glob("**/result.json")):
-        result = read_json(file)
+        result = shown_json(file)
         if not isinstance(result, dict) or result.get("stage") not in stages or not isinstance(result.get("path"), str):
             continue
         path = Path(result["path"])

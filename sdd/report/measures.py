@@ -19,7 +19,7 @@ from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.collect import Run
 from sdd.report.intervals import RESAMPLES, Array, interval, item_means, normal_noise, over_seeds, ratio
-from sdd.report.library import AGAIN, read_jsonl
+from sdd.store.files import AGAIN, shown_rows
 from sdd.untrusted import check_shape
 
 SAMPLE = {"id": (str, int), "score": (float, bool), "task?": (str, None)}
@@ -48,7 +48,7 @@ def read_scores(run: Run, task: str) -> dict[str, float]:
     path = run.path / "samples" / f"{task}.jsonl"
     scores: dict[str, float] = {}
     parts: dict[str, list[str]] = {}
-    for row in read_jsonl(path, run.path):
+    for row in shown_rows(path, run.path):
         check_shape(row, SAMPLE, f"{path} has a broken row; {AGAIN}: row")
         if str(row["id"]) in scores:
             raise UserError(f"{path} has item {row['id']} twice; {AGAIN}")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.contrasts import Study
-from sdd.report.library import AGAIN, check_file
 from sdd.report.measures import Comparison, trained_tasks
 from sdd.report.selection import basis, by_series, labels, pick, seeds_of
 from sdd.report.style import SETTINGS, SOFT, legend_outside, looks, new_figure, points, save
+from sdd.store.files import AGAIN, check_file
 from sdd.untrusted import read_text
 
 if TYPE_CHECKING:

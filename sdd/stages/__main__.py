@@ -19,9 +19,10 @@ from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError
 from sdd.stages import builds
-from sdd.stages.runtime import Runtime, read_facts
+from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.store import TIMINGS, Recipe, Store, file_digest
+from sdd.store.files import read_facts
 from sdd.store.recipe import address_of
 from sdd.untrusted import check_shape, parse_json, printable
 

@@ -15,12 +15,13 @@ from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import HFEngine, Request
 from sdd.stages.datasets import CHUNK_ROWS, read_examples
-from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import open_student, trained_prompts
 from sdd.stages.tuned import split_rows
 from sdd.store import SCRATCH, Recipe
+from sdd.store.files import read_jsonl, write_jsonl
 from sdd.study import Study
 
 

@@ -19,10 +19,11 @@ from sdd.models.chats import stop_ids
 from sdd.planning.estimates import Estimate
 from sdd.stages import answered
 from sdd.stages.answered import Answered, shown
-from sdd.stages.runtime import Runtime, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import TIMINGS, Recipe
+from sdd.store.files import write_json, write_jsonl
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,12 @@ from sdd.evaluation.tiny import suite_tasks
 from sdd.models import checkpoints
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
-from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import open_student
 from sdd.store import SCRATCH, Recipe, digest_of
+from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

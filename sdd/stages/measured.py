@@ -11,11 +11,12 @@ from pathlib import Path
 from sdd.analysis import costs
 from sdd.models import checkpoints
 from sdd.planning.estimates import Estimate
-from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import checkpoint_of, open_student
 from sdd.store import TIMINGS, Recipe
+from sdd.store.files import write_json
 from sdd.study import Study
 
 

@@ -18,11 +18,12 @@ from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.pruning.depth import tensor_names
 from sdd.stages import tuned
-from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import base_folder
 from sdd.store import Recipe
+from sdd.store.files import write_json
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

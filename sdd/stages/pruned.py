@@ -15,10 +15,11 @@ from sdd.pruning.depth import check_names, prune_checkpoint
 from sdd.pruning.repair import check_repairable, cuts_of
 from sdd.pruning.width import Share, narrow_checkpoint, sizes_of
 from sdd.stages import scores as scores_stage
-from sdd.stages.runtime import Runtime, read_facts, write_json
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import Recipe
+from sdd.store.files import read_facts, write_json
 from sdd.study import Study
 
 

@@ -16,10 +16,11 @@ from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.datasets import CHUNK_ROWS, for_row, read_examples, selection_for
-from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
+from sdd.store.files import read_jsonl, write_jsonl
 from sdd.study import Study
 from sdd.untrusted import printable
 

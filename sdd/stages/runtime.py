@@ -1,14 +1,10 @@
 """What a stage is told besides its recipe: where things are and what they run on. Nothing here changes a result."""
 
-import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.store import write_atomically
-from sdd.untrusted import ANY, check_shape, read_json, read_rows
 
 
 @dataclass(frozen=True)
@@ -49,24 +45,3 @@ class Runtime:
         if digest not in self.sources:
             raise UserError(f"the {what} with digest {digest} is not at hand; name it with --source {digest}=PATH")
         return self.sources[digest]
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Atomically, one object a line."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of an artifact, which may be a stranger's."""
-    yield from read_rows(path, f"{path}")
-
-
-def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
-    """A JSON object of an artifact, in a shape (see `sdd.untrusted.check_shape`)."""
-    facts = read_json(path, f"{path}")
-    check_shape(facts, shape, f"{path}")
-    return facts
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

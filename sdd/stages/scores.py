@@ -19,10 +19,11 @@ from sdd.pruning.depth import check_prunable
 from sdd.pruning.width import check_narrowable, sizes_of
 from sdd.stages.datasets import read_examples
 from sdd.stages.figures import channel_curves, heat_map
-from sdd.stages.runtime import Runtime, write_json
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import Recipe
+from sdd.store.files import write_json
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,12 @@ from sdd.analysis import shift
 from sdd.planning.estimates import Estimate
 from sdd.stages import answered, surprisals
 from sdd.stages.answered import Answered, shown
-from sdd.stages.runtime import Runtime, read_facts, read_jsonl, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.surprisals import lengths
 from sdd.store import Recipe
+from sdd.store.files import read_facts, read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 from sdd.study.models import STAND_IN
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from sdd.finetuning.adapters import merged
 from sdd.models import checkpoints
-from sdd.stages.runtime import Runtime, read_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.store import read_manifest
+from sdd.store.files import read_jsonl
 
 
 def base_folder(tuned: Path, runtime: Runtime) -> Path:

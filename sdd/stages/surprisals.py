@@ -14,10 +14,11 @@ from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning.estimates import Estimate
 from sdd.stages import targets
-from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import Recipe
+from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
 

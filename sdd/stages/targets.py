@@ -14,10 +14,11 @@ from sdd.planning.estimates import Estimate
 from sdd.rewriting.selection import choose_target, with_noise
 from sdd.stages import rewrites
 from sdd.stages.datasets import read_examples, selection_for
-from sdd.stages.runtime import Runtime, read_jsonl, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import Recipe
+from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

@@ -27,10 +27,11 @@ from sdd.planning.work import BYTES, Work, shape_of
 from sdd.pruning.depth import matrices
 from sdd.stages import pruned, targets
 from sdd.stages.figures import learning_curve
-from sdd.stages.runtime import Runtime, read_jsonl, write_json
+from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
+from sdd.store.files import read_jsonl, write_json
 from sdd.study import Study
 
 log = logging.getLogger(__name__)

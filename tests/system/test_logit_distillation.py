@@ -8,7 +8,7 @@ import pytest
 from launching import artifacts_of, run
 
 from sdd.stages.__main__ import main as stages
-from sdd.stages.runtime import read_jsonl
+from sdd.store.files import read_jsonl
 
 QUICK = ["metric=last", "pruning=n1", "finetune.epochs=1", "finetune=logit_distill"]
 

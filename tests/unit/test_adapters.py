@@ -15,10 +15,11 @@ from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, merged, save
 from sdd.finetuning.module import TrainingRow, loss_sum
 from sdd.models.checkpoints import load_model, recompute_activations, save_model
 from sdd.pruning.depth import prune_checkpoint
-from sdd.stages.runtime import Runtime, write_json, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
 from sdd.stages.tuned import build as build_tuned
 from sdd.store import SCRATCH, Recipe, digest_of
+from sdd.store.files import write_json, write_jsonl
 from sdd.tiny.tasks import instances
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}

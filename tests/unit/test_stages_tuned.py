@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from sdd.errors import UserError
 from sdd.finetuning.module import StudentModule, padded
-from sdd.stages.runtime import Runtime, read_jsonl, write_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import build as build_tuned
 from sdd.stages.tuned import split_rows, tokenized
 from sdd.store import SCRATCH, Recipe
+from sdd.store.files import read_jsonl, write_jsonl
 from sdd.tiny.tasks import instances
 
 # ---- rows -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.report.collect import read_cut
-from sdd.report.library import AGAIN, Artifact, read_json
+from sdd.report.library import Artifact
 from sdd.report.page.marks import finished, rows_of_chart
 from sdd.report.page.section import Chart, Section, Subject
+from sdd.store.files import AGAIN, shown_json
 
 MOST_HEAT_MAPS = 6
 MOST_BLOCKS, MOST_SCORES = 500, 130_000
@@ -33,7 +34,7 @@ def _used_scores(subject: Subject) -> dict[str, tuple[Artifact, dict[str, dict[s
 
 def _scores(artifact: Artifact) -> dict[str, Any]:
     path = artifact.path / "scores.json"
-    scores: dict[str, Any] = read_json(path, SCORES)
+    scores: dict[str, Any] = shown_json(path, SCORES)
     rows = [*scores.get("distance", {}).values(), *(step["scores"] for step in scores.get("steps") or [])]
     numbered = all(size.isdecimal() and len(size) < 6 for size in scores.get("distance", {}))
     longest = max([scores.get("num_blocks", 0), *map(len, rows)])

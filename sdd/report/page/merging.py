@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sdd.report.library import read_json
 from sdd.report.page.section import Section, Subject, render
+from sdd.store.files import shown_json
 
 
 def merging(subject: Subject) -> Section | None:
@@ -16,7 +16,7 @@ def merging(subject: Subject) -> Section | None:
             if merged is None or merged.stage != "merged":
                 continue
             file = merged.path / "merging.json"
-            facts: dict[str, Any] = read_json(file, {"note?": (str, None)}) if file.is_file() else {}
+            facts: dict[str, Any] = shown_json(file, {"note?": (str, None)}) if file.is_file() else {}
             settings = [f"{name}={value}" for name, value in merged.spec.items() if name != "method"]
             students = [each for address in merged.inputs.values() if (each := subject.library.get(address))]
             line: dict[str, Any] = {"arm": arm.name, "anchor": subject.anchors[arm.name], "look": arm.look}

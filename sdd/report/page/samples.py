@@ -11,8 +11,8 @@ from typing import Any
 
 from sdd.report.arms import Arm
 from sdd.report.collect import SUMMARY
-from sdd.report.library import AGAIN, read_json, read_jsonl
 from sdd.report.page.section import Section, Subject, render
+from sdd.store.files import AGAIN, shown_json, shown_rows
 from sdd.untrusted import check_shape
 
 TRAINED = {"id": (str, int), "prompt": str, "reference": str, "target": str, "source": str, "reason": str}
@@ -54,7 +54,7 @@ def by_digest(ids: Any) -> list[str]:
 
 def read_items(arm: Arm, task: str, wanted: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """Samples of an arm's first seed by item id, all or those wanted."""
-    rows = read_jsonl(arm.run.path / "samples" / f"{task}.jsonl", arm.run.path)
+    rows = shown_rows(arm.run.path / "samples" / f"{task}.jsonl", arm.run.path)
     return {str(row["id"]): row for row in rows if wanted is None or str(row["id"]) in wanted}
 
 
@@ -118,7 +118,7 @@ def rewrites(subject: Subject) -> Section | None:
         source = subject.library.get(artifact.inputs.get("rewrites", ""))
         written = {} if source is None else _written(source.path)
         rows: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in read_jsonl(artifact.path / "train.jsonl", artifact.path):
+        for row in shown_rows(artifact.path / "train.jsonl", artifact.path):
             check_shape(row, TRAINED, f"{artifact.path}/train.jsonl has a broken row; {AGAIN}: row")
             rows.setdefault(str(row["reason"]), {})[str(row["id"])] = row
         shown = [
@@ -126,7 +126,7 @@ def rewrites(subject: Subject) -> Section | None:
             for by_id in rows.values()
             for each in by_digest(by_id)[:MOST_PER_REASON]
         ]
-        reasons = read_json(artifact.path / "summary.json", SUMMARY).get("reasons", {})
+        reasons = shown_json(artifact.path / "summary.json", SUMMARY).get("reasons", {})
         name = f"{artifact.labels.get('dataset') or 'targets'} ({artifact.address})"
         sets.append({"name": name, "address": artifact.address, "reasons": reasons, "rows": shown})
     if not sets:
@@ -141,7 +141,7 @@ def rewrites(subject: Subject) -> Section | None:
 
 def _written(folder: Path) -> dict[str, dict[str, Any]]:
     rows = {}
-    for row in read_jsonl(folder / "rewrites.jsonl", folder):
+    for row in shown_rows(folder / "rewrites.jsonl", folder):
         check_shape(row, WRITTEN, f"{folder}/rewrites.jsonl has a broken row; {AGAIN}: row")
         rows[str(row["id"])] = row
     return rows

@@ -17,9 +17,10 @@ from sdd.errors import UserError
 from sdd.export.checkpoint import export
 from sdd.export.checkpoint import main as exporting
 from sdd.stages.__main__ import main as stages
-from sdd.stages.runtime import Runtime, read_facts, read_jsonl
+from sdd.stages.runtime import Runtime
 from sdd.store import Recipe, Store, read_manifest
 from sdd.store.__main__ import delete, main
+from sdd.store.files import read_facts, read_jsonl
 from sdd.store.recipe import address_of
 
 ADDRESS = "0123456789abcdef"

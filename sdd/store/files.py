@@ -1,0 +1,56 @@
+"""The files of artifacts: rows and facts, written whole, and read as what may be a stranger's."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.store.digests import write_atomically
+from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_json, read_rows, read_text, strict_json
+
+AGAIN = "build its artifact again"
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Atomically, one object a line."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of an artifact, which may be a stranger's."""
+    yield from read_rows(path, f"{path}")
+
+
+def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
+    """A JSON object of an artifact, in a shape (see `sdd.untrusted.check_shape`)."""
+    facts = read_json(path, f"{path}")
+    check_shape(facts, shape, f"{path}")
+    return facts
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def shown_json(path: Path, shape: Any = ANY) -> Any:
+    """JSON of an artifact in a shape (see `check_shape`), finite numbers only, cleaned for showing."""
+    check_file(path, path.parent)
+    value = strict_json(read_text(path, f"{path}"), f"{path}", f"; {AGAIN}")
+    check_shape(value, shape, f"{path}")
+    return cleaned(value)
+
+
+def shown_rows(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of an artifact, cleaned for showing."""
+    check_file(path, folder)
+    for row in read_rows(path, f"{path}"):
+        check_shape(row, ANY, f"{path}")
+        yield cleaned(row)
+
+
+def check_file(path: Path, folder: Path) -> None:
+    """Refuse what is not there, or is a link out of the artifact's folder."""
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"{path} is missing; {AGAIN}")
+    check_inside(path, folder, f"{path}")
