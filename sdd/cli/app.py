@@ -38,6 +38,8 @@ OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub)
 OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 USER, FAILURE = 2, 1
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How it shows where it has no class of its own."""
 
 
 def main(script: str) -> None:
@@ -95,7 +97,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         where = f" at {path}" if path else ""
         return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
     kind = type(error).__name__
-    if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+    if kind in ("MemoryError", "OutOfMemoryError") or any(words in str(error) for words in OUT_OF_MEMORY):
         return USER, (
             "out of memory; ask for less at once: trainer.micro_batch_tokens or trainer.gradient_checkpointing=true in "
             "fine-tuning, engine.batch_size, evaluation.batch_size or trainer.inference_batch_size elsewhere"

@@ -136,7 +136,10 @@ def _pickled(repo: str, commit: str) -> str | None:
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
     """The user's mistake behind a failed request; what is none is returned as it is."""
-    otherwise = " and the cache of this machine lacks it; connect, or fetch it elsewhere and name the folder"
+    otherwise = (
+        ", the cache of this machine lacks it, and there is no such folder here; connect, or fetch it elsewhere and "
+        "name the folder"
+    )
     message = explained(error, f"model.path={repo}", f"https://huggingface.co/{repo}", otherwise)
     if message is not None:
         return UserError(message)

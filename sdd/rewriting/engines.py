@@ -144,35 +144,34 @@ class GumbelNoise:
 
     The noise of a token is a function of (seed, request, try, step, token) and of nothing else: the 64-bit mixer of
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") turns that counter into a
-    uniform number of 53 bits. One object serves one call of `generate`. On a CPU it keeps its working memory from step
-    to step: to be given some hundred megabytes anew took as long as the arithmetic (benchmarks/sampling.py).
+    uniform number of 53 bits. One object serves one call of `generate`.
     """
 
     def __init__(self, seed: int, requests: Sequence[Request]) -> None:
         texts = [f"{seed} {request.attempt} {request.id}" for request in requests]
         self.keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
         self.step = 0
-        self._room: Any = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
 
-        device = scores.device
-        room = torch.empty(2, *scores.shape, dtype=torch.int64, device=device) if self._room is None else self._room
-        self._room = room if device.type == "cpu" else None
-        bits, spare = room
-        rows = [_signed(_mixed(key + self.step * _GOLDEN)) for key in self.keys]
+        device, width = scores.device, scores.shape[-1]
+        keys = torch.tensor([_signed(_mixed(key + self.step * _GOLDEN)) for key in self.keys], device=device)[:, None]
         self.step += 1
-        tokens = torch.arange(1, scores.shape[-1] + 1, device=device).mul_(_signed(_GOLDEN))
-        torch.add(torch.tensor(rows, device=device)[:, None], tokens, out=bits)
-        for shift, factor in _ROUNDS:
-            _xor_shifted(bits, shift, spare).mul_(_signed(factor))
-        _xor_shifted(bits, 31, spare).bitwise_and_((1 << 53) - 1)
-        uniform = spare.view(torch.float64).copy_(bits).add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
-        return scores - uniform.log_().neg_().log_()
+        tokens = torch.arange(1, width + 1, device=device).mul_(_signed(_GOLDEN))
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=device)
+        piece = _PIECE if device.type == "cpu" else noise.numel()
+        rows = max(1, piece // width)
+        for some_keys, some_rows in zip(keys.split(rows), noise.split(rows), strict=True):
+            for some_tokens, numbers in zip(tokens.split(piece), some_rows.split(piece, dim=1), strict=True):
+                _fill_uniform(numbers, some_keys + some_tokens)
+        return torch.sub(scores, noise.log_().neg_().log_(), out=noise)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_PIECE = 1 << 15
+"""Numbers that an operation on a CPU takes at once: so many stay in its cache and are not split among threads, whose
+start and end would take longer on a busy machine (benchmarks/sampling.py)."""
 _BELOW_ONE = 1 - 2.0**-53
 """The largest of the numbers, which would be rounded up to 1: its noise would be infinite."""
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -190,9 +189,18 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _xor_shifted(bits: Any, shift: int, spare: Any) -> Any:
-    """bits ^= bits >>> shift, by way of `spare`; torch's shift repeats the sign."""
+def _fill_uniform(numbers: Any, bits: Any) -> None:
+    """Numbers in (0, 1) from counters of 64 bits, which are used up; of one shape."""
     import torch
 
-    torch.bitwise_right_shift(bits, shift, out=spare)
-    return bits.bitwise_xor_(spare.bitwise_and_((1 << 64 - shift) - 1))
+    spare = torch.empty_like(bits)
+
+    def xor_shifted(shift: int) -> Any:
+        """bits ^= bits >>> shift; torch's shift repeats the sign."""
+        torch.bitwise_right_shift(bits, shift, out=spare)
+        return bits.bitwise_xor_(spare.bitwise_and_((1 << 64 - shift) - 1))
+
+    for shift, factor in _ROUNDS:
+        xor_shifted(shift).mul_(_signed(factor))
+    xor_shifted(31).bitwise_and_((1 << 53) - 1)
+    numbers.copy_(bits).add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)

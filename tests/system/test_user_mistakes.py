@@ -311,7 +311,7 @@ def test_missing_gpu_is_said_before_the_model_is_looked_at(tmp_path: Path, monke
     assert "no GPU is visible" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("kind", ["host", "device", "allocator"])
+@pytest.mark.parametrize("kind", ["host", "device", "driver", "library", "allocator"])
 def test_out_of_memory_names_what_to_turn(kind: str) -> None:
     import torch
 
@@ -320,11 +320,28 @@ def test_out_of_memory_names_what_to_turn(kind: str) -> None:
     error = {
         "host": MemoryError(),
         "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        "driver": RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        "library": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "allocator": RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
         ),
     }[kind]
     code, line = explained(error)
-    assert code == 2
+    assert (code, "\n" in line) == (2, False)
     for knob in ("trainer.micro_batch_tokens", "trainer.gradient_checkpointing", "engine.batch_size"):
         assert knob in line
+
+
+def test_out_of_memory_in_a_stage_is_one_line(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def full(*words: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
+
+    monkeypatch.setattr("sdd.models.load_model", full)
+    outcome = run("prune", *small, cwd=tmp_path)
+    assert (outcome.code, len(outcome.errors), outcome.stdout) == (2, 1, ""), outcome.stderr
+    assert "trainer.inference_batch_size" in outcome.errors[0]
+    assert "Traceback" not in outcome.stderr

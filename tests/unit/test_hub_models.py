@@ -164,6 +164,16 @@ def test_without_a_network_the_cache_is_enough(asked: Any) -> None:
         assert found["whole"] == answers["whole"]
         assert "model.path=good/other: the hub cannot be reached" in found["other"]
     assert "(HF_HUB_OFFLINE is set)" in found["other"]
+    assert "there is no such folder here" in found["other"], "what was meant may have been a folder"
+
+
+def test_a_name_that_the_hub_lacks_is_told_from_a_hub_that_is_not_there(asked: Any) -> None:
+    answers, hub, cache = asked
+    absent = ask([("missing", "nobody/nothing", None, True)], cache, hub.url)["missing"]
+    assert "no such repository on the hub" in answers["missing"]
+    assert "the hub cannot be reached" not in answers["missing"]
+    assert "the hub cannot be reached" in absent
+    assert "no such repository" not in absent
 
 
 def test_a_fetch_that_was_cut_short_is_continued(asked: Any, repositories: Path, tmp_path: Path) -> None:
