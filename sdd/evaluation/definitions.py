@@ -19,6 +19,8 @@ from sdd.untrusted import printable
 
 LONGEST_NAME = 200
 """Characters of a task's name that are looked at."""
+MOST_FOLDERS = 20
+"""Folders that are indexed for names of tasks; more take as long as all."""
 
 
 @dataclass(frozen=True)
@@ -78,38 +80,68 @@ def packaged() -> Path:
 
 
 @cache
-def _index(whole: bool) -> Mapping[str, Any]:
-    """lm-eval's index of names: of the ready suites' folders, or of all."""
+def _index(homes: tuple[str, ...] | None) -> Mapping[str, Any]:
+    """lm-eval's index of names: of these folders, or of all (None), which takes ten seconds and more."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    homes = None if whole else [packaged() / home for home in HOMES]
-    index: Mapping[str, Any] = TaskManager(include_path=homes, include_defaults=whole).task_index
+    paths = None if homes is None else [packaged() / home for home in homes]
+    index: Mapping[str, Any] = TaskManager(include_path=paths, include_defaults=homes is None).task_index
     return index
 
 
 @cache
-def _texts() -> str:
-    """All definitions, one after the other: in a second what the whole index, which parses them, takes ten for."""
-    return "\n".join(path.read_text(errors="ignore") for path in packaged().rglob("*.yaml"))
+def _texts() -> Mapping[str, str]:
+    """All definitions by their folder, unparsed: read in a second."""
+    found: dict[str, list[str]] = {}
+    for path in packaged().rglob("*.yaml"):
+        found.setdefault(path.relative_to(packaged()).parts[0], []).append(path.read_text(errors="ignore"))
+    return {folder: "\n".join(texts) for folder, texts in found.items()}
 
 
 def _unknown(name: str) -> UserError:
-    names = re.findall(r"^[ -]*(?:task|group|tag):\s*[\"']?([\w.-]+)", _texts(), re.M)
-    near = difflib.get_close_matches(name[:LONGEST_NAME], sorted(set(names)), n=3)
+    pattern = r"^[ -]*(?:task|group|tag):\s*[\"']?([\w.-]+)"
+    names = {name for text in _texts().values() for name in re.findall(pattern, text, re.M)}
+    near = difflib.get_close_matches(name[:LONGEST_NAME], sorted(names), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see: python -m lm_eval ls tasks"
     return UserError(f"evaluation.tasks: lm-eval has no task {printable(name[:LONGEST_NAME])}; {hint}")
 
 
+def _index_for(names: list[str]) -> Mapping[str, Any]:
+    """An index that has these names and all that they stand for: of few folders where that can be seen."""
+    homes = tuple(sorted(HOMES))
+    index = _index(homes)
+    others = [name for name in names if name not in index]
+    if not others:
+        return index
+    folders: set[str] = set()
+    for name in others:
+        mentioned = {folder for folder, text in _texts().items() if name in text}
+        if not mentioned:
+            raise _unknown(name)
+        folders |= mentioned
+    if len(folders) <= MOST_FOLDERS:
+        index = _index(tuple(sorted({*HOMES, *folders})))
+        if all(_is_whole(index, name) for name in others):
+            return index
+    return _index(None)
+
+
+def _is_whole(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) -> bool:
+    """Whether the index has a task, or a group with all its members; of a tag, that cannot be seen."""
+    if name not in index or name in above or index[name].kind.name == "TAG":
+        return False
+    if index[name].kind.name != "GROUP":
+        return True
+    members = [
+        each if isinstance(each, str) else each.get("task") or each.get("group") for each in index[name].cfg["task"]
+    ]
+    return all(isinstance(each, str) and _is_whole(index, each, (*above, name)) for each in members)
+
+
 def find(names: list[str]) -> list[Entry]:
     """The entries of these names. A tag, or a group without a value of its own, gives an entry per task."""
-    index = _index(whole=False)
-    others = [name for name in names if name not in index]
-    for name in others:
-        if name not in _texts():
-            raise _unknown(name)
-    if others:
-        index = _index(whole=True)
+    index = _index_for(names)
     entries: dict[str, Entry] = {}
     for name in names:
         if name not in index:

@@ -24,7 +24,7 @@ from sdd.models.control import control_of
 ROW = {"question": "2 + 2?", "answer": "#### 4"}
 
 BY_NAME = [
-    *("humaneval", "humaneval_instruct", "mbpp", "humaneval_infilling", "polemo2_in", "polemo2", "cruxeval_input"),
+    *("humaneval", "humaneval_instruct", "mbpp", "humaneval_infilling", "polemo2_in", "cruxeval_input"),
     *("wmt-ro-en-t5-prompt", "xlsum_amharic_prompt_1", "polemo2_out", "noticia", "meqsum", "squadv2"),
     *("french_bench_orangesum_abstract", "scrolls_qasper"),
 ]
