@@ -85,6 +85,11 @@ def _written_out(node: Any, sizes: dict[int, int | None], where: str) -> int:
     return size
 
 
+_GROUP = re.compile(r"\s*((override|optional)\s+)*/?")
+_CHOSEN = ("hydra/launcher", "hydra/sweeper")
+"""Groups of Hydra's own of which a file may choose an option."""
+
+
 def check_defaults(defaults: Any, where: str) -> None:
     """A defaults list names options that lie within the search path, by plain words or by the choice of a group."""
     for entry in defaults if isinstance(defaults, list) else [defaults]:
@@ -93,6 +98,9 @@ def check_defaults(defaults: Any, where: str) -> None:
                 raise UserError(f"{where}: the defaults list leaves its folder ({text})")
             if re.match(r"(_global_\.)?hydra\b", text.partition("@")[2]):
                 raise UserError(f"{where}: the defaults list puts {text} under hydra, which a config file may not")
+            group = _GROUP.sub("", text.partition("@")[0], count=1)
+            if group.startswith("hydra/") and group not in _CHOSEN:
+                raise UserError(f"{where}: the defaults list chooses {group}, which a config file may not")
             if _calls(text, f"{where}: defaults"):
                 raise UserError(f"{where}: the defaults list calls a resolver ({text}), which a config file may not")
 

@@ -19,6 +19,9 @@ from sdd.errors import UserError
 
 CREATE = "'\\${oc.create:{_target_:os.mkdir,path:RAN}}'"
 REFUSED = {
+    "no log": "defaults: [{override /hydra/job_logging: none}]",
+    "another log of Hydra's": "defaults: [{override hydra/hydra_logging: colorlog}]",
+    "another help": "defaults: ['/hydra/help']",
     # Text that would be resolved a second time.
     "escaped in a callback": "hydra: {callbacks: {x: {_target_: sdd.data.texts.LocalTexts, path: " + CREATE + "}}}",
     "escaped in a setting": "dataset: {system_prompt: " + CREATE + "}",
