@@ -27,7 +27,7 @@ from sdd.cli.loader import PACKAGE, CheckedConfigLoader, config_folder
 from sdd.cli.students import composed_students, quoted
 from sdd.config import Config, check_values, plain
 from sdd.errors import UserError
-from sdd.models.tokenizers import is_panic
+from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
 from sdd.untrusted import expanded, printable
 

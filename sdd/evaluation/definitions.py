@@ -92,11 +92,23 @@ def _index(homes: tuple[str, ...] | None) -> Mapping[str, Any]:
 
 @cache
 def _texts() -> Mapping[str, str]:
-    """All definitions by their folder, unparsed: read in a second."""
-    found: dict[str, list[str]] = {}
-    for path in packaged().rglob("*.yaml"):
-        found.setdefault(path.relative_to(packaged()).parts[0], []).append(path.read_text(errors="ignore"))
-    return {folder: "\n".join(texts) for folder, texts in found.items()}
+    """All definitions by their folder, those that others include too, unparsed, without names of files: in a second."""
+    folders: dict[str, list[str]] = {}
+    for path in packaged().rglob("*"):
+        if not path.is_file() or path.suffix in (".py", ".pyc", ".md"):
+            continue
+        lines = path.read_text(errors="ignore").splitlines()
+        text = "\n".join(line for line in lines if not line.lstrip().startswith("include:"))
+        folders.setdefault(path.relative_to(packaged()).parts[0], []).append(text)
+    return {folder: "\n".join(texts) for folder, texts in folders.items()}
+
+
+def _folders_with(name: str) -> set[str]:
+    """The folders whose definitions have this name as a word of its own: all that could define or list it."""
+    if not re.search(r"\w", name):
+        return set()
+    word = re.compile(rf"(?<![^\s\"'\[{{,:]){re.escape(name)}(?![^\s\"'\]}},])")
+    return {folder for folder, text in _texts().items() if name in text and word.search(text)}
 
 
 def _unknown(name: str) -> UserError:
@@ -116,7 +128,7 @@ def _index_for(names: list[str]) -> Mapping[str, Any]:
         return index
     folders: set[str] = set()
     for name in others:
-        mentioned = {folder for folder, text in _texts().items() if name in text}
+        mentioned = _folders_with(name)
         if not mentioned:
             raise _unknown(name)
         folders |= mentioned

@@ -20,7 +20,8 @@ from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
 from sdd.evaluation.tiny import Item, Task
 from sdd.models.chats import accepted, end_of_turn
-from sdd.models.control import control_of, is_masked
+from sdd.models.control import control_of, is_masked, tokenized
+from sdd.models.panics import panics_told
 from sdd.models.rendering import TEMPLATE_VALUES, render_chat
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,8 @@ def _chat_model() -> Any:
             **named: Any,
         ) -> Any:
             if not is_masked(string):
-                return super().tok_encode(string, add_special_tokens, left_truncate_len, **named)
+                with panics_told():
+                    return super().tok_encode(string, add_special_tokens, left_truncate_len, **named)
             if add_special_tokens is None:
                 begins = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
                 add_special_tokens = not begins and self.add_bos_token is not False
@@ -165,12 +167,17 @@ def _chat_model() -> Any:
             truncation: bool = False,
         ) -> Any:
             if not any(map(is_masked, strings)):
-                return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+                with panics_told():
+                    return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
             rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
             side, self.tokenizer.padding_side = self.tokenizer.padding_side, padding_side
             batch = self.tokenizer.pad({"input_ids": rows}, padding="longest", return_tensors="pt")
             self.tokenizer.padding_side = side
             return batch["input_ids"], batch["attention_mask"]
+
+        def tok_decode(self, *args: Any, **named: Any) -> Any:
+            with panics_told("the tokenizer gives up on an answer"):
+                return super().tok_decode(*args, **named)
 
     return ChatModel
 
@@ -331,7 +338,7 @@ def _record(kind: str, item: Item, sample: dict[str, Any], tokenizer: Any) -> di
             "score": float(item.choices[best] == item.answer),
             "log_likelihoods": likelihoods,
         }
-    tokens = len(tokenizer(item.gold, add_special_tokens=False)["input_ids"]) + 1
+    tokens = len(tokenized(tokenizer, str(item.gold), add_special_tokens=False)["input_ids"]) + 1
     return record | {"response": item.gold, "log_likelihood": sample["log_likelihood"], "tokens": tokens}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
 from sdd.errors import UserError
+from sdd.models.panics import panics_told
 from sdd.models.rendering import render_chat
 from sdd.untrusted import printable
 
@@ -125,6 +126,10 @@ class Control:
                 "input_ids"
             ]
             return plain
+        with panics_told():
+            return self._encode_masked(text, add_special_tokens, at_most)
+
+    def _encode_masked(self, text: str, add_special_tokens: bool, at_most: int | None) -> list[int]:
         places = self._places(text)
         copy = self._renamed()
         parts, last = [], 0
@@ -177,12 +182,13 @@ class Control:
 def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
     """The tokenizer's answer; what its library panics or raises over is a fault of its files, or of the text."""
     try:
-        return tokenizer(text, **options)
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
-            raise UserError(f"the tokenizer fails on a text ({reason})") from None
+        with panics_told():
+            return tokenizer(text, **options)
+    except UserError:
         raise
+    except Exception as error:
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+        raise UserError(f"the tokenizer fails on a text ({reason})") from None
 
 
 _known: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Control]] = WeakKeyDictionary()

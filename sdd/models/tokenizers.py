@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.models.panics import panics_told
 from sdd.untrusted import SMALL_FILE, check_regular, parse_json, printable, read_json, read_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -42,19 +43,13 @@ def open_tokenizer(folder: Path, vocabulary: int | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a b 1!\n")["input_ids"])  # what fails on any text fails here
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
+        with panics_told("panic"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a b 1!\n")["input_ids"])  # what fails on any text fails here
+    except Exception as error:
         reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:300]
         raise UserError(f"the tokenizer does not open ({reason})") from None
     return tokenizer
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether the compiled library gave up, as its regular expressions do after ten million steps at one place."""
-    return type(error).__name__ == "PanicException"
 
 
 def check_tokenizer_files(folder: Path, vocabulary: int | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from sdd.forward.batches import length_batches
 from sdd.models.chats import chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import load_model, load_tokenizer
+from sdd.models.panics import panics_told
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class HFEngine:
             )
         for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
             end = next((at for at, token in enumerate(generated) if token in stops), None)
-            text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
+            with panics_told("the tokenizer gives up on an answer"):
+                text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
             said = generated if end is None else generated[: end + 1]
             yield Completion(request.id, text, "length" if end is None else "stop", tuple(said))
 

@@ -108,10 +108,17 @@ def test_two_sweeps_at_once_have_folders_of_their_own(small: list[str], tmp_path
 
 
 @pytest.mark.slow
-def test_side_by_side_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
-    """Two processes that share inputs and both meet failing jobs; afterwards one process finds everything there."""
+def test_side_by_side_each_distinct_artifact_once(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that share inputs and both meet failing jobs; afterwards one process finds everything there.
+
+    With a tracker, offline: one run a trained student, under its address, and the account's key in no file.
+    """
+    monkeypatch.setenv("WANDB_API_KEY", key := "0123456789abcdef" * 2 + "deadbeef")
     words = [str(REPOSITORY / "train.py"), "-m", *small, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     words += ["hydra.sweep.dir=sweep", "finetune=sft", "pruning.size=1,4,2", "seed=0,1"]
+    words += ["logger=wandb", "logger.offline=true"]
     outcome = subprocess_run(words, tmp_path)
     assert outcome.code == 2, outcome.stderr
     assert len(outcome.built) == len(set(outcome.built)) == 1 + 2 + 1 + 4
@@ -123,6 +130,11 @@ def test_side_by_side_each_distinct_artifact_once(small: list[str], tmp_path: Pa
     assert "2 of 6 jobs failed" in outcome.stderr
     assert outcome.stderr.count("error: pruning.size=4 removes all 4 blocks") == 2
     assert "Traceback" not in outcome.stderr
+    tracked = [folder.name for folder in (tmp_path / "sweep").rglob("offline-run-*") if folder.is_dir()]
+    students = [Path(line).name for line in outcome.lines]
+    assert sorted(name.rpartition("-")[2] for name in tracked if "report" not in name) == sorted(students)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert key not in outcome.stdout + outcome.stderr
 
     before = state_of(tmp_path / "artifacts")
     again = run("train", "-m", *small, "finetune=sft", "pruning.size=1,2", "seed=0,1", cwd=tmp_path)

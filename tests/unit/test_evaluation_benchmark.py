@@ -12,7 +12,7 @@ import pytest
 from sdd.errors import UserError
 from sdd.evaluation import definitions, safety
 from sdd.evaluation.benchmark import Benchmark, Outcome, chosen_metric
-from sdd.evaluation.definitions import find, packaged
+from sdd.evaluation.definitions import _folders_with, find, packaged
 from sdd.evaluation.suites import REVISIONS, SUITES, asked
 from sdd.store import digest_of
 
@@ -154,6 +154,20 @@ def test_a_name_that_lm_eval_has_not_is_answered_with_near_ones() -> None:
         find(["arc_easy", "helaswag"])
     with pytest.raises(UserError, match=r"mmlu_anatomy is in both mmlu and mmlu_anatomy"):
         find(["mmlu", "mmlu_anatomy"])
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("mlqa", {"mlqa"}),  # a tag that only a file without an ending has, which others include
+        ("flores_afr-eng", {"afrobench"}),
+        ("arc_easy.yaml", set()),
+        ("~", set()),
+        ("", set()),
+    ],
+)
+def test_a_name_is_looked_for_where_definitions_have_it_as_a_word(name: str, folders: set[str]) -> None:
+    assert _folders_with(name) == folders
 
 
 def test_hub_data_is_pinned_where_its_commit_is_known() -> None:

@@ -14,6 +14,7 @@ from launching import run
 
 from sdd.errors import UserError
 from sdd.models.checkpoints import has_chat_template, load_tokenizer
+from sdd.models.panics import panics_told
 from sdd.models.tokenizers import check_pattern, open_tokenizer
 
 Change = Callable[[Any], Any]
@@ -296,3 +297,45 @@ def test_generate_refuses_such_a_tokenizer(change: str, checkpoint: Path, small:
     assert (outcome.code, outcome.stdout, len(outcome.errors)) == (2, "", 1), outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert "tokenizer.json" in outcome.errors[0]
+
+
+GIVES_UP = split(r"\p{L}*\p{L}*\p{L}*(?=\p{N})")
+"""Passes, and takes the library more steps at one place than it allows itself: only on a text of some 1,000 letters."""
+
+
+def test_a_text_over_which_the_library_panics_costs_one_line(
+    checkpoint: Path, small: list[str], canaries: Canaries, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The compiled library's own lines go to the process's stderr, beside Python's."""
+    folder = canaries.work / "model"
+    shutil.copytree(checkpoint, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(GIVES_UP(json.loads(path.read_text()))))
+    rows = canaries.work / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a" * 1_500, "reference": "b"}) + "\n")
+    words = [f"model.path={folder}", "dataset=local", f"dataset.path={rows}", "dataset.num_rows=null"]
+    outcome = run("generate", *small, *words, cwd=canaries.work / "run")
+    assert (outcome.code, outcome.stdout, len(outcome.errors)) == (2, "", 1), outcome.stderr
+    assert "the tokenizer gives up on a text (" in outcome.errors[0]
+    assert "panick" not in outcome.stderr + capfd.readouterr().err
+
+
+def test_what_others_write_while_a_tokenizer_works_comes_out(capfd: pytest.CaptureFixture[str]) -> None:
+    with panics_told():
+        os.write(2, b"one\n")
+        with panics_told():
+            os.write(2, b"two\n")
+    with pytest.raises(KeyError), panics_told():
+        os.write(2, b"three\n")
+        raise KeyError
+    assert capfd.readouterr().err == "one\ntwo\nthree\n"
+
+
+def test_a_tokenizer_works_where_there_is_no_stderr(checkpoint: Path) -> None:
+    was = os.dup(2)
+    os.close(2)
+    try:
+        assert len(open_tokenizer(checkpoint, None)("a b")["input_ids"])
+    finally:
+        os.dup2(was, 2)
+        os.close(was)
