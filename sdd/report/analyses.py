@@ -17,7 +17,7 @@ not every seed has is left out. `forgetting` is `sdd.report.forgetting`'s.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sdd.report.arms import Arm
 from sdd.report.contrasts import Study
 from sdd.report.files import write
 from sdd.report.forgetting import against_forgetting
-from sdd.report.intervals import Array, interval, item_means, over_seeds, ratio
+from sdd.report.intervals import Estimate, interval, ratio_of_sums
 from sdd.report.library import Artifact, Library, read_artifact
 from sdd.store import STAGES
 from sdd.store.files import AGAIN, shown_json, shown_rows
@@ -76,17 +76,16 @@ def _sums(kind: str, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def values(analysis: Analysis, prompts: list[str]) -> dict[str, Array]:
-    """Resampled measures, (1 + R, S): the same draws of prompts for every arm that has them."""
-    sums = [[_sums(analysis.kind, rows[prompt]) for prompt in prompts] for rows in analysis.rows]
+def values(analysis: Analysis, prompts: list[str], seeds: Sequence[int] = ()) -> dict[str, Estimate]:
+    """Measures with their uncertainty over seeds (those given; else all) and prompts."""
+    chosen = [analysis.seeds.index(seed) for seed in seeds] if seeds and analysis.seeds else range(len(analysis.rows))
+    sums = [[_sums(analysis.kind, analysis.rows[place][prompt]) for prompt in prompts] for place in chosen]
     names = list(sums[0][0]) if sums and prompts else []
     if not names:
         return {}
     table = np.array([[[row[name] for row in rows] for rows in sums] for name in names], dtype=np.float64)
-    parts = np.moveaxis(table, 3, 0)  # (2, names, S, prompts)
-    means = item_means(parts.reshape(-1, len(prompts)), f"prompts {analysis.kind}")
-    above, below = np.moveaxis(means.reshape(-1, *parts.shape[:3]), 1, 0)
-    return {name: ratio(above[:, place], below[:, place]) for place, name in enumerate(names)}
+    found = {name: ratio_of_sums(of[..., 0], of[..., 1], name) for name, of in zip(names, table, strict=True)}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def _rows(artifact: Artifact) -> Rows:
@@ -125,10 +124,8 @@ def find(arms: list[Arm], library: Library) -> list[Analysis]:
 def _record(analysis: Analysis) -> dict[str, Any]:
     first = analysis.artifacts[0]
     measures = {}
-    for name, resampled in values(analysis, analysis.prompts).items():
-        spread = interval(over_seeds(resampled, analysis.seeds))
-        if spread is not None:
-            measures[name] = spread | {"by_seed": resampled[0].tolist()}
+    for name, estimate in values(analysis, analysis.prompts).items():
+        measures[name] = (interval(estimate) or {}) | {"by_seed": estimate.by_seed}
     timings = [artifact.path / "timings.json" for artifact in analysis.artifacts]
     return {
         "arm": analysis.arm.name,
@@ -152,13 +149,9 @@ def _contrasts(a: Analysis, b: Analysis) -> Iterator[dict[str, Any]]:
     if (a.seeds and b.seeds and not seeds) or not prompts:
         return
 
-    def paired(analysis: Analysis, resampled: Array) -> Array:
-        columns = [analysis.seeds.index(seed) for seed in seeds] if analysis.seeds else [0]
-        return over_seeds(resampled[:, columns], seeds)
-
-    left, right = values(a, prompts), values(b, prompts)
+    left, right = values(a, prompts, seeds), values(b, prompts, seeds)
     for name in left:
-        spread = interval(paired(a, left[name]) - paired(b, right[name])) if name in right else None
+        spread = interval(left[name] - right[name]) if name in right else None
         if spread is not None:
             names = {"a": a.arm.name, "b": b.arm.name, "kind": a.kind, "measure": name}
             first = a.artifacts[0]

@@ -1,9 +1,8 @@
 """From pairs of arms to differences.
 
-A difference is paired: the same resampled seeds and items enter both arms, so it is better known than two separate
-intervals suggest. Which arms are subtracted from which is `pairing`'s. Pairs whose settings differ, apart from what the
-pair is about, are kept and say in what they differ. The likelihood is contrasted over seeds alone, because its items
-are not on disk; with one seed it has no interval.
+A difference is paired by seed and item, so it is better known than two separate intervals suggest. Which arms are
+subtracted from which is `pairing`'s. Pairs whose settings differ, apart from what the pair is about, are kept and say
+in what they differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdd.report.arms import Arm
-from sdd.report.intervals import Array, interval, over_seeds
-from sdd.report.measures import Comparison, Measures, compare_items, nll_values, row_of, seeds_alone, trained_tasks
+from sdd.report.intervals import Estimate, interval
+from sdd.report.measures import Comparison, Measures, compare_items, row_of, trained_tasks
 from sdd.report.pairing import Pair, check_baselines, pairs
 
 
@@ -40,12 +39,9 @@ def _contrast(pair: Pair, measures: Measures, notes: list[str]) -> list[dict[str
     trained_on = [task for task in tasks if sets and all(task in each for each in sets)]
     not_trained_on = [task for task in tasks if sets and not any(task in each for each in sets)]
 
-    def paired(arm: Arm, values: Array) -> Array:
-        """The columns of the shared seeds, averaged; a deterministic arm has one column."""
-        return over_seeds(values[:, [arm.seeds.index(seed) for seed in seeds] if arm.seeds else [0]], seeds)
-
-    def difference(value: Callable[[Arm, list[str]], Array], chosen: list[str]) -> dict[str, Any] | None:
-        return interval(paired(a, value(a, chosen)) - paired(b, value(b, chosen))) if chosen else None
+    def difference(value: Callable[..., Estimate | None], chosen: list[str]) -> dict[str, Any] | None:
+        left, right = (value(arm, chosen, seeds) if chosen else None for arm in (a, b))
+        return interval(left - right) if left and right else None
 
     found = {
         "average": difference(measures.average, tasks),
@@ -53,9 +49,8 @@ def _contrast(pair: Pair, measures: Measures, notes: list[str]) -> list[dict[str
         "not_trained_on": difference(measures.average, not_trained_on),
         "retention": difference(measures.ratio_of_means, tasks if measures.teacher_average is not None else []),
     }
-    left, right = nll_values(a), nll_values(b)
-    if left is not None and right is not None:
-        found["nll"] = seeds_alone(paired(a, left) - paired(b, right), seeds)
+    left, right = measures.nll(a, seeds), measures.nll(b, seeds)
+    found["nll"] = interval(left - right) if left and right else None
     found |= {task: difference(measures.average, [task]) for task in tasks}
     return [
         {

@@ -6,10 +6,10 @@
     trained on          mean over tasks whose family was in the fine-tuning targets; `x_choice` belongs to family x
     nll                 mean negative log-likelihood in nats per token; lower is better, and kept out of the average
 
-Every value is recomputed from the per-sample records, joined by item id. The statistics are `intervals`'. Of the
-likelihood only a mean and a standard error are on disk, which enters as normal noise.
+Every value is recomputed from the per-sample records, joined by item id. The statistics are `intervals`'.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,26 @@ import numpy as np
 from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.collect import Run
-from sdd.report.intervals import RESAMPLES, Array, interval, item_means, normal_noise, over_seeds, ratio
+from sdd.report.intervals import Array, Estimate, average, interval, mean_of, ratio, ratio_of_sums
 from sdd.store.files import AGAIN, shown_rows
 from sdd.untrusted import check_shape
 
+ANSWER = {"id": (str, int), "log_likelihood": float, "tokens": int}
 SAMPLE = {"id": (str, int), "score": (float, bool), "task?": (str, None)}
 
 
 @dataclass
 class Comparison:
-    """Arms scored on the same items; `means[arm.run.key][task]` is (1 + R, S), a column per seed."""
+    """Arms scored on the same items: `scores[arm.run.key][task]` is (S, N), a row per seed.
+
+    `likelihoods[arm.run.key]` are nats and tokens of the same answers, both (S, N); empty where an arm has none.
+    """
 
     tasks: list[str]
     arms: list[Arm]
     items: dict[str, int]
-    means: dict[str, dict[str, Array]]
+    scores: dict[str, dict[str, Array]]
+    likelihoods: dict[str, tuple[Array, Array]]
 
     @property
     def teacher(self) -> Arm | None:
@@ -60,14 +65,14 @@ def read_scores(run: Run, task: str) -> dict[str, float]:
 
 
 def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:
-    """Read the samples of arms that share an evaluation and resample them jointly."""
+    """Read the samples of arms that share an evaluation, on the items that all of them have."""
     runs = [run for arm in arms for run in arm.runs]
     tasks = [task for task in runs[0].results["tasks"] if all(task in run.results["tasks"] for run in runs)]
     if not tasks:
         raise UserError(
             f"evaluated/{runs[0].address}: no task was evaluated for every arm; evaluate all on the same tasks"
         )
-    means: dict[str, dict[str, Array]] = {arm.run.key: {} for arm in arms}
+    by_arm: dict[str, dict[str, Array]] = {arm.run.key: {} for arm in arms}
     items = {}
     for task in tasks:
         scores = [read_scores(run, task) for run in runs]
@@ -83,12 +88,39 @@ def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:
                 notes.append(
                     f"evaluated/{run.address}: {task} is {stated:g} in results.json, {row.mean():g} in samples."
                 )
-        resampled, column = item_means(table, f"items {task}"), 0
-        for arm in arms:
-            means[arm.run.key][task] = resampled[:, column : column + len(arm.runs)]
-            column += len(arm.runs)
+        for arm, rows in zip(arms, _by_arm(arms, table), strict=True):
+            by_arm[arm.run.key][task] = rows
         items[task] = len(shared)
-    return Comparison(tasks, arms, items, means)
+    return Comparison(tasks, arms, items, by_arm, _likelihoods(arms))
+
+
+def _by_arm(arms: list[Arm], table: Array) -> list[Array]:
+    """The rows of each arm's runs, of a table with a row a run."""
+    ends = np.cumsum([len(arm.runs) for arm in arms])
+    return np.split(table, ends[:-1])
+
+
+def _likelihoods(arms: list[Arm]) -> dict[str, tuple[Array, Array]]:
+    runs = [run for arm in arms for run in arm.runs]
+    if not all((run.results.get("likelihood") or {}).get("nll") for run in runs):
+        return {}
+    rows = [_read_likelihoods(run) for run in runs]
+    shared = sorted(set.intersection(*(set(each) for each in rows)))
+    if not shared:
+        return {}
+    nats, tokens = (np.array([[each[item][place] for item in shared] for each in rows]) for place in (0, 1))
+    both = zip(_by_arm(arms, nats), _by_arm(arms, tokens), strict=True)
+    return {arm.run.key: pair for arm, pair in zip(arms, both, strict=True)}
+
+
+def _read_likelihoods(run: Run) -> dict[str, tuple[float, float]]:
+    """(nats, tokens) of each answer by its item's id."""
+    path = run.path / "samples" / "nll.jsonl"
+    answers = {}
+    for row in shown_rows(path, run.path):
+        check_shape(row, ANSWER, f"{path} has a broken row; {AGAIN}: row")
+        answers[str(row["id"])] = (-float(row["log_likelihood"]), float(row["tokens"]))
+    return answers
 
 
 def trained_tasks(arm: Arm, tasks: list[str]) -> set[str] | None:
@@ -100,58 +132,45 @@ def trained_tasks(arm: Arm, tasks: list[str]) -> set[str] | None:
 
 
 class Measures:
-    """Resampled values of an arm, (1 + R, S), by the name of a measure."""
+    """An arm's measures with their uncertainty; `seeds`, if given, are those of its seeds that count."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         teacher = comparison.teacher
         self.teacher_average = self.average(teacher, comparison.tasks) if teacher else None
 
-    def average(self, arm: Arm, tasks: list[str]) -> Array:
-        means = self.comparison.means[arm.run.key]
-        total: Array = np.mean([means[task] for task in tasks], axis=0)
-        return total
+    def average(self, arm: Arm, tasks: list[str], seeds: Sequence[int] = ()) -> Estimate:
+        scores = self.comparison.scores[arm.run.key]
+        return mean_of({task: _chosen(arm, scores[task], seeds) for task in tasks})
 
-    def ratio_of_means(self, arm: Arm, tasks: list[str]) -> Array:
+    def ratio_of_means(self, arm: Arm, tasks: list[str], seeds: Sequence[int] = ()) -> Estimate | None:
         assert self.teacher_average is not None
-        return ratio(self.average(arm, tasks), self.teacher_average)
+        return ratio(self.average(arm, tasks, seeds), self.teacher_average)
 
-    def mean_of_ratios(self, arm: Arm) -> Array | None:
-        teacher, means = self.comparison.teacher, self.comparison.means
+    def mean_of_ratios(self, arm: Arm) -> Estimate | None:
+        teacher, tasks = self.comparison.teacher, self.comparison.tasks
         assert teacher is not None
-        ratios = [ratio(means[arm.run.key][t], means[teacher.run.key][t]) for t in self.comparison.tasks]
-        ratios = [each for each in ratios if not np.isnan(each[0, 0])]
-        return np.asarray(np.mean(ratios, axis=0)) if ratios else None
+        ratios = [ratio(self.average(arm, [task]), self.average(teacher, [task])) for task in tasks]
+        known = [each for each in ratios if each is not None]
+        return average(known) if known else None
+
+    def nll(self, arm: Arm, seeds: Sequence[int] = ()) -> Estimate | None:
+        """Nats a token; None where not every run of the comparison has it of the same answers."""
+        if not self.comparison.likelihoods:
+            return None
+        nats, tokens = (_chosen(arm, table, seeds) for table in self.comparison.likelihoods[arm.run.key])
+        return ratio_of_sums(nats, tokens, "nll")
 
 
-def _nll(run: Run) -> dict[str, float] | None:
-    found: dict[str, float] | None = (run.results.get("likelihood") or {}).get("nll")
-    return found
+def _chosen(arm: Arm, table: Array, seeds: Sequence[int]) -> Array:
+    """The rows of these seeds; all, or the one of an arm without seeds."""
+    return table[[arm.seeds.index(seed) for seed in seeds]] if seeds and arm.seeds else table
 
 
-def nll_values(arm: Arm) -> Array | None:
-    """(1 + R, S) likelihoods, constant over resamples until seeds are drawn."""
-    found = [_nll(run) for run in arm.runs]
-    known = [each["value"] for each in found if each is not None]
-    return np.tile(np.array(known), (1 + RESAMPLES, 1)) if len(known) == len(arm.runs) else None
-
-
-def _nll_interval(arm: Arm) -> dict[str, Any] | None:
-    values = nll_values(arm)
-    if values is None:
-        return None
-    averaged = over_seeds(values, arm.seeds)
-    stderrs = [each["stderr"] for run in arm.runs if (each := _nll(run)) and each.get("stderr") is not None]
-    if len(stderrs) < len(arm.runs):
-        return seeds_alone(averaged, arm.seeds)
-    noise: Array = averaged + normal_noise(float(np.mean(stderrs)), "nll")
-    return interval(noise)
-
-
-def seeds_alone(values: Array, seeds: list[int]) -> dict[str, Any] | None:
-    """The interval of (1 + R,) values in which only seeds were drawn: with fewer than two seeds there is none."""
-    found = interval(values)
-    return {**found, "low": None, "high": None} if found and len(seeds) < 2 else found
+def _score(estimate: Estimate) -> dict[str, float] | None:
+    """The interval of a share, which lies in [0, 1]."""
+    known = interval(estimate)
+    return known and known | {"low": max(known["low"], 0.0), "high": min(known["high"], 1.0)}
 
 
 def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
@@ -160,17 +179,14 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
     trained = trained_tasks(arm, tasks)
     untrained = None if trained is None else [task for task in tasks if task not in trained]
 
-    def over(values: Array | None) -> dict[str, float] | None:
-        return None if values is None else interval(over_seeds(values, arm.seeds))
-
     def over_tasks(chosen: list[str] | None) -> dict[str, float] | None:
-        return over(measures.average(arm, chosen)) if chosen else None
+        return _score(measures.average(arm, chosen)) if chosen else None
 
     retention: dict[str, Any] | None = None
     if measures.teacher_average is not None:
         retention = {
-            "ratio_of_means": over(measures.ratio_of_means(arm, tasks)),
-            "mean_of_ratios": over(measures.mean_of_ratios(arm)),
+            "ratio_of_means": interval(measures.ratio_of_means(arm, tasks)),
+            "mean_of_ratios": interval(measures.mean_of_ratios(arm)),
         }
     per_task = {}
     for task in tasks:
@@ -180,7 +196,7 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
             for name in ("lenient", "malformed")
             if all(each.get(name) is not None for each in stated)
         }
-        mean = over(measures.comparison.means[run.key][task]) or {}
+        mean = over_tasks([task]) or {}
         per_task[task] = {**mean, "n": measures.comparison.items[task], "metric": stated[0].get("metric"), **extra}
     return {
         "arm": arm.name,
@@ -195,7 +211,7 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
         "retention": retention,
         "trained_on": over_tasks(None if trained is None else [task for task in tasks if task in trained]),
         "not_trained_on": over_tasks(untrained),
-        "nll": _nll_interval(arm),
+        "nll": interval(measures.nll(arm)),
         "tasks": per_task,
         "parameters": run.parameters,
         "flops_saved": run.flops_saved,

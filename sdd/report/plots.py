@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdd.errors import UserError
 from sdd.report.arms import Arm
-from sdd.report.contrasts import Study
+from sdd.report.contrasts import Study, changes
 from sdd.report.measures import Comparison, trained_tasks
 from sdd.report.selection import basis, by_series, labels, pick, seeds_of
 from sdd.report.style import SETTINGS, SOFT, legend_outside, looks, new_figure, points, save
@@ -110,13 +110,9 @@ def tasks(comparison: Comparison, rows: dict[str, dict[str, Any]]) -> "Figure | 
     return figure
 
 
-def gain_forgetting(comparison: Comparison, contrasts: list[dict[str, Any]]) -> "Figure | None":
-    bases = {arm.name for arm in comparison.arms if not arm.tuned}
-    changes: dict[str, dict[str, dict[str, float]]] = {}
-    for row in contrasts:
-        if row["b"] in bases and row["measure"] in ("trained_on", "not_trained_on"):
-            changes.setdefault(row["a"], {})[row["measure"]] = row
-    arms = [arm for arm in comparison.arms if len(changes.get(arm.name, {})) == 2]
+def gain_forgetting(comparison: Comparison, change: dict[str, dict[str, dict[str, Any]]]) -> "Figure | None":
+    """`change` is `contrasts.changes`: an arm's differences to its model before fine-tuning, by measure."""
+    arms = [arm for arm in comparison.arms if {"trained_on", "not_trained_on"} <= change.get(arm.name, {}).keys()]
     if not arms:
         return None
     shown = pick(arms)
@@ -126,7 +122,7 @@ def gain_forgetting(comparison: Comparison, contrasts: list[dict[str, Any]]) -> 
     for line in (axes.axhline, axes.axvline):
         line(0, color=SOFT, linewidth=1.0)
     for index, (arm, look) in enumerate(zip(shown, looks([arm.look for arm in shown]), strict=True)):
-        x, y = changes[arm.name]["not_trained_on"], changes[arm.name]["trained_on"]
+        x, y = change[arm.name]["not_trained_on"], change[arm.name]["trained_on"]
         number = f"{index + 1}  " if len(shown) > 2 else ""
         at = 100 * x["mean"], 100 * y["mean"]
         points(axes, look, at[:1], at[1:], number + names[index], size=9, xerr=_whiskers([x]), yerr=_whiskers([y]))
@@ -215,7 +211,7 @@ def write_plots(study: Study, out: Path) -> None:
         figures = {
             "retention_by_size.png": retention_by_size(comparison, rows),
             "tasks.png": tasks(comparison, rows),
-            "gain_forgetting.png": gain_forgetting(comparison, study.contrasts),
+            "gain_forgetting.png": gain_forgetting(comparison, changes(study, comparison)),
             "learning_curves.png": learning_curves(comparison),
         }
         for name, figure in figures.items():

@@ -13,7 +13,7 @@ from sdd.report.measures import Comparison
 MOST = 8
 MOST_PER_MODE = 4
 """As many as there are tints and line styles for one mode."""
-WHISKERS = "whiskers: 95% bootstrap interval"
+WHISKERS = "whiskers: 95% interval"
 
 
 def pick(arms: list[Arm]) -> list[Arm]:

@@ -18,9 +18,9 @@ from sdd.report.measures import Comparison
 from sdd.untrusted import as_markdown
 
 METHOD = (
-    "Percent; in brackets 95% intervals of a paired bootstrap over seeds, then items within a task, with the same "
-    "draws for every arm (arms without seeds: items only). They do not cover another unpruned or pruned model or other "
-    "tasks, are too narrow with few seeds, and are not corrected for many comparisons. "
+    "Percent; in brackets 95% intervals over seeds and items, from their components of variance (arms without seeds or "
+    "with one: items only); differences are paired by seed and item. They do not cover another unpruned or pruned "
+    "model or other tasks, and are not corrected for many comparisons. "
     "Average: unweighted mean over tasks. Retention: average / average of the unpruned model."
 )
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
@@ -40,12 +40,11 @@ def percent(value: dict[str, Any] | None, signed: bool = False) -> str:
 
 
 def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
-    """Nats per token with their interval, where there is one."""
+    """Nats per token with their interval."""
     if not value:
         return "-"
     sign = "+" if signed else ""
-    span = "" if value["low"] is None else f" [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
-    return f"{value['mean']:{sign}.3f}{span}"
+    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
 def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str]]:

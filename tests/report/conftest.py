@@ -132,7 +132,10 @@ class Artifacts:
             files[f"samples__{task}.jsonl"] = as_lines(rows)
         results["average"] = float(np.mean([task["value"] for task in results["tasks"].values()]))
         if nll is not None:
-            results["likelihood"] = {"nll": {"value": nll, "stderr": 0.02, "n": 400}}
+            results["likelihood"] = {"nll": {"value": nll, "stderr": 0.02, "n": 40}}
+            rows = [{"id": f"nll-{i}", "tokens": 8 + i % 5} for i in range(40)]  # nats a token: nll, and 0.2 up or down
+            rows = [row | {"log_likelihood": -row["tokens"] * nll - 2 * (-1) ** i} for i, row in enumerate(rows)]
+            files["samples__nll.jsonl"] = as_lines(rows)
         inputs = {"model": model} if model else {}
         address = self.put("evaluated", spec, inputs, **{"results.json": results}, **files)
         return self.root / "evaluated" / address

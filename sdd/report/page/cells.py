@@ -8,14 +8,13 @@ from sdd.report.page.section import Subject
 
 
 def cell(value: dict[str, Any] | None, digits: int = 1, scale: float = 100, signed: bool = False) -> dict[str, Any]:
-    """A mean with its interval, where there is one; without other word, a share in percent."""
+    """A mean with its interval; without other word, a share in percent."""
     if not value:
         return plain("–", None)
-    known = value["low"] is not None
     sign = "+" if signed else ""
-    mean, *ends = (f"{scale * value[name]:{sign}.{digits}f}" for name in ("mean", *(("low", "high") if known else ())))
-    sure = ("above" if value["mean"] > 0 else "below") if signed and known and value["low"] * value["high"] > 0 else ""
-    return {"text": mean, "span": f"[{', '.join(ends)}]" if ends else "", "order": value["mean"], "sure": sure}
+    mean, *ends = (f"{scale * value[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    sure = ("above" if value["mean"] > 0 else "below") if signed and value["low"] * value["high"] > 0 else ""
+    return {"text": mean, "span": f"[{', '.join(ends)}]", "order": value["mean"], "sure": sure}
 
 
 def plain(text: str, order: float | None, span: str = "") -> dict[str, Any]:

@@ -60,7 +60,7 @@ def retention(subject: Subject) -> Section | None:
     look = Look(list(groups), [arms[0].look for arms in groups.values()])
     whole = alt.Chart(alt.InlineData([{"y": 100}])).mark_rule(strokeDash=[5, 4]).encode(y="y:Q")
     chart = whole + curves_of(look, x, "retention, %", ("blocks", "blocks removed"))
-    note = "Average over tasks as a share of the unpruned model's (dashed line). Whiskers: 95% bootstrap intervals."
+    note = "Average over tasks as a share of the unpruned model's (dashed line). Whiskers: 95% intervals."
     return Section(
         "retention",
         "Retention against blocks removed",
@@ -207,7 +207,7 @@ def _scaling(subject: Subject, setting: str, curves: dict[str, list[Arm]]) -> Ch
         axis=alt.Axis(values=values, format="~g", grid=False),
     )
     look = Look(list(curves), [arms[0].look for arms in curves.values()])
-    note = f"Average over tasks against {setting}{' (logarithmic)' if wide else ''}; 95% bootstrap intervals."
+    note = f"Average over tasks against {setting}{' (logarithmic)' if wide else ''}; 95% intervals."
     name = re.sub(r"[^A-Za-z\d]", "-", setting)
     chart = curves_of(look, x, "average, %", ("x", setting))
     return Chart(f"scaling-{name}", f"Average against {setting}", note, finished(chart, records))

@@ -84,7 +84,7 @@ def _against_speed(subject: Subject, group: Group) -> list[Chart]:
         title = "decoding speed, as a multiple of the unpruned model's"
         x = alt.X("x:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=18), axis=alt.Axis(tickCount=8))
         chart = curves_of(look, x, "retention, %", ("speed", "times as fast"))
-        note = f"Batch 1, both models in one run and in turns, on {machine}. Whiskers: 95% bootstrap intervals."
+        note = f"Batch 1, both models in one run and in turns, on {machine}. Whiskers: 95% intervals."
         name = f"{group.name}-speed-{number}"
         charts.append(Chart(name, titled("Retention against measured speed", group), note, finished(chart, records)))
     return charts

@@ -101,7 +101,7 @@ def _kl(subject: Subject, group: Group) -> list[Chart]:
     records = [row_of(subject, arm, record, name, **value) for (arm, record), name, value in rows]
     look = Look(names, group.looks, legend=False)
     chart = arms_of(look, "series", KL, ("mean", "KL"), *INTERVAL)
-    note = "Over the unpruned model's own answers. Whiskers: 95% bootstrap intervals over seeds, then prompts."
+    note = "Over the unpruned model's own answers. Whiskers: 95% intervals over seeds and prompts."
     title = titled("KL to the unpruned model", group)
     return [Chart(f"{group.name}-kl", title, note, finished(chart, records, ROW * len(names)))]
 
@@ -145,7 +145,7 @@ def _forgetting(subject: Subject, group: Group) -> list[Chart]:
     )
     note = (
         f"Correlation over {found['arms']} arms: {both or 'none, since one of both does not vary'}. Descriptive only: "
-        "arms share models, data and seeds, and it does not follow the filters. Whiskers: 95% bootstrap intervals."
+        "arms share models, data and seeds, and it does not follow the filters. Whiskers: 95% intervals."
     )
     title = titled("Shift against forgetting", group)
     return [Chart(f"{group.name}-forgetting", title, note, finished(chart, records, 380))]

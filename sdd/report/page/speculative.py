@@ -65,7 +65,7 @@ def _curve(subject: Subject, group: Group, measure: str) -> Chart:
     chart = curves_of(Look(group.series, group.looks), x, axis, ("length", "draft length"), form=".2f")
     prompts = sorted({record["prompts"] for _, record in group.records})
     count = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
-    note = f"By draft length; {count} prompts an arm. Whiskers: 95% bootstrap intervals over seeds, then prompts."
+    note = f"By draft length; {count} prompts an arm. Whiskers: 95% intervals over seeds and prompts."
     name = f"{group.name}-{measure.replace('_', '-')}"
     return Chart(name, titled(title, group), note, finished(chart, records, 300))
 
