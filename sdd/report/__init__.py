@@ -5,7 +5,8 @@
 Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
 `library` and `collect` (artifacts to runs), `arms` and `pairing` (runs to arms, and which of them are contrasted),
 `intervals` (the statistics), `measures` and `contrasts` (arms to numbers), `analyses` (what was measured besides),
-`tables`, `latex`, `plots` and `page` (numbers to files). Imports are deferred, so that `--help` answers at once.
+`findings`, `tables`, `latex`, `plots` and `page` (numbers to sentences and files). Imports are deferred, so that
+`--help` answers at once.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def write_report(asked: list[Path], artifacts: Path, out: Path, baselines: Seque
     from sdd.report.arms import build_arms
     from sdd.report.collect import collect
     from sdd.report.contrasts import compare
+    from sdd.report.findings import findings
     from sdd.report.latex import write_latex
     from sdd.report.library import Library
     from sdd.report.page import write_page
@@ -39,7 +41,7 @@ def write_report(asked: list[Path], artifacts: Path, out: Path, baselines: Seque
         return None
     study = compare(build_arms(runs), notes, baselines)
     out.mkdir(parents=True, exist_ok=True)
-    write_tables(study, out)
+    write_tables(study, findings(study), out)
     write_latex(study, out)
     analyses = analyse(study, library)
     write_analyses(analyses, out)

@@ -2,7 +2,7 @@
 
 A difference is paired by seed and item, so it is better known than two separate intervals suggest. Which arms are
 subtracted from which is `pairing`'s. Pairs whose settings differ, apart from what the pair is about, are kept and say
-in what they differ.
+in what they differ; they are not comparable, unless each arm was tuned by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,21 @@ class Study:
     notes: list[str] = field(default_factory=list)
 
 
-def _contrast(pair: Pair, measures: Measures, notes: list[str]) -> list[dict[str, Any]]:
+TUNED = {"finetune.learning_rate", "finetune.epochs", "adapter.rank"}
+"""What is tuned for each way of fine-tuning by itself."""
+
+
+def comparable(pairs: list[Pair]) -> list[Pair]:
+    """Pairs with equal settings; and where two modes have none on a model and dataset, those that differ as tuned."""
+
+    def group(pair: Pair) -> tuple[Any, ...]:
+        return pair.a.mode, pair.b.mode, pair.a.run.base, pair.a.run.dataset, pair.a.run.merge, pair.baseline
+
+    equal = {group(pair) for pair in pairs if not pair.settings_differ}
+    return [p for p in pairs if not p.settings_differ or (p.settings_differ.keys() <= TUNED and group(p) not in equal)]
+
+
+def _contrast(pair: Pair, is_comparable: bool, measures: Measures, notes: list[str]) -> list[dict[str, Any]]:
     """a minus b by every measure, on the seeds that both have."""
     a, b = pair.a, pair.b
     seeds = sorted(set(a.seeds) & set(b.seeds)) if a.seeds and b.seeds else a.seeds or b.seeds
@@ -62,6 +76,7 @@ def _contrast(pair: Pair, measures: Measures, notes: list[str]) -> list[dict[str
             "seeds": seeds,
             "baseline": pair.baseline,
             "settings_differ": pair.settings_differ,
+            "comparable": is_comparable,
         }
         for measure, values in found.items()
         if values is not None
@@ -91,8 +106,9 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
         measures = Measures(comparison)
         rows += [row_of(arm, measures) for arm in comparison.arms]
         compared = pairs(comparison.arms, baselines)
+        alike = comparable(compared)
         for pair in compared:
-            contrasts += _contrast(pair, measures, notes)
+            contrasts += _contrast(pair, pair in alike, measures, notes)
         found += compared
         comparisons.append(comparison)
         bases = {arm.run.base for arm in comparison.arms if not arm.tuned}

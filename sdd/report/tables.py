@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +106,16 @@ def _answers_table(rows: list[dict[str, Any]], tasks: list[str]) -> list[str]:
 
 
 def pairs_of(contrasts: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """Differences between arms with equal settings by pair, then by measure."""
+    """Differences between comparable arms by pair, then by measure."""
     pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in contrasts:
-        if not row["settings_differ"]:
+        if row["comparable"]:
             pairs.setdefault((row["a"], row["b"]), {})[row["measure"]] = row
     return pairs
 
 
 def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A header, and a line for each pair of arms with equal settings."""
+    """A header, and a line for each pair of comparable arms."""
     header = ["difference", "seeds", "average", "trained on", "not trained on", "retention", "nll (lower is better)"]
     lines = []
     for (a, b), by in pairs_of(contrasts).items():
@@ -145,8 +145,8 @@ def evaluation_of(comparison: Comparison) -> str:
     return f"{len(comparison.tasks)} tasks, {items} items each" + (f", split {text_of(split)}" if split else "")
 
 
-def table_markdown(study: Study) -> str:
-    """The report to read: notes, then for each evaluation the arms, their tasks and their differences."""
+def table_markdown(study: Study, findings: Sequence[str]) -> str:
+    """The report to read: notes, for each evaluation the arms, their tasks and their differences; the findings."""
     lines = [METHOD, "", *(f"Note: {_note(note)}" for note in study.notes), *([""] if study.notes else [])]
     by_name = {row["arm"]: row for row in study.rows}
     for comparison in study.comparisons:
@@ -162,6 +162,7 @@ def table_markdown(study: Study) -> str:
         for title, table in sections:
             if table:
                 lines += [f"## {title}", "", *table, ""]
+    lines += ["## In words", "", *(f"- {as_markdown(sentence)}" for sentence in findings), ""]
     return "\n".join(lines)
 
 
@@ -201,7 +202,7 @@ def inert(value: Any) -> Any:
     return f"'{value}" if value.lstrip().startswith(FORMULA) or value.startswith(("\t", "\r", "\n")) else value
 
 
-def write_tables(study: Study, out: Path) -> None:
+def write_tables(study: Study, findings: Sequence[str], out: Path) -> None:
     """Write table.json, contrasts.json, table.csv and table.md."""
     for name, content in (("table.json", study.rows), ("contrasts.json", study.contrasts)):
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
@@ -213,4 +214,4 @@ def write_tables(study: Study, out: Path) -> None:
     writer.writerow(map(inert, columns))
     writer.writerows([inert(row.get(name)) for name in columns] for row in flat)
     write(out / "table.csv", file.getvalue())
-    write(out / "table.md", table_markdown(study))
+    write(out / "table.md", table_markdown(study, findings))

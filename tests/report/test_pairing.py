@@ -22,12 +22,30 @@ def differences(artifacts: Any, out: Path, *baselines: str) -> dict[tuple[str, s
     """Contrasts of the average that the tables show, by arms."""
     write_report(find_evaluated(artifacts.root), artifacts.root, out, baselines)
     rows = json.loads((out / "contrasts.json").read_text())
-    shown = [row for row in rows if row["measure"] == "average" and not row["settings_differ"]]
+    shown = [row for row in rows if row["measure"] == "average" and row["comparable"]]
     return {(row["a"], row["b"]): row for row in shown}
 
 
 def right(count: int) -> dict[str, list[int]]:
     return {"add": [1] * count + [0] * (40 - count)}
+
+
+def test_arms_tuned_by_themselves_are_compared_where_no_settings_are_equal(artifacts, tmp_path):
+    """Two rates of one way and one of the other: the two at the same rate, or, without such, each at its own."""
+    pruned = artifacts.pruned(4)
+
+    def evaluated(mode: str, rate: float, count: int) -> None:
+        for seed in (0, 1):
+            artifacts.evaluated(artifacts.tuned(pruned, artifacts.targets(mode), seed, rate), right(count + seed))
+
+    evaluated("sft", 3e-4, 10)
+    evaluated("self_distill", 3e-3, 20)
+    assert [*differences(artifacts, tmp_path)] == [("self_distill lr=0.003", "sft lr=0.0003")]
+    words = (tmp_path / "table.md").read_text().rpartition("## In words")[2]
+    assert "- self_distill lr=0.003 minus sft lr=0.0003: +25.0 [" in words
+    evaluated("sft", 3e-3, 5)
+    assert ("self_distill lr=0.003", "sft lr=0.003") in differences(artifacts, tmp_path)
+    assert ("self_distill lr=0.003", "sft lr=0.0003") not in differences(artifacts, tmp_path)
 
 
 def test_a_merge_is_compared_with_each_of_its_students_and_no_other(artifacts, tmp_path):

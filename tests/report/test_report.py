@@ -106,6 +106,30 @@ def test_trained_on_counts_the_choice_form_of_a_family(study, tmp_path):
     assert rows["pruned n2"]["not_trained_on"] is None
 
 
+def test_findings_are_sentences_of_the_table(study, tmp_path):
+    rows, contrasts = report(study, tmp_path / "out")
+    words = (tmp_path / "out" / "table.md").read_text().rpartition("## In words")[2].split("\n- ")[1:]
+
+    def said(value: dict[str, float], sign: str = "") -> str:
+        mean, low, high = (f"{100 * value[name]:{sign}.1f}" for name in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    assert words[0] == f"The unpruned model scores {said(rows['teacher']['average'])} percent."
+    student = rows["sft n4"]
+    kept = said(student["retention"]["ratio_of_means"])
+    assert (
+        f"With 4 blocks removed, fine-tuned on the reference answers, it scores {said(student['average'])} percent, "
+        f"{kept} percent of the unpruned model's (sft n4)." in words
+    )
+    for size in ("n2", "n4"):
+        row = one(contrasts, f"self_distill {size}", f"sft {size}")
+        verdict = "which could be chance" if row["low"] <= 0 <= row["high"] else "more than chance explains"
+        assert f"self_distill {size} minus sft {size}: {said(row, '+')} points, {verdict}." in words
+    assert words[-1].startswith(
+        "This rests on one unpruned model and 4 tasks, 120 items each, split test, 3 seeds an arm;"
+    )
+
+
 def test_contrasts_of_a_study(study, tmp_path):
     rows, contrasts = report(study, tmp_path / "out")
     row = one(contrasts, "self_distill n4", "sft n4")

@@ -25,6 +25,7 @@ from sdd.report.page.marks import dark_palette, glyph_rules
 from sdd.report.page.section import FOLDER, Section, Subject, render
 
 SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (
+    words.in_words,
     words.compared,
     words.arms_table,
     words.differences,

@@ -5,6 +5,7 @@ from typing import Any
 
 from sdd.report.arms import COLUMNS, DIGEST, Arm, text_of
 from sdd.report.collect import flatten, spans
+from sdd.report.findings import findings
 from sdd.report.library import Artifact
 from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.section import Section, Subject, render
@@ -42,6 +43,12 @@ def model_name(subject: Subject) -> str:
     paths = [config.get("model.path") for arm in subject.comparison.arms for config in _config(subject, arm)]
     path = next((str(path) for path in paths if path), None)
     return f"{path.removeprefix('.../')} ({digest})" if path else digest
+
+
+def in_words(subject: Subject) -> Section:
+    """The findings, in sentences."""
+    body = render("findings.html", sentences=findings(subject.study))
+    return Section("findings", "In words", "What the tables and figures below come to.", body=body)
 
 
 def compared(subject: Subject) -> Section:

@@ -1,0 +1,67 @@
+"""What a study found, in sentences for a reader who knows none of its words: derived from the table and the contrasts.
+
+Of the largest comparison alone. A difference whose interval holds zero is said to be possibly chance, big or not.
+"""
+
+from typing import Any
+
+from sdd.report.arms import Arm, text_of
+from sdd.report.contrasts import Study
+from sdd.report.tables import evaluation_of, pairs_of, percent
+
+WAYS = {
+    "sft": "fine-tuned on the reference answers",
+    "self_distill": "fine-tuned on the unpruned model's own rewrites of them",
+    "logit_distill": "fine-tuned on the unpruned model's token probabilities",
+    "gold": "fine-tuned on right answers in the unpruned model's own style, which only a made-up task has",
+    "merged": "merged from two students",
+}
+MOST = 12
+"""Sentences about differences; the tables have all."""
+
+
+def findings(study: Study) -> list[str]:
+    """Sentences: models before fine-tuning, each way of getting quality back, differences, and on what this rests."""
+    comparison = study.comparisons[0]
+    rows = {row["arm"]: row for row in study.rows}
+    sentences = []
+    if (teacher := comparison.teacher) is not None:
+        sentences.append(f"The unpruned model scores {percent(rows[teacher.name]['average'])} percent.")
+    sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.mode == "pruned"]
+    sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.tuned]
+    names = {arm.name: arm for arm in comparison.arms}
+    differences = [
+        _difference(names[a], names[b], by)
+        for (a, b), by in pairs_of(study.contrasts).items()
+        if a in names and b in names and names[a].tuned and names[b].tuned
+    ]
+    sentences += differences[:MOST]
+    if len(differences) > MOST:
+        sentences.append(f"{len(differences) - MOST} more differences are in the tables.")
+    seeds = [len(arm.seeds) for arm in comparison.arms if arm.tuned]
+    fewest, most = min(seeds, default=0), max(seeds, default=0)
+    runs = f", {fewest if fewest == most else f'{fewest} to {most}'} seeds an arm" if seeds else ""
+    rests = evaluation_of(comparison) + runs
+    sentences.append(f"This rests on one unpruned model and {rests}; brackets are 95% intervals over seeds and items.")
+    return sentences
+
+
+def _cut(arm: Arm) -> str:
+    run = arm.run
+    if run.blocks_removed:
+        return f"with {run.blocks_removed} blocks removed"
+    return "unpruned" if not run.base else f"pruned ({text_of(run.pruning)})"
+
+
+def _kept(arm: Arm, row: dict[str, Any]) -> str:
+    how = f", {WAYS.get(arm.mode, arm.mode)}," if arm.tuned else ""
+    retention = (row["retention"] or {}).get("ratio_of_means")
+    kept = f", {percent(retention)} percent of the unpruned model's" if retention else ""
+    return f"{_cut(arm).capitalize()}{how} it scores {percent(row['average'])} percent{kept} ({arm.name})."
+
+
+def _difference(a: Arm, b: Arm, by: dict[str, dict[str, Any]]) -> str:
+    value = by["average"]
+    chance = value["low"] <= 0 <= value["high"]
+    verdict = "which could be chance" if chance else "more than chance explains"
+    return f"{a.name} minus {b.name}: {percent(value, signed=True)} points, {verdict}."
