@@ -7,8 +7,8 @@ import pytest
 
 from sdd.answers import equal, extract
 from sdd.data.tiny import TinyTasks
-from sdd.models import checkpoints
 from sdd.models.chats import REWRITE_TEMPLATE
+from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting.engines import HFEngine, Request
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.sources import TEACHER
@@ -18,15 +18,15 @@ from sdd.tiny.tasks import FAMILIES, instances
 @pytest.fixture(scope="module")
 def engine() -> Iterator[HFEngine]:
     engine = HFEngine(max_new_tokens=96)
-    engine.open(TEACHER, "float32", None, "cpu", 64)
+    engine.open(Checkpoint(TEACHER), "float32", None, "cpu", 64)
     yield engine
 
 
 def test_is_a_small_stock_llama_with_a_chat_template() -> None:
     assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 16 * 1024**2
     assert {path.suffix for path in TEACHER.iterdir()} <= {".json", ".safetensors", ".jinja"}
-    assert checkpoints.read_config(TEACHER)["architectures"] == ["LlamaForCausalLM"]
-    assert checkpoints.load_tokenizer(TEACHER).chat_template
+    assert Checkpoint(TEACHER).config["architectures"] == ["LlamaForCausalLM"]
+    assert Checkpoint(TEACHER).tokenizer().chat_template
     assert not any(str(Path.home()) in path.read_text() for path in TEACHER.glob("*.json"))
 
 

@@ -13,18 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdd.architectures import skeleton
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.planning.work import BYTES
-
-
-def outline(folder: Path) -> Any:
-    """The model of a checkpoint without its weights: shapes alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    checkpoints.read_config(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def parameters(model: Any) -> int:
@@ -73,12 +65,12 @@ def cache_numbers(model: Any, context: int) -> float:
     return float(2 * sum(_contexts(model, context)) * groups * _head_size(config))
 
 
-def counted(folder: Path, context: int, dtype: str) -> dict[str, Any]:
+def counted(checkpoint: Checkpoint, context: int, dtype: str) -> dict[str, Any]:
     """The costs of one checkpoint: `flops` of a generated token at `context`, and of a token of a prompt that long.
 
     The prompt's token sees half the context on average, and no head: only its last token's logits are made.
     """
-    model = outline(folder)
+    model = skeleton(checkpoint.config, checkpoint.where)
     width, count, linear = BYTES[dtype], parameters(model), linear_flops(model)
     generated = {"linear": linear, "attention": attention_flops(model, context), "head": head_flops(model)}
     prompt = {"linear": linear, "attention": attention_flops(model, (context + 1) / 2), "head": 0.0}
@@ -90,7 +82,7 @@ def counted(folder: Path, context: int, dtype: str) -> dict[str, Any]:
         "cache_bytes_per_token": int(cache_numbers(model, 1) * width),
         "cache_bytes_at_context": int(cache_numbers(model, context) * width),
         "weight_bytes": count * width,
-        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoints.weight_files(folder)),
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.weight_files),
     }
 
 

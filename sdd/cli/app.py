@@ -132,8 +132,9 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     if config.dry_run:
         return {"dry_run": True, "plan": print_plan(wanted, study, store)}
     if wanted is None:
-        print(study.models.folder, flush=True)
-        return {"stage": "model", "path": str(study.models.folder)}
+        folder = study.models.checkpoint.folder
+        print(folder, flush=True)
+        return {"stage": "model", "path": str(folder)}
     if not store.has(wanted):
         from sdd.stages import builds
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from sdd.errors import UserError
 from sdd.export.model_card import model_card
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.models.hub import HUB_ID, PAGE, explained
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
-from sdd.stages.student import base_folder, open_student
+from sdd.stages.student import base_of, open_student
 from sdd.store import STAGES, Store, share
 from sdd.untrusted import printable
 
@@ -32,8 +32,8 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
         raise UserError(f"{target} exists; name a new folder")
     if target.parent.resolve().joinpath(target.name).is_relative_to(store.root.resolve()):
         raise UserError(f"{target} lies among the artifacts; name a folder elsewhere")
-    base = base_folder(source, runtime) if source.parent.name == "tuned" else source
-    config = checkpoints.read_config(base)
+    base = base_of(source, runtime) if source.parent.name == "tuned" else Checkpoint(source)
+    config = base.config
     kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if kept not in DTYPES:
         raise UserError(f"{source.parent.name}/{source.name} has a dtype {printable(str(kept)[:40])}; choose --dtype")
@@ -44,7 +44,7 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / "checkpoint"
         model, _ = open_student(source, runtime, kept)
-        checkpoints.save_model(model, folder, base)
+        save_model(model, folder, base)
         (folder / PAGE).write_text(model_card(store, source, runtime), encoding="utf-8")
         share(folder)
         if target.exists() or target.is_symlink():  # made meanwhile; a rename would replace an empty folder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.models.checkpoints import LARGEST_CONFIG, blocks, save_model
+from sdd.models.checkpoints import LARGEST_CONFIG, Checkpoint, blocks, save_model
 from sdd.models.files import read_headers, view
 from sdd.untrusted import check_inside, check_regular, read_json
 
@@ -63,7 +63,7 @@ def check_adapter(folder: Path, name: str) -> dict[str, Any]:
         if not valid(config.get(key)):
             shown = str(config.get(key))[:60]
             raise UserError(f"{name}: its adapter has {key}={shown}, which this project does not write; retrain")
-    stored = {key: entry["shape"] for key, entry in read_headers(files[1:]).items()}
+    stored = {key: tensor.shape for key, tensor in read_headers(files[1:]).items()}
     for key, shape in stored.items():
         rank = {".lora_A.weight": shape[:1], ".lora_B.weight": shape[1:]}
         if any(key.endswith(end) and (len(shape) != 2 or not _is_rank(found, config)) for end, found in rank.items()):
@@ -73,9 +73,9 @@ def check_adapter(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _is_rank(found: list[int], config: dict[str, Any]) -> bool:
+def _is_rank(found: tuple[int, ...], config: dict[str, Any]) -> bool:
     """Whether an extent is the rank; experts have their own, one behind the other."""
-    return found == [config["r"]] or bool(config.get("rank_pattern") or config.get("target_parameters"))
+    return found == (config["r"],) or bool(config.get("rank_pattern") or config.get("target_parameters"))
 
 
 def _is_none(value: Any) -> bool:
@@ -202,6 +202,12 @@ def _is_norm(module: Any) -> bool:
     return type(module).__name__.endswith("Norm") and next(module.parameters(recurse=False), None) is not None
 
 
+def linear_layers(checkpoint: Checkpoint) -> set[str]:
+    """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
+    found = {name for name, shape in checkpoint.shapes.items() if len(shape) == 2}
+    return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
+
+
 def causal_lm(student: Any) -> Any:
     """The causal LM in training, below PEFT's wrapper if there is one."""
     from peft import PeftModel
@@ -209,8 +215,8 @@ def causal_lm(student: Any) -> Any:
     return student.get_base_model() if isinstance(student, PeftModel) else student
 
 
-def save_student(student: Any, folder: Path, base: Path, base_name: str) -> None:
-    """Write `adapter/`, its base named `base_name`, or `checkpoint/` with the side files of the folder `base`."""
+def save_student(student: Any, folder: Path, base: Checkpoint, base_name: str) -> None:
+    """Write `adapter/`, its base named `base_name`, or `checkpoint/` with the side files of `base`."""
     from peft import PeftModel
 
     if not isinstance(student, PeftModel):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdd.models.checkpoints import Checkpoint
+
 PAPER = ((0.2, 0.307, 0.4, 0.2), (0.3, 0.46, 0.42, 0.5), (0.4, 0.61, 0.1, 0.2))
 """SDMPrune's own settings: share of all parameters removed, of the MLPs', alpha, temperature."""
 
@@ -74,27 +76,15 @@ class MagnitudeWidth(ChannelCriterion):
     name = "magnitude_width"
     needs = "weights"
 
-    def read(self, folder: Any) -> list[Tensor]:
+    def read(self, checkpoint: Checkpoint) -> list[Tensor]:
         """The importance of every block's channels, from stored weights; one block in memory at a time."""
-        from safetensors import safe_open
-
-        from sdd.architectures import BLOCK_NAME
-        from sdd.models.checkpoints import weight_files
         from sdd.pruning.width import sizes_of
 
-        sizes = sizes_of(folder)
-        mlp, files = sizes.mlp, {}
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if match := BLOCK_NAME.match(name):
-                        files[int(match["index"]), match["after"].removeprefix(".")] = path, name
+        sizes, stored = sizes_of(checkpoint), checkpoint.block_tensors
+        mlp = sizes.mlp
 
         def tensor(block: int, layer: str) -> Tensor:
-            path, name = files[block, f"{layer}.weight"]
-            with safe_open(path, framework="pt") as file:
-                found: Tensor = file.get_tensor(name)
-            return found
+            return stored[block][f"{layer}.weight"].read()
 
         return [
             glu_magnitude(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd.architectures import BLOCK_NAME, STORED_BUFFERS
@@ -17,6 +16,7 @@ from sdd.forward.batches import length_batches, padded
 from sdd.forward.bypass import LOGITS, Row, forwards
 from sdd.importance.states import window_sums
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,12 +56,12 @@ class Magnitude(_Summed):
     name = "magnitude"
     needs = "weights"
 
-    def read(self, folder: Path) -> None:
+    def read(self, checkpoint: Checkpoint) -> None:
         """Add up the checkpoint's tensors, one in memory at a time; no model is made."""
         from safetensors import safe_open
         from tqdm import tqdm
 
-        for path in checkpoints.weight_files(folder):
+        for path in checkpoint.weight_files:
             with safe_open(path, "pt") as file:
                 for name in tqdm(file.keys(), desc=path.name, unit="tensor"):
                     match = BLOCK_NAME.match(name)

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from sdd.architectures import BLOCK_NAME, HEADS
 from sdd.merging.formulas import angle, linear, norm, share_at, slerp, task_arithmetic, ties
 from sdd.merging.students import Student
-from sdd.models.checkpoints import read_config, weight_files
-from sdd.models.files import Header, read_header, side_files
+from sdd.models.checkpoints import Checkpoint
+from sdd.models.files import Header, read_header
 from sdd.pruning.depth import copy_bytes, write_header
 
 if TYPE_CHECKING:
@@ -77,13 +77,15 @@ def place_of(tensor: str, num_blocks: int) -> float:
     return 0.0 if "embed" in tensor and tensor not in HEADS else 1.0
 
 
-def merge_checkpoints(base: Path, students: list[Student], method: dict[str, Any], target: Path) -> dict[str, Any]:
+def merge_checkpoints(
+    base: Checkpoint, students: list[Student], method: dict[str, Any], target: Path
+) -> dict[str, Any]:
     """Write the merged checkpoint into the folder `target`, in files cut as those of `base`.
 
     `method` holds `method` and its settings, as `sdd.recipes` writes them. Returns `tensors` (name -> what was
     measured, see `merge_tensor`) and `copied`, the names of those that no student changes.
     """
-    config, shards = read_config(base), weight_files(base)
+    config, shards = base.config, base.weight_files
     tied = HEADS if config.get("tie_word_embeddings", False) else ()
     headers = [_header(shard, tied) for shard in shards]
     names = {name for entries, _, _ in headers for name in entries}
@@ -111,7 +113,7 @@ def merge_checkpoints(base: Path, students: list[Student], method: dict[str, Any
     if shards[0].name != "model.safetensors":
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for path in [base / "config.json", *side_files(base)]:
+    for path in [base.folder / "config.json", *base.side_files]:
         shutil.copyfile(path, target / path.name)
     return facts
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sdd.architectures import HEADS, STORED_BUFFERS
 from sdd.errors import UserError
 from sdd.finetuning.adapters import check_adapter
-from sdd.models.checkpoints import weight_files
+from sdd.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,12 +100,12 @@ class AdapterStudent:
 class CheckpointStudent:
     """A student trained in full: a checkpoint of its own, in files that need not be cut as the base's are."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         from safetensors import safe_open
 
         self.name = name
         self.place: dict[str, Any] = {}
-        for path in weight_files(folder):
+        for path in checkpoint.weight_files:
             file = safe_open(path, framework="pt")
             self.place |= dict.fromkeys(file.keys(), file)
 
@@ -139,5 +139,5 @@ def open_students(folders: list[Path]) -> list[Student]:
             found.append(AdapterStudent(folder / "adapter", name))
         else:
             own = folder / "checkpoint"
-            found.append(CheckpointStudent(own if own.is_dir() else folder, name))
+            found.append(CheckpointStudent(Checkpoint(own if own.is_dir() else folder), name))
     return found

@@ -5,6 +5,8 @@ that a header claims is allocated: shapes have to fit the bytes that are there, 
 sees a stranger's folder, only a view of it with the files that are known here. Knows nothing of what is in them.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -13,11 +15,15 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sdd.errors import UserError
-from sdd.untrusted import check_inside, check_regular, printable
+from sdd.untrusted import check_inside, check_regular, printable, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE_FILES = (
     "generation_config.json",
@@ -32,6 +38,8 @@ SIDE_FILES = (
     "chat_template.json",
 )
 """What a checkpoint carries besides weights and config, as far as it decides what the model says."""
+
+WEIGHT_FILE = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 LARGEST_SIDE_FILE = 256 << 20
 """Bytes; a tokenizer with a vocabulary of 256k takes 35 MB."""
@@ -85,6 +93,18 @@ def view(folder: Path, files: list[Path]) -> Iterator[Path]:
         for path in files:
             (shown / path.name).symlink_to(path.resolve())
         yield shown
+
+
+def indexed_names(folder: Path) -> list[str]:
+    """The weight files that the index names, sorted."""
+    path = folder / "model.safetensors.index.json"
+    check_part(path, folder)
+    what = f"model.path={folder}: {path.name} is not a valid index"
+    weight_map = read_json(path, what).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and WEIGHT_FILE.fullmatch(name) for name in names):
+        raise UserError(f"{what}; fetch it again")
+    return sorted(set(names))
 
 
 # ---- headers ----------------------------------------------------------------------------------------------------
@@ -159,14 +179,32 @@ def _wrong(name: str, entry: Any) -> str:
     return "" if entry.keys() <= {"dtype", "shape", "data_offsets"} else "the entry"
 
 
-def read_headers(files: list[Path]) -> Header:
-    """All tensors of a checkpoint's files; refused where one is stored twice."""
-    found: Header = {}
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a header describes it: `dtype` by its code ("BF16"), and the file that it is in."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    def read(self) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint's files by name; refused where one is stored twice."""
+    found: dict[str, StoredTensor] = {}
     for path in files:
         with path.open("rb") as file:
             header, _ = read_header(file, path)
         header.pop("__metadata__", None)
         if twice := next((name for name in header if name in found), None):
             raise _damaged(path, f"tensor {twice} is in another file of the checkpoint too")
-        found |= header
+        for name, entry in header.items():
+            found[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path)
     return found

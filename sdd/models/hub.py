@@ -9,12 +9,14 @@ its content is in every address. Knows nothing of Hydra or the store's artifacts
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sdd.errors import NotFetched, UserError
-from sdd.models import checkpoints
-from sdd.models.files import SIDE_FILES
+from sdd.models.checkpoints import Checkpoint
+from sdd.models.files import SIDE_FILES, indexed_names
 from sdd.untrusted import expanded
 
 log = logging.getLogger(__name__)
@@ -76,10 +78,8 @@ def _fetched(repo: str, revision: str | None) -> Path:
 def _checked(folder: Path, repo: str) -> Path:
     """The folder, if config, tokenizer and all weights are there."""
     _refusals(folder, repo)
-    try:
-        checkpoints.weight_files(folder)
-    except UserError as error:
-        raise UserError(str(error).replace(str(folder), repo)) from None
+    with _named(repo, folder):
+        _ = Checkpoint(folder).weight_files
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model.path={repo}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     return folder
@@ -88,16 +88,23 @@ def _checked(folder: Path, repo: str) -> Path:
 def _refusals(folder: Path, repo: str) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={repo}: no config.json; is this repository a checkpoint?")
+    with _named(repo, folder):
+        _ = Checkpoint(folder).config
+
+
+@contextmanager
+def _named(repo: str, folder: Path) -> Iterator[None]:
+    """What is wrong with the folder is told of the repository."""
     try:
-        checkpoints.read_config(folder)
+        yield
     except UserError as error:
         raise UserError(str(error).replace(str(folder), repo)) from None
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """What the index names, without judging it; the judgement is that of `checkpoints.weight_files`."""
+    """What the index names, without judging it; the judgement is that of `Checkpoint.weight_files`."""
     try:
-        return checkpoints.indexed_names(folder)
+        return indexed_names(folder)
     except UserError:
         return ["model.safetensors"]
 

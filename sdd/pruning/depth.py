@@ -10,17 +10,17 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from sdd.architectures import BLOCK_NAME, HEADS, STORED_BUFFERS, check_cut, cut_config, explicit_config
+from sdd.architectures import BLOCK_NAME, check_cut, cut_config, explicit_config
 from sdd.errors import UserError
-from sdd.models.checkpoints import read_config, weight_files
-from sdd.models.files import Header, read_header, read_headers, side_files
+from sdd.models.checkpoints import Checkpoint
+from sdd.models.files import Header, read_header
 
 CHUNK = 16 << 20
 """Bytes held at a time."""
@@ -145,9 +145,9 @@ def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]
     return [part.name for part, _ in kept], written
 
 
-def write_checkpoint(source: Path, target: Path, change: Change, config: dict[str, Any]) -> None:
-    """Stream the checkpoint in `source` into the folder `target`, shard by shard, with another config."""
-    shards = weight_files(source)
+def write_checkpoint(source: Checkpoint, target: Path, change: Change, config: dict[str, Any]) -> None:
+    """Stream a checkpoint into the folder `target`, shard by shard, with another config."""
+    shards = source.weight_files
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for shard in tqdm(shards, desc="prune", unit="file"):
@@ -158,38 +158,11 @@ def write_checkpoint(source: Path, target: Path, change: Change, config: dict[st
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in side_files(source):
+    for path in source.side_files:
         shutil.copyfile(path, target / path.name)
 
 
-def count_parameters(folder: Path) -> int:
-    """Stored parameters of a checkpoint; a tied tensor counts once, constants stored beside them do not."""
-    left_out = HEADS if read_config(folder).get("tie_word_embeddings", False) else ()
-    found = (pair for pair in _all_elements(folder) if not STORED_BUFFERS.search(pair[0]))
-    return sum(elements for name, elements in found if name not in left_out)
-
-
-def _all_elements(folder: Path) -> Iterator[tuple[str, int]]:
-    yield from ((name, math.prod(shape)) for name, shape in stored_shapes(folder))
-
-
-def stored_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every stored tensor; reads headers only."""
-    yield from ((name, tuple(entry["shape"])) for name, entry in read_headers(weight_files(folder)).items())
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Names of all stored tensors; reads headers only."""
-    return {name for name, _ in stored_shapes(folder)}
-
-
-def matrices(folder: Path) -> set[str]:
-    """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
-    found = {name for name, shape in stored_shapes(folder) if len(shape) == 2}
-    return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
-
-
-def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str, Any]:
+def prune_checkpoint(source: Checkpoint, target: Path, removed: list[int]) -> dict[str, Any]:
     """Write the checkpoint without the blocks `removed` (0-based) into the folder `target`.
 
     Returns kept and removed blocks, parameters before and after (tied weights once), and the share of FLOPs saved as
@@ -204,7 +177,7 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
         return None if new is None else Part(new)
 
     write_checkpoint(source, target, change, cut_config(config, kept))
-    before, after = count_parameters(source), count_parameters(target)
+    before, after = source.num_parameters, Checkpoint(target).num_parameters
     return {
         "removed_blocks": sorted(gone),
         "kept_blocks": kept,
@@ -214,23 +187,21 @@ def prune_checkpoint(source: Path, target: Path, removed: list[int]) -> dict[str
     }
 
 
-def check_prunable(folder: Path, removed: list[int]) -> dict[str, Any]:
+def check_prunable(checkpoint: Checkpoint, removed: list[int]) -> dict[str, Any]:
     """The checkpoint's config, explicit of every block; a user's mistake where stock code could not open the cut."""
-    where = f"model.path={folder}"
-    config = read_config(folder)
-    check_names(folder)
-    config = explicit_config(config, where)
+    config = checkpoint.config
+    check_names(checkpoint)
+    config = explicit_config(config, checkpoint.where)
     kept = [block for block in range(config["num_hidden_layers"]) if block not in removed]
     assert kept, "all blocks removed; the caller checks this"
-    check_cut(config, kept, where, dict(stored_shapes(folder)))
+    check_cut(config, kept, checkpoint.where, checkpoint.shapes)
     return config
 
 
-def check_names(folder: Path) -> None:
+def check_names(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose blocks are not stored one by one under their numbers; reads headers only."""
-    blocks = read_config(folder)["num_hidden_layers"]
-    found = {int(match["index"]) for name, _ in _all_elements(folder) if (match := BLOCK_NAME.match(name))}
-    if found != set(range(blocks)):
+    blocks = checkpoint.num_blocks
+    if checkpoint.block_tensors.keys() != set(range(blocks)):
         raise UserError(
-            f"model.path={folder}: its blocks are not stored as layers.0 to layers.{blocks - 1}; not supported"
+            f"{checkpoint.where}: its blocks are not stored as layers.0 to layers.{blocks - 1}; not supported"
         )

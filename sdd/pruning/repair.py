@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sdd.architectures import BLOCK_NAME, explicit_config, refittable
+from sdd.architectures import explicit_config, refittable
 from sdd.errors import UserError
 from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
-from sdd.models.files import read_header, side_files
+from sdd.models.checkpoints import Checkpoint
+from sdd.models.files import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,18 +75,18 @@ def cuts_of(kept: list[int], removed: list[int]) -> list[Cut]:
     return [Cut(block, place, ends[place + 1]) for place, block in enumerate(kept) if ends[place + 1] - block > 1]
 
 
-def check_repairable(folder: Path, blocks: list[int] | None = None) -> dict[int, str]:
+def check_repairable(checkpoint: Checkpoint, blocks: list[int] | None = None) -> dict[int, str]:
     """Where the down projection of each of the `blocks` of a checkpoint is; a user's mistake if one has none to refit.
 
     Without `blocks`, of all that have one, which is a mistake if none has.
     """
-    config = explicit_config(checkpoints.read_config(folder), f"model.path={folder}")
-    found = refittable(config, f"model.path={folder}")
+    config = explicit_config(checkpoint.config, checkpoint.where)
+    found = refittable(config, checkpoint.where)
     missing = [block for block in blocks or [] if block not in found]
     if missing or not found:
         which = f"block {missing[0]} of {config['architectures'][0]}" if missing else config["architectures"][0]
         raise UserError(
-            f"model.path={folder}: repair=ridge needs a block that adds its MLP's down projection to its output as it "
+            f"{checkpoint.where}: repair=ridge needs a block that adds its MLP's down projection to its output as it "
             f"is, and {which} does not (a norm or a scale behind it, experts, or an MLP not known here); choose "
             "repair=none"
         )
@@ -220,8 +221,8 @@ class Passes:
 
 
 def repair(
-    source: Path,
-    pruned: Path,
+    source: Checkpoint,
+    pruned: Checkpoint,
     facts: dict[str, Any],
     rows: list[list[int]],
     penalty: float,
@@ -242,8 +243,8 @@ def repair(
     if held >= len(rows):
         raise UserError(f"repair=ridge holds out {held} of the calibration texts, and {len(rows)} is all; give more")
     fitted, held_out = rows[:-held], rows[-held:]
-    original = checkpoints.load_model(source, dtype, device, attention)
-    student = checkpoints.load_model(pruned, dtype, device, attention) if len(cuts) > 1 else None
+    original = source.model(dtype, device, attention)
+    student = pruned.model(dtype, device, attention) if len(cuts) > 1 else None
     passes = Passes(original, student, batch_size)
     tensors: dict[str, Tensor] = {}
     told = []
@@ -307,30 +308,23 @@ def _put(projection: Any, new: list[Tensor]) -> None:
 # ---- the checkpoint ---------------------------------------------------------------------------------------------
 
 
-def _stored(folder: Path, place: int, name: str) -> dict[str, Tensor]:
+def _stored(checkpoint: Checkpoint, place: int, name: str) -> dict[str, Tensor]:
     """Weight and, if there is one, bias of block `place`'s module `name`, by their names in the checkpoint."""
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for part in (f".{name}.weight", f".{name}.bias"):
-        for path in checkpoints.weight_files(folder):
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-                for key in file.keys():  # noqa: SIM118
-                    match = BLOCK_NAME.match(key)
-                    if match and int(match["index"]) == place and match["after"] == part:
-                        found[key] = file.get_tensor(key)
+    block = checkpoint.block_tensors[place]
+    found = [block[part] for part in (f"{name}.weight", f"{name}.bias") if part in block]
     assert found, f"block {place} stores no {name}"
-    return found
+    return {tensor.name: tensor.read() for tensor in found}
 
 
-def replace_tensors(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
+def replace_tensors(source: Checkpoint, target: Path, tensors: dict[str, Tensor]) -> None:
     """Copy a checkpoint into the folder `target`, the bytes of the named tensors replaced; all else is as it was."""
     import torch
 
-    for path in (source / "config.json", source / "model.safetensors.index.json", *side_files(source)):
+    folder = source.folder
+    for path in (folder / "config.json", folder / "model.safetensors.index.json", *source.side_files):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
-    for path in checkpoints.weight_files(source):
+    for path in source.weight_files:
         shutil.copyfile(path, target / path.name)
         with (target / path.name).open("r+b") as file:
             header, base = read_header(file, path)

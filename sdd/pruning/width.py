@@ -12,8 +12,8 @@ from typing import Any
 
 from sdd.architectures import BLOCK_NAME, MLP, check_width, explicit_config, find_mlp, mlp_shape
 from sdd.errors import UserError
-from sdd.models.checkpoints import read_config
-from sdd.pruning.depth import Part, check_names, count_parameters, stored_shapes, write_checkpoint
+from sdd.models.checkpoints import Checkpoint
+from sdd.pruning.depth import Part, check_names, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,14 @@ class Sizes:
         return share.width(self.mlp.width, self.parameters - gone * self.blocks, self.channel * (1 - gone))
 
 
-def sizes_of(folder: Path) -> Sizes:
+def sizes_of(checkpoint: Checkpoint) -> Sizes:
     """What a width cut starts from; a user's mistake where the MLPs are not known. Reads headers only."""
-    where = f"model.path={folder}"
-    config = read_config(folder)
-    width = config.get("intermediate_size")
+    where, width = checkpoint.where, checkpoint.config.get("intermediate_size")
     if isinstance(width, list):
         raise UserError(f"{where}: its intermediate_size is a width for each block; not supported, prune blocks")
-    check_names(folder)
-    blocks: dict[int, dict[str, tuple[int, ...]]] = {index: {} for index in range(config["num_hidden_layers"])}
-    for name, shape in stored_shapes(folder):
-        if match := BLOCK_NAME.match(name):
-            blocks[int(match["index"])][match["after"].removeprefix(".")] = shape
+    check_names(checkpoint)
+    stored = checkpoint.block_tensors
+    blocks = {block: {name: tensor.shape for name, tensor in stored[block].items()} for block in sorted(stored)}
     mlp = find_mlp(blocks[0], where)
     for index, shapes in blocks.items():
         if find_mlp(shapes, where) != mlp:
@@ -83,17 +79,17 @@ def sizes_of(folder: Path) -> Sizes:
     narrower = {name: mlp_shape(mlp, f"layers.0.{name}", shape, mlp.width - 1) for name, shape in blocks[0].items()}
     channel = len(blocks) * sum(prod(shape) - prod(narrower[name]) for name, shape in blocks[0].items())
     in_blocks = sum(prod(shape) for shapes in blocks.values() for shape in shapes.values())
-    return Sizes(count_parameters(folder), in_blocks, len(blocks), channel, mlp)
+    return Sizes(checkpoint.num_parameters, in_blocks, len(blocks), channel, mlp)
 
 
-def check_narrowable(folder: Path, width: int) -> MLP:
+def check_narrowable(checkpoint: Checkpoint, width: int) -> MLP:
     """The MLP of a checkpoint; a user's mistake where stock code could not open it with MLPs `width` wide."""
-    where, mlp = f"model.path={folder}", sizes_of(folder).mlp
-    check_width(explicit_config(read_config(folder), where), mlp, width, where, dict(stored_shapes(folder)))
+    where, mlp = checkpoint.where, sizes_of(checkpoint).mlp
+    check_width(explicit_config(checkpoint.config, where), mlp, width, where, checkpoint.shapes)
     return mlp
 
 
-def narrow_checkpoint(source: Path, target: Path, kept: Sequence[Sequence[int]]) -> dict[str, Any]:
+def narrow_checkpoint(source: Checkpoint, target: Path, kept: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Write the checkpoint with the channels `kept` (sorted, equally many of every block) into the folder `target`.
 
     Returns the widths and parameters before and after (tied weights once), the share of FLOPs saved as arXiv 2410.09982
@@ -114,9 +110,9 @@ def narrow_checkpoint(source: Path, target: Path, kept: Sequence[Sequence[int]])
             return Part(name, columns=list(kept[int(match["index"])]))
         return Part(name)
 
-    config = read_config(source) | {"intermediate_size": width}
+    config = source.config | {"intermediate_size": width}
     write_checkpoint(source, target, change, config)
-    before, after = sizes.parameters, count_parameters(target)
+    before, after = sizes.parameters, Checkpoint(target).num_parameters
     return {
         "width_before": mlp.width,
         "width_after": width,

@@ -9,12 +9,11 @@ so that a row's sample does not depend on its batch. Knows nothing of what the t
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from sdd.forward.batches import length_batches
 from sdd.models.chats import chat_prompt_ids, stop_ids
-from sdd.models.checkpoints import load_model, load_tokenizer
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
 
 
@@ -46,7 +45,9 @@ class Engine(Protocol):
 
     def spec(self) -> dict[str, Any]: ...
 
-    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None: ...
+    def open(
+        self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, device: str, batch_size: int
+    ) -> None: ...
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
 
@@ -85,8 +86,8 @@ class HFEngine:
             **(sampling if self.temperature > 0 else {"temperature": 0.0}),
         }
 
-    def open(self, folder: Path, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
-        self.take(load_model(folder, dtype, device), load_tokenizer(folder), system_prompt, batch_size)
+    def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
+        self.take(checkpoint.model(dtype, device), checkpoint.tokenizer(), system_prompt, batch_size)
 
     def take(self, model: Any, tokenizer: Any, system_prompt: str | None, batch_size: int) -> None:
         """Use a model that is open already."""

@@ -102,7 +102,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         if not opened:
             source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")
             model, base = open_student(source, runtime, spec.dtype)
-            engine.take(model, checkpoints.load_tokenizer(base), spec.system_prompt, runtime.inference_batch_size)
+            engine.take(model, base.tokenizer(), spec.system_prompt, runtime.inference_batch_size)
             opened = True
         answers = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
         write_jsonl(
@@ -143,11 +143,10 @@ def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown
     answers = [row for row in given if row["tokens"] and row["prompt"] not in left_out]
     if not answers:
         raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
-    source = runtime.source(str(asked.model), "model")
-    teacher = checkpoints.load_model(source, dtype, runtime.device, runtime.attention)
+    teacher = runtime.checkpoint(str(asked.model)).model(dtype, runtime.device, runtime.attention)
     student, base = open_student(inputs["model"], runtime, dtype)
     for model in (teacher, student):
         checkpoints.check_logits(model)
-    tokenizer = checkpoints.load_tokenizer(base)
+    tokenizer = base.tokenizer()
     rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked.system_prompt), row["tokens"]) for row in answers]
     return Shown(answers, rows, teacher, student, tokenizer)

@@ -19,7 +19,6 @@ from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
 from sdd.evaluation.suites import SUITES
 from sdd.evaluation.tiny import suite_tasks
-from sdd.models import checkpoints
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime
@@ -181,10 +180,9 @@ def _harness(runtime: Runtime, spec: Embedded | Stock, inputs: Mapping[str, Path
     from sdd.evaluation.harness import Harness
 
     source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")
-    model, tokenizer_folder = open_student(source, runtime, spec.dtype)
-    tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
+    model, base = open_student(source, runtime, spec.dtype)
     limits = runtime.evaluation_batch_size, spec.max_new_tokens
-    return Harness(model, tokenizer, *limits, spec.system_prompt, spec.chat_template)
+    return Harness(model, base.tokenizer(), *limits, spec.system_prompt, spec.chat_template)
 
 
 def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harness: Callable[[], Any]) -> None:

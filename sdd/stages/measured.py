@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdd.analysis import costs
-from sdd.models import checkpoints
 from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
@@ -50,8 +49,9 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`costs.json` and `timings.json`, each of both models."""
     spec = Measured.read(recipe.spec)
-    folders = {"teacher": runtime.source(spec.model, "model"), "student": checkpoint_of(inputs["model"], runtime)}
-    found = {name: costs.counted(each, spec.context, spec.dtype) for name, each in folders.items()}
+    teacher, student = runtime.checkpoint(spec.model), checkpoint_of(inputs["model"], runtime)
+    both = {"teacher": teacher, "student": student}
+    found = {name: costs.counted(each, spec.context, spec.dtype) for name, each in both.items()}
     adapter = inputs["model"] / "adapter" / "adapter_model.safetensors"
     write_json(
         folder / "costs.json",
@@ -66,7 +66,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if not spec.repeats:
         return
     opened = {
-        "teacher": checkpoints.load_model(folders["teacher"], spec.dtype, runtime.device, runtime.attention),
+        "teacher": teacher.model(spec.dtype, runtime.device, runtime.attention),
         "student": open_student(inputs["model"], runtime, spec.dtype)[0],
     }
     counts = spec.prompt_tokens, spec.new_tokens, spec.batch_size, spec.repeats

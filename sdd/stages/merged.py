@@ -13,15 +13,13 @@ from sdd.errors import UserError
 from sdd.merging.formulas import is_nearly_parallel
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
-from sdd.models import checkpoints
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
-from sdd.pruning.depth import tensor_names
 from sdd.stages import tuned
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.stages.student import base_folder
+from sdd.stages.student import base_of
 from sdd.store import Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
@@ -100,7 +98,7 @@ def _check_students(inputs: dict[str, Recipe]) -> None:
 
 
 def _check_kinds(study: Study, t: Any) -> None:
-    names: set[str] = study.models.known(lambda: tensor_names(study.models.folder), set())
+    names: set[str] = study.models.known(lambda: set(study.models.checkpoint.tensors), set())
     parts = {part for name in names for part in name.split(".")}
     for kind in t if isinstance(t, dict) and parts else ():
         if kind != "default" and kind not in parts:
@@ -120,9 +118,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     """A stock checkpoint in the dtype of the base's, and `merging.json`."""
     spec = Merged.read(recipe.spec)
     folders = [inputs[f"student{number}"] for number in range(len(inputs))]
-    base = base_folder(folders[0], runtime)
+    base = base_of(folders[0], runtime)
     facts = merge_checkpoints(base, open_students(folders), spec.key(), folder)
-    config = checkpoints.read_config(base)
+    config = base.config
     found = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
     note = parallel_note(spec.key(), found)
     log.info("merged %d tensors, %d copied; %s", len(facts["tensors"]), len(facts["copied"]), note)
@@ -131,7 +129,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         {
             **recipe.spec,
             "students": [place.name for place in folders],
-            "base": base.name if base.parent.name == "pruned" else None,
+            "base": base.folder.name if base.folder.parent.name == "pruned" else None,
             "dtype": config.get("dtype") or config.get("torch_dtype"),
             "angles": found,
             "note": note,

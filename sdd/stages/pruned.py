@@ -8,7 +8,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.importance.channels import kept_channels
 from sdd.importance.states import chosen_blocks
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.pruning.depth import check_names, prune_checkpoint
@@ -98,7 +98,7 @@ def recipe(study: Study) -> Recipe | None:
         )
     if removed:
         cuts_of([block for block in range(models.num_blocks) if block not in removed], removed)
-    models.known(lambda: bool(check_repairable(models.folder)), True)
+    models.known(lambda: bool(check_repairable(models.checkpoint)), True)
     spec = Repaired(models.digest, repair.method, repair.penalty, **study.calibration.shown)
     return study.recipe("pruned", spec, {"pruned": cut}, cut.labels | study.calibration.labels)
 
@@ -112,7 +112,7 @@ def _cut(study: Study) -> Recipe | None:
         return _without_blocks(study)
     scores_stage.check_metric(study, scores_stage.width_metric(study), channels=True)
     share = Share(pruning.ratio, pruning.ratio_of, pruning.multiple)
-    models.known(lambda: sizes_of(models.folder).width(share, study.blocks_removed), None)
+    models.known(lambda: sizes_of(models.checkpoint).width(share, study.blocks_removed), None)
     depth = _without_blocks(study)
     scores = scores_stage.channels_recipe(study, depth)
     spec = Narrowed(models.digest, pruning.ratio, pruning.ratio_of, pruning.multiple)
@@ -125,7 +125,7 @@ def _without_blocks(study: Study) -> Recipe | None:
     """The model without the blocks that go; None where none does."""
     pruning, models = study.config.pruning, study.models
     if pruning.size or pruning.blocks is not None:
-        models.known(lambda: check_names(models.folder), None)
+        models.known(lambda: check_names(models.checkpoint), None)
     blocks = None if pruning.blocks is None else sorted(pruning.blocks)
     if pruning.start is not None:
         blocks = list(range(pruning.start, pruning.start + pruning.size))
@@ -161,7 +161,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     """The checkpoint, and `pruning.json`."""
     spec = read_spec(recipe)
     if isinstance(spec, Repaired):
-        _build_repaired(runtime, spec, inputs["pruned"], folder)
+        _build_repaired(runtime, spec, Checkpoint(inputs["pruned"]), folder)
     elif isinstance(spec, Narrowed):
         _build_narrowed(runtime, spec, inputs, folder)
     elif isinstance(spec, ScoredBlocks):
@@ -170,12 +170,12 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             removed, score = chosen_blocks(scores, spec.size)
         except (KeyError, IndexError, TypeError, ValueError):
             raise UserError(f"{inputs['scores']}/scores.json says nothing of {spec.size} blocks") from None
-        _without(runtime.source(spec.model, "model"), removed, folder, scores["metric"], score)
+        _without(runtime.checkpoint(spec.model), removed, folder, scores["metric"], score)
     elif isinstance(spec, ListedBlocks):
-        _without(runtime.source(spec.model, "model"), spec.blocks, folder, None, None)
+        _without(runtime.checkpoint(spec.model), spec.blocks, folder, None, None)
 
 
-def _without(source: Path, removed: list[int], folder: Path, metric: str | None, score: float | None) -> None:
+def _without(source: Checkpoint, removed: list[int], folder: Path, metric: str | None, score: float | None) -> None:
     facts = prune_checkpoint(source, folder, removed)
     contiguous = bool(removed) and removed == list(range(removed[0], removed[0] + len(removed)))
     write_json(
@@ -195,7 +195,7 @@ def _build_narrowed(runtime: Runtime, spec: Narrowed, inputs: Mapping[str, Path]
     """`removed_of_all` and `removed_of_mlp` are shares of the model that was narrowed; where blocks went before,
     `parameters_before` and `flops_saved` count from the unpruned model, and what is said of blocks is the depth cut's.
     """
-    source = inputs["pruned"] if "pruned" in inputs else runtime.source(spec.model, "model")
+    source = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(spec.model)
     sizes = sizes_of(source)
     width = sizes.width(Share(spec.ratio, spec.ratio_of, spec.multiple))
     kept = [kept_channels(importance.tolist(), width) for importance in scores_stage.read_channels(inputs["scores"])]
@@ -212,14 +212,14 @@ def _build_narrowed(runtime: Runtime, spec: Narrowed, inputs: Mapping[str, Path]
     write_json(folder / "pruning.json", cut | {"ratio": spec.ratio, "ratio_of": spec.ratio_of} | facts)
 
 
-def _build_repaired(runtime: Runtime, spec: Repaired, pruned: Path, folder: Path) -> None:
+def _build_repaired(runtime: Runtime, spec: Repaired, pruned: Checkpoint, folder: Path) -> None:
     """The pruned checkpoint with some of its projections replaced; its `pruning.json`, and what the repair did."""
     from sdd.forward.batches import tokenize_texts
     from sdd.pruning.repair import repair, replace_tensors
 
-    facts = read_facts(pruned / "pruning.json", CUT)
-    source = runtime.source(spec.model, "model")
-    rows = tokenize_texts(checkpoints.load_tokenizer(source), runtime.texts[spec.texts], spec.max_length)
+    facts = read_facts(pruned.folder / "pruning.json", CUT)
+    source = runtime.checkpoint(spec.model)
+    rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
     how = spec.dtype, runtime.device, runtime.attention, runtime.inference_batch_size
     tensors, done = repair(source, pruned, facts, rows, spec.penalty, *how)
     replace_tensors(pruned, folder, tensors)

@@ -99,7 +99,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             path = scratch / f"{number:06d}.jsonl"
             if not path.is_file():
                 if not opened:
-                    teacher = runtime.source(spec.teacher, "teacher")
+                    teacher = runtime.checkpoint(spec.teacher, "teacher")
                     batch_size = runtime.inference_batch_size
                     engine.open(teacher, spec.dtype, spec.system_prompt, runtime.device, batch_size)
                     opened = True

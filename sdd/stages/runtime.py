@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,6 @@ class Runtime:
         if digest not in self.sources:
             raise UserError(f"the {what} with digest {digest} is not at hand; name it with --source {digest}=PATH")
         return self.sources[digest]
+
+    def checkpoint(self, digest: str, what: str = "model") -> Checkpoint:
+        return Checkpoint(self.source(digest, what))

@@ -12,7 +12,7 @@ from sdd.errors import UserError
 from sdd.forward.bypass import Row, task_row
 from sdd.importance.channels import SDM, ChannelCriterion, TaylorWidth
 from sdd.importance.states import ModelCriterion
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint, check_logits
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.pruning.depth import check_prunable
@@ -219,8 +219,8 @@ def _build_blocks(runtime: Runtime, spec: Any, folder: Path, criterion: Any) -> 
         blocks = spec.num_blocks
         criterion.start(blocks)
     else:
-        source = runtime.source(spec.model, "model")
-        blocks = checkpoints.num_blocks(source)
+        source = runtime.checkpoint(spec.model)
+        blocks = source.num_blocks
         if blocks > 1:
             check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
         criterion.start(blocks)
@@ -231,7 +231,7 @@ def _build_blocks(runtime: Runtime, spec: Any, folder: Path, criterion: Any) -> 
 
         rows = _task_rows(runtime, spec) if isinstance(spec, RowScores) else _text_rows(runtime, spec)
         num_texts = len(rows)
-        model = checkpoints.load_model(source, spec.dtype, runtime.device, runtime.attention)
+        model = source.model(spec.dtype, runtime.device, runtime.attention)
         if isinstance(criterion, ModelCriterion):
             criterion.measure(model, rows, runtime.inference_batch_size)
         else:
@@ -245,13 +245,13 @@ def _text_rows(runtime: Runtime, spec: TextScores) -> list[Row]:
     """The calibration texts, every token of them but the first to be scored."""
     from sdd.forward.batches import tokenize_texts
 
-    tokenizer = checkpoints.load_tokenizer(runtime.source(str(spec.model), "model"))
+    tokenizer = runtime.checkpoint(str(spec.model)).tokenizer()
     return [Row(ids) for ids in tokenize_texts(tokenizer, runtime.texts[spec.texts], spec.max_length)]
 
 
 def _task_rows(runtime: Runtime, spec: RowScores) -> list[Row]:
     """The first fine-tuning rows as chats, those left out that are too long."""
-    tokenizer = checkpoints.load_tokenizer(runtime.source(spec.model, "model"))
+    tokenizer = runtime.checkpoint(spec.model).tokenizer()
     examples = read_examples(runtime, spec.dataset)[: spec.num_rows]
     rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec.system_prompt) for e in examples]
     short = [row for row in rows if len(row.ids) <= spec.max_length]
@@ -275,12 +275,12 @@ def _build_channels(runtime: Runtime, spec: Any, inputs: Mapping[str, Path], fol
     if isinstance(spec, BlindScores):
         found = criterion.draw(spec.num_blocks, spec.intermediate_size)
     else:
-        source = inputs["pruned"] if "pruned" in inputs else runtime.source(spec.model, "model")
+        source = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(spec.model)
         check_narrowable(source, sizes_of(source).mlp.width - 1)
         if isinstance(spec, TextScores):
             from sdd.forward.batches import tokenize_texts
 
-            rows = tokenize_texts(checkpoints.load_tokenizer(source), runtime.texts[spec.texts], spec.max_length)
+            rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
             found = _measured(runtime, spec, inputs, source, criterion, rows)
         else:
             found = criterion.read(source)
@@ -303,21 +303,21 @@ def _measured(
     runtime: Runtime,
     spec: TextScores,
     inputs: Mapping[str, Path],
-    source: Path,
+    source: Checkpoint,
     criterion: Any,
     rows: list[list[int]],
 ) -> Any:
     """Importance from passes over the texts; the second stage of SDMPrune has the first one's and a teacher."""
 
-    def opened(folder: Path) -> Any:
-        model = checkpoints.load_model(folder, spec.dtype, runtime.device, runtime.attention)
-        checkpoints.check_logits(model)
+    def opened(checkpoint: Checkpoint) -> Any:
+        model = checkpoint.model(spec.dtype, runtime.device, runtime.attention)
+        check_logits(model)
         return model
 
     model = opened(source)
     if not isinstance(criterion, SDM):
         return criterion.measure(model, rows, runtime.micro_batch_tokens)
-    teacher = opened(runtime.source(str(spec.model), "model")) if "pruned" in inputs else None
+    teacher = opened(runtime.checkpoint(str(spec.model))) if "pruned" in inputs else None
     return criterion.measure(model, rows, runtime.micro_batch_tokens, read_channels(inputs["first"]), teacher)
 
 

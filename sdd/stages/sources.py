@@ -6,7 +6,7 @@ from typing import Any
 
 import sdd
 from sdd.errors import UserError
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.hub import checkpoint_folder, is_hub_id
 from sdd.stages.runtime import Runtime
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
     """A runtime on this machine's CPU that knows the embedded model and the sources given."""
     memory = arguments.artifacts / ".digests"
-    sources = {checkpoints.model_digest(TEACHER, memory): TEACHER}
+    sources = {Checkpoint(TEACHER).digest(memory): TEACHER}
     for given in arguments.source:
         digest, separator, path = given.partition("=")
         if not separator or not digest:

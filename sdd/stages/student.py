@@ -5,25 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from sdd.finetuning.adapters import merged
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.stages.runtime import Runtime
 from sdd.store import read_manifest
 from sdd.store.files import read_jsonl
 
 
-def base_folder(tuned: Path, runtime: Runtime) -> Path:
+def base_of(tuned: Path, runtime: Runtime) -> Checkpoint:
     """The checkpoint that a tuned student was made from."""
     manifest = read_manifest(tuned)
     if "pruned" in manifest["inputs"]:
-        return tuned.parent.parent / "pruned" / str(manifest["inputs"]["pruned"])
-    return runtime.source(manifest["spec"]["model"], "model")
+        return Checkpoint(tuned.parent.parent / "pruned" / str(manifest["inputs"]["pruned"]))
+    return runtime.checkpoint(manifest["spec"]["model"])
 
 
-def checkpoint_of(folder: Path, runtime: Runtime) -> Path:
+def checkpoint_of(folder: Path, runtime: Runtime) -> Checkpoint:
     """The checkpoint whose shape an artifact's model has, and whose tokenizer goes with it."""
     if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    return base_folder(folder, runtime) if (folder / "adapter").is_dir() else folder
+        return Checkpoint(folder / "checkpoint")
+    return base_of(folder, runtime) if (folder / "adapter").is_dir() else Checkpoint(folder)
 
 
 def trained_prompts(folder: Path) -> set[str]:
@@ -38,8 +38,8 @@ def trained_prompts(folder: Path) -> set[str]:
     return {row["prompt"] for row in read_jsonl(targets) if row["id"] in drawn}
 
 
-def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]:
-    """The model of an artifact in `dtype`, adapter merged, and the folder of its tokenizer.
+def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Checkpoint]:
+    """The model of an artifact in `dtype`, adapter merged, and the checkpoint of its tokenizer.
 
     The adapter is merged on the CPU, layer by layer, and each layer is rounded once, so that a small update is not
     rounded away and the device holds the model in `dtype` alone; one trained on a base in 4 bits is merged into the
@@ -47,21 +47,6 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]
     """
     base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
-        return checkpoints.load_model(base, dtype, runtime.device, runtime.attention), base
-    model = checkpoints.load_model(base, stored_dtype(base), attention=runtime.attention)
+        return base.model(dtype, runtime.device, runtime.attention), base
+    model = base.model(base.stored_dtype, attention=runtime.attention)
     return merged(model, folder / "adapter", dtype).to(runtime.device).eval(), base
-
-
-def stored_dtype(folder: Path) -> str:
-    """The dtype of a checkpoint's weights that all of them fit in without rounding; float32 where there are several."""
-    from safetensors import safe_open
-
-    kinds = set()
-    for path in checkpoints.weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(sorted(kinds & FLOATS)), "float32")
-
-
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-"""Dtypes in a safetensors header that are rounded."""

@@ -50,9 +50,9 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`rows.jsonl` ({"id", "source", "reason"}, tokens and NLL of target and of reference) and `surprisals.json`."""
     spec = Surprisals.read(recipe.spec)
-    source = runtime.source(spec.model, "model")
-    tokenizer = checkpoints.load_tokenizer(source)
-    model = checkpoints.load_model(source, spec.dtype, runtime.device, runtime.attention)
+    source = runtime.checkpoint(spec.model)
+    tokenizer = source.tokenizer()
+    model = source.model(spec.dtype, runtime.device, runtime.attention)
     checkpoints.check_logits(model)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     shown: dict[tuple[str, str], Row] = {}

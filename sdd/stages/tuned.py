@@ -17,14 +17,14 @@ from sdd.config import plain
 from sdd.config.allowed import build as build_part
 from sdd.data import Example
 from sdd.errors import UserError
-from sdd.finetuning.adapters import adapted, beside_cut, save_student
+from sdd.finetuning.adapters import adapted, beside_cut, linear_layers, save_student
 from sdd.finetuning.modes import MODES, loss_of
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
+from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate, Training
 from sdd.planning.work import BYTES, Work, shape_of
-from sdd.pruning.depth import matrices
 from sdd.stages import pruned, targets
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
@@ -117,7 +117,7 @@ def check_rows(study: Study, num_examples: int) -> None:
 def check_lengths(study: Study, examples: list[Example]) -> None:
     """Refuse a limit that is below every row; of rows that wait for a rewrite, below every prompt."""
     finetune, system_prompt = study.config.finetune, study.config.dataset.system_prompt
-    tokenizer = checkpoints.load_tokenizer(study.models.folder)
+    tokenizer = study.models.checkpoint.tokenizer()
     shortest = None
     for example in examples:
         target = {"self_distill": "", "gold": example.gold}.get(finetune.mode, example.reference) or ""
@@ -135,10 +135,10 @@ def check_vocabulary(study: Study) -> None:
     """Refuse a teacher whose probabilities are not over the student's own tokens."""
     if study.models.teacher_digest == study.models.digest:
         return
-    model, teacher = study.models.folder, study.sources[study.models.teacher_digest]
-    sizes = [checkpoints.read_config(folder)["vocab_size"] for folder in (teacher, model)]
+    model, teacher = study.models.checkpoint, Checkpoint(study.sources[study.models.teacher_digest])
+    sizes = [checkpoint.config["vocab_size"] for checkpoint in (teacher, model)]
     same = sizes[0] == sizes[1]
-    if not same or checkpoints.load_tokenizer(teacher).get_vocab() != checkpoints.load_tokenizer(model).get_vocab():
+    if not same or teacher.tokenizer().get_vocab() != model.tokenizer().get_vocab():
         what = f"{sizes[0]} tokens and the model's {sizes[1]}" if not same else "other tokens than the model's"
         raise UserError(
             f"teacher.path={study.config.teacher.path}: its vocabulary has {what}, and logit distillation compares "
@@ -165,7 +165,7 @@ def _check_adapter(study: Study) -> None:
     targets = list(adapter.targets)
     if targets == ["all-linear"]:
         return
-    names: set[str] = study.models.known(lambda: matrices(study.models.folder), set())
+    names: set[str] = study.models.known(lambda: linear_layers(study.models.checkpoint), set())
     for target in targets:
         if names and not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rsplit(".", 1)[1] for name in names if ".layers." in name})
@@ -189,7 +189,7 @@ def _teacher(sizes: Sizes, spec: Tuned) -> Work | None:
     if spec.distillation is None:
         return None
     folder = sizes.sources.get(spec.distillation["teacher"])
-    shape = sizes.shape if folder is None else shape_of(checkpoints.read_config(folder))
+    shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
     return Work(shape, shape.blocks, BYTES[spec.distillation["dtype"]], sizes.device)
 
 
@@ -258,8 +258,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
 
     spec = Tuned.read(recipe.spec)
     settings = spec.finetune
-    base = inputs["pruned"] if "pruned" in inputs else runtime.source(str(spec.model), "model")
-    tokenizer = checkpoints.load_tokenizer(base)
+    base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
+    tokenizer = base.tokenizer()
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec.seed)
     shown = spec.system_prompt, settings["max_length"]
@@ -275,7 +275,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     torch.manual_seed(spec.seed)
     adapter = spec.adapter
     dtype = "float32" if adapter.get("method") == "full" else PRECISIONS[spec.precision]
-    model = checkpoints.load_model(base, dtype, runtime.device, runtime.attention, spec.base_quantisation)
+    model = base.model(dtype, runtime.device, runtime.attention, spec.base_quantisation)
     checkpoints.check_logits(model)
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
@@ -309,8 +309,8 @@ def _loss(spec: Tuned, runtime: Runtime) -> Any:
     if spec.distillation is None:
         return loss_sum
     settings = spec.distillation
-    folder = runtime.source(settings["teacher"], "teacher")
-    teacher = checkpoints.load_model(folder, settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
+    checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
+    teacher = checkpoint.model(settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
     checkpoints.check_logits(teacher)
     kind, record = loss_of(settings.get("loss"))
     return kind(teacher, **{key: settings[key] for key in record.settings})

@@ -1,4 +1,4 @@
-"""The models that a config names, as folders and digests."""
+"""The models that a config names, as checkpoints and digests."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -9,10 +9,9 @@ from omegaconf import DictConfig
 
 from sdd.config import CHOICES
 from sdd.errors import NotFetched, UserError
-from sdd.models import checkpoints
 from sdd.models.chats import PLAIN_TEMPLATE
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.hub import checkpoint_folder
-from sdd.pruning.depth import count_parameters
 
 T = TypeVar("T")
 
@@ -30,17 +29,19 @@ class Models:
         self.config, self.digest_memory, self.sources = config, digest_memory, sources
 
     @cached_property
-    def folder(self) -> Path:
-        """Of the unpruned model."""
-        model = self.config.model
-        return checkpoint_folder(model.path, model.revision, fetch=not self.config.dry_run)
+    def checkpoint(self) -> Checkpoint:
+        """The unpruned model's."""
+        return self._checkpoint(self.config.model.path, self.config.model.revision)
+
+    def _checkpoint(self, path: str, revision: str | None) -> Checkpoint:
+        return Checkpoint(checkpoint_folder(path, revision, fetch=not self.config.dry_run))
 
     @cached_property
     def sizes(self) -> dict[str, Any]:
         """The model's `config.json`, or in a dry run before it is fetched, `model.shape`."""
 
         def look() -> dict[str, Any]:
-            return checkpoints.read_config(self.folder)
+            return self.checkpoint.config
 
         shape = {str(key): value for key, value in self.config.model.shape.items()}
         return self.known(look, shape) if shape else look()
@@ -60,10 +61,9 @@ class Models:
 
     def _digest(self, path: str, revision: str | None) -> str:
         def look() -> str:
-            folder = checkpoint_folder(path, revision, fetch=not self.config.dry_run)
-            count_parameters(folder)  # reads the header of every file, so that a file cut short is told now
-            digest = checkpoints.model_digest(folder, self.digest_memory)
-            self.sources[digest] = folder
+            checkpoint = self._checkpoint(path, revision)
+            digest = checkpoint.digest(self.digest_memory)
+            self.sources[digest] = checkpoint.folder
             return digest
 
         return self.known(look, f"{STAND_IN}{path}@{revision}")
@@ -87,12 +87,12 @@ class Models:
     def plain_template(self, digest: str) -> str | None:
         """The plain chat template, for the key of what a model without one of its own has to do with."""
         folder = self.sources.get(digest)
-        return None if folder is None or checkpoints.has_chat_template(folder) else PLAIN_TEMPLATE
+        return None if folder is None or Checkpoint(folder).has_chat_template else PLAIN_TEMPLATE
 
     def steers(self, digest: str) -> bool:
         """Whether the checkpoint ships settings that steer generation, which are not obeyed and once were."""
         folder = self.sources.get(digest)
-        return folder is not None and checkpoints.steers_generation(folder)
+        return folder is not None and Checkpoint(folder).steers_generation
 
     def dtype(self, node: str) -> str:
         """The dtype that a node of the config names, or the checkpoint's own."""

@@ -91,9 +91,9 @@ def test_likelihoods_are_the_models_own(evaluated: tuple[Path, Outcome], checkpo
     """The prompt is one example and the question, the continuation a space and the choice."""
     import torch
 
-    from sdd.models import checkpoints
+    from sdd.models.checkpoints import Checkpoint
 
-    model, tokenizer = checkpoints.load_model(checkpoint, "float32"), checkpoints.load_tokenizer(checkpoint)
+    model, tokenizer = Checkpoint(checkpoint).model("float32"), Checkpoint(checkpoint).tokenizer()
     records = read(evaluated[1].path / "samples" / "arc_easy.jsonl")
     found = 0
     for record, (question, choices, _) in zip(records, ARC, strict=True):

@@ -340,7 +340,7 @@ def test_out_of_memory_in_a_stage_is_one_line(
     def full(*words: object, **named: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
 
-    monkeypatch.setattr("sdd.models.checkpoints.load_model", full)
+    monkeypatch.setattr("sdd.models.checkpoints.Checkpoint.model", full)
     outcome = run("prune", *small, cwd=tmp_path)
     assert (outcome.code, len(outcome.errors), outcome.stdout) == (2, 1, ""), outcome.stderr
     assert "trainer.inference_batch_size" in outcome.errors[0]

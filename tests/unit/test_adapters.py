@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, merged, save_student
 from sdd.finetuning.module import TrainingRow, loss_sum
-from sdd.models.checkpoints import load_model, recompute_activations, save_model
+from sdd.models.checkpoints import Checkpoint, recompute_activations, save_model
 from sdd.pruning.depth import prune_checkpoint
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
@@ -46,7 +46,7 @@ def test_blocks_beside_the_cut_by_hand(kept: list[int], removed: list[int], reac
 
 
 def opened(folder: Path) -> Any:
-    return load_model(folder, "float32", attention="eager")
+    return Checkpoint(folder).model("float32", attention="eager")
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_head_and_norms_are_trained_and_nothing_else(name: str, request: pytest.
     student = adapted(opened(source), HEAD_AND_NORMS, None)
     losses = [step(student) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
-    save_student(student, tmp_path, source, "pruned/address")
+    save_student(student, tmp_path, Checkpoint(source), "pruned/address")
     model = merged(opened(source), tmp_path / "adapter")
     assert torch.equal(logits(model), logits(student))
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, untouched[key])}
@@ -131,7 +131,7 @@ def test_head_and_norms_are_trained_and_nothing_else(name: str, request: pytest.
     assert {key.removesuffix(".weight") for key in changed if "norm" not in key} == expected
     norms = {key for key in untouched if "norm" in key}
     assert norms and norms <= changed
-    save_model(model, tmp_path / "exported", source)
+    save_model(model, tmp_path / "exported", Checkpoint(source))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     assert torch.equal(logits(exported), logits(student))
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in before.parameters())
@@ -150,7 +150,7 @@ def test_a_tie_that_peft_cannot_keep_is_refused(
 def test_what_is_trained_is_held_in_float32(adapter: dict[str, Any], name: str, request: pytest.FixtureRequest) -> None:
     """Beside a base in bfloat16, as with finetune.precision=bf16."""
     source: Path = request.getfixturevalue(name)
-    student = adapted(load_model(source, "bfloat16", attention="eager"), adapter, None)
+    student = adapted(Checkpoint(source).model("bfloat16", attention="eager"), adapter, None)
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     losses = []
     for _ in range(3):
@@ -223,7 +223,7 @@ def inputs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     store = tmp_path_factory.mktemp("store")
     pruned, targets = store / "pruned" / ("a" * 16), store / "targets" / "rows"
     pruned.mkdir(parents=True)
-    write_json(pruned / "pruning.json", prune_checkpoint(tiny_llama, pruned, [1]))
+    write_json(pruned / "pruning.json", prune_checkpoint(Checkpoint(tiny_llama), pruned, [1]))
     targets.mkdir(parents=True)
     rows = [{"id": task.id, "prompt": task.prompt, "target": task.reference} for task in instances("pool", 0, 12)]
     write_jsonl(targets / "train.jsonl", rows)
@@ -264,13 +264,11 @@ def test_full_fine_tuning_leaves_a_stock_checkpoint(inputs: dict[str, Path]) -> 
     assert losses(folder)[-1] < losses(folder)[0]
     assert not (folder / "adapter").exists()
     untouched = opened(inputs["pruned"]).state_dict()
-    student, tokenizer_folder = open_student(folder, Runtime(), "float32")
+    student, base = open_student(folder, Runtime(), "float32")
     assert not any(torch.equal(tensor, untouched[name]) for name, tensor in student.state_dict().items())
     stock = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", attn_implementation="eager").eval()
     assert torch.equal(logits(stock), logits(student))
-    assert (tokenizer_folder / "chat_template.jinja").read_bytes() == (
-        inputs["pruned"] / "chat_template.jinja"
-    ).read_bytes()
+    assert (base.folder / "chat_template.jinja").read_bytes() == (inputs["pruned"] / "chat_template.jinja").read_bytes()
     names = {path.suffix for path in (folder / "checkpoint").iterdir()}
     assert ".safetensors" in names
     assert not names & {".bin", ".pt", ".pth", ".pkl"}
@@ -287,7 +285,7 @@ def test_recomputed_activations_are_no_part_of_the_result(inputs: dict[str, Path
 
 def test_a_base_in_four_bits_trains_an_adapter_for_the_whole_one(inputs: dict[str, Path]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
-    small = load_model(inputs["pruned"], "float32", attention="eager", quantisation="nf4")
+    small = Checkpoint(inputs["pruned"]).model("float32", attention="eager", quantisation="nf4")
     kinds = {name.rsplit(".", 1)[-1]: type(module) for name, module in small.named_modules()}
     assert kinds["q_proj"] is kinds["down_proj"] is bitsandbytes.nn.Linear4bit
     assert kinds["lm_head"] is torch.nn.Linear
@@ -317,11 +315,11 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
     from peft.tuners.lora.layer import Linear
 
     base, tuned = tmp_path / "pruned" / ("a" * 16), tmp_path / "tuned" / ("b" * 16)
-    save_model(load_model(sharded_llama, stored, attention="eager"), base, sharded_llama)
+    save_model(Checkpoint(sharded_llama).model(stored, attention="eager"), base, Checkpoint(sharded_llama))
     student = adapted(opened(base), adapter, None)
     for _ in range(2):
         step(student)
-    save_student(student, tuned, base, f"pruned/{base.name}")
+    save_student(student, tuned, Checkpoint(base), f"pruned/{base.name}")
     facts = {"stage": "tuned", "address": tuned.name, "inputs": {"pruned": base.name}, "spec": {}}
     write_json(tuned / "manifest.json", facts)
     expected = {
@@ -338,10 +336,8 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
 
     watched: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sdd.stages.student.checkpoints.load_model",
-            lambda *a, **k: watched.append(load_model(*a, **k)) or watched[0],
-        )
+        model_of = Checkpoint.model
+        patch.setattr(Checkpoint, "model", lambda *a, **k: watched.append(model_of(*a, **k)) or watched[0])
         patch.setattr(Linear, "merge", merging)
         model, _ = open_student(tuned, Runtime(), target)
     found = dict(model.named_parameters())
@@ -349,7 +345,7 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
     assert all(
         torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in found.items()
     )
-    stock = load_model(base, target, attention="eager")
+    stock = Checkpoint(base).model(target, attention="eager")
     assert {n: b.dtype for n, b in model.named_buffers()} == {n: b.dtype for n, b in stock.named_buffers()}
     if adapter is LORA and stored == target == "bfloat16":
         assert set(wide) == {1}

@@ -21,7 +21,7 @@ from sdd.importance.removal import without_each
 from sdd.importance.states import Angular, BlockInfluence, angular_distance, block_influence
 from sdd.importance.weights import Taylor
 from sdd.models import checkpoints
-from sdd.models.checkpoints import check_logits, decoder, head_logits, load_model, save_model
+from sdd.models.checkpoints import Checkpoint, check_logits, decoder, head_logits, save_model
 from sdd.pruning.depth import check_prunable, prune_checkpoint
 
 BLOCKS = 6
@@ -143,7 +143,7 @@ def test_pruned_is_the_model_with_its_blocks_deleted(
 ) -> None:
     """The list goes through several files and an index, the span through one file."""
     source, removed = checkpoint(name, sharded=cut == "list"), CUTS[cut]
-    facts = prune_checkpoint(source, tmp_path, removed)
+    facts = prune_checkpoint(Checkpoint(source), tmp_path, removed)
     pruned, whole = open_stock(tmp_path), open_stock(source)
     if removed:
         assert not torch.allclose(logits(pruned), logits(whole), atol=1e-3)
@@ -167,7 +167,7 @@ def test_kinds_that_follow_from_the_place_are_written_down(
         stored["sliding_window_pattern"] = pattern
     (source / "config.json").write_text(json.dumps(stored))
     (tmp_path / "pruned").mkdir()
-    prune_checkpoint(source, tmp_path / "pruned", removed)
+    prune_checkpoint(Checkpoint(source), tmp_path / "pruned", removed)
     written = json.loads((tmp_path / "pruned" / "config.json").read_text())
     whole = open_stock(source).config
     for key in DERIVED[name]:
@@ -177,7 +177,7 @@ def test_kinds_that_follow_from_the_place_are_written_down(
 
 def test_every_kth_block_sparse_becomes_a_list(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Blocks 1, 3 and 5 by the rule, less 1 by name; without block 0 the rule would name others."""
-    prune_checkpoint(checkpoint("qwen3_moe"), tmp_path, [0])
+    prune_checkpoint(Checkpoint(checkpoint("qwen3_moe")), tmp_path, [0])
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [0, 1, 3])
     kinds = [type(layer.mlp).__name__ for layer in checkpoints.blocks(open_stock(tmp_path))]
@@ -245,7 +245,7 @@ def test_what_is_not_supported_is_refused_in_one_line(name: str, tiny_llama: Pat
     config = json.loads((source / "config.json").read_text()) | changed
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as caught:
-        check_prunable(source, [1])
+        check_prunable(Checkpoint(source), [1])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"model.path={source}: ")
 
@@ -265,7 +265,7 @@ def test_constants_that_old_checkpoints_store_are_no_parameters(
         tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     (tmp_path / "pruned").mkdir()
-    facts = prune_checkpoint(source, tmp_path / "pruned", [1])
+    facts = prune_checkpoint(Checkpoint(source), tmp_path / "pruned", [1])
     for folder, key in ((checkpoint("gpt_neox"), "parameters_before"), (tmp_path / "pruned", "parameters_after")):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert facts[key] == sum(p.numel() for p in model.parameters())
@@ -277,7 +277,7 @@ def test_constants_that_old_checkpoints_store_are_no_parameters(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scores_are_of_the_states_around_each_block(name: str, checkpoint: Callable[..., Path]) -> None:
     """Against the states that stock code hands out, the last one with the final norm taken out."""
-    model = load_model(checkpoint(name), "float32", attention="eager")
+    model = Checkpoint(checkpoint(name)).model("float32", attention="eager")
     rows = [row.tolist() for row in tokens(3, 20)]
     angular, influence = Angular(), BlockInfluence()
     for criterion in (angular, influence):
@@ -300,7 +300,7 @@ def test_scores_are_of_the_states_around_each_block(name: str, checkpoint: Calla
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_block_passed_over_is_as_good_as_deleted(name: str, checkpoint: Callable[..., Path]) -> None:
     """Block 4 is gone already; what enters block 2 is kept, so that 0 to 2 are not run to measure 2 gone as well."""
-    model = load_model(checkpoint(name), "float32", attention="eager")
+    model = Checkpoint(checkpoint(name)).model("float32", attention="eager")
     whole, each = without_each(model, [Row(row) for row in tokens().tolist()], [4], batch_size=2)
     for removed, quality in (([4], whole), ([2, 4], each[2]), ([4, 5], each[5])):
         cut = logits(cut_in_memory(open_stock(checkpoint(name)), removed))[:, :-1].flatten(0, 1)
@@ -310,7 +310,7 @@ def test_a_block_passed_over_is_as_good_as_deleted(name: str, checkpoint: Callab
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_taylor_scores_are_those_of_all_gradients_at_once(name: str, checkpoint: Callable[..., Path]) -> None:
-    model = load_model(checkpoint(name), "float32", attention="eager")
+    model = Checkpoint(checkpoint(name)).model("float32", attention="eager")
     made = model(tokens(), use_cache=False).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(made, tokens()[:, 1:].flatten()).backward()
     weights = [[p for p in layer.parameters() if p.grad is not None] for layer in checkpoints.blocks(model)]
@@ -325,14 +325,14 @@ def test_taylor_scores_are_those_of_all_gradients_at_once(name: str, checkpoint:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_head_logits_are_the_models_own(name: str, checkpoint: Callable[..., Path]) -> None:
-    model = load_model(checkpoint(name), "float32", attention="eager")
+    model = Checkpoint(checkpoint(name)).model("float32", attention="eager")
     hidden = decoder(model)(tokens(), use_cache=False).last_hidden_state
     assert torch.allclose(head_logits(model, hidden.flatten(0, 1)), logits(model).flatten(0, 1), rtol=1e-5, atol=1e-5)
     check_logits(model)
 
 
 def test_logits_made_otherwise_are_refused(tiny_llama: Path) -> None:
-    model = load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     model.register_forward_hook(lambda module, given, out: type(out)(logits=out.logits * 2))
     with pytest.raises(UserError, match="LlamaForCausalLM makes its logits in a way that is not known here"):
         check_logits(model)
@@ -349,7 +349,7 @@ def test_a_soft_cap_in_the_attention_is_never_left_out(
     )
     assert not torch.allclose(eager, sdpa, atol=1e-2), "the case cannot tell them apart"
     for asked in (None, "sdpa", "eager"):
-        assert torch.equal(logits(load_model(source, "float32", attention=asked)), eager)
+        assert torch.equal(logits(Checkpoint(source).model("float32", attention=asked)), eager)
 
 
 # ---- tuning and export ------------------------------------------------------------------------------------------
@@ -377,8 +377,8 @@ def test_lora_trains_the_adapter_alone_and_leaves_as_a_stock_checkpoint(
 ) -> None:
     source = checkpoint(name)
     (tmp_path / "pruned").mkdir()
-    prune_checkpoint(source, tmp_path / "pruned", CUTS["span"])
-    model = load_model(tmp_path / "pruned", "float32", attention="eager")
+    prune_checkpoint(Checkpoint(source), tmp_path / "pruned", CUTS["span"])
+    model = Checkpoint(tmp_path / "pruned").model("float32", attention="eager")
     before = logits(model)
     student = adapted(model, LORA, None)
     frozen = {key: p.clone() for key, p in student.named_parameters() if not p.requires_grad}
@@ -389,9 +389,9 @@ def test_lora_trains_the_adapter_alone_and_leaves_as_a_stock_checkpoint(
     assert all(torch.equal(p, frozen[key]) for key, p in student.named_parameters() if key in frozen)
     tuned = logits(student)
     assert not torch.allclose(tuned, before, atol=1e-2)
-    save_student(student, tmp_path, tmp_path / "pruned", "pruned/address")
-    whole = merged(load_model(tmp_path / "pruned", "float32", attention="eager"), tmp_path / "adapter")
-    save_model(whole, tmp_path / "exported", tmp_path / "pruned")
+    save_student(student, tmp_path, Checkpoint(tmp_path / "pruned"), "pruned/address")
+    whole = merged(Checkpoint(tmp_path / "pruned").model("float32", attention="eager"), tmp_path / "adapter")
+    save_model(whole, tmp_path / "exported", Checkpoint(tmp_path / "pruned"))
     exported = open_stock(tmp_path / "exported")
     assert torch.allclose(logits(exported), tuned, rtol=1e-3, atol=1e-3)
     assert len(checkpoints.blocks(exported)) == BLOCKS - 2
@@ -406,10 +406,10 @@ def test_code_that_a_phi_names_is_neither_run_nor_named_again(checkpoint: Callab
     (source / "code.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     pruned, saved = tmp_path / "pruned", tmp_path / "saved"
     pruned.mkdir()
-    prune_checkpoint(source, pruned, [2])
-    model = load_model(source, "float32")
-    assert torch.equal(logits(model), logits(load_model(checkpoint("phi3"), "float32")))
-    save_model(model, saved, source)
+    prune_checkpoint(Checkpoint(source), pruned, [2])
+    model = Checkpoint(source).model("float32")
+    assert torch.equal(logits(model), logits(Checkpoint(checkpoint("phi3")).model("float32")))
+    save_model(model, saved, Checkpoint(source))
     for folder in (pruned, saved):
         assert "auto_map" not in (folder / "config.json").read_text()
         assert not list(folder.glob("*.py"))

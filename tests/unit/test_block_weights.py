@@ -10,6 +10,7 @@ from sdd.forward.batches import tokenize_texts
 from sdd.forward.bypass import Row
 from sdd.importance.weights import Magnitude, Taylor, magnitude, taylor
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 BLOCKS = 4
 
@@ -33,8 +34,8 @@ def test_magnitude_is_of_the_stored_parameters(folder: str, request: pytest.Fixt
     source: Path = request.getfixturevalue(folder)
     criterion = Magnitude()
     criterion.start(BLOCKS)
-    criterion.read(source)
-    layers = checkpoints.blocks(checkpoints.load_model(source, "float32"))
+    criterion.read(Checkpoint(source))
+    layers = checkpoints.blocks(Checkpoint(source).model("float32"))
     expected = [sum(float(p.detach().double().abs().sum()) for p in layer.parameters()) for layer in layers]
     scores = criterion.scores()
     assert scores["distance"]["1"] == pytest.approx(expected, rel=1e-9)
@@ -65,17 +66,17 @@ def measured(model: Any, rows: list[Row], batch_size: int, max_tokens: int = 16_
 @pytest.mark.parametrize(("batch_size", "max_tokens"), [(7, 16_384), (3, 16_384), (7, 100), (1, 1)])
 def test_taylor_is_the_naive_sum(batch_size: int, max_tokens: int, tiny_llama: Path, rows: list[Row]) -> None:
     """One batch or several: the absolute value is taken after the batches' gradients have been added."""
-    expected = naive(checkpoints.load_model(tiny_llama, "float32"), rows)
-    found = measured(checkpoints.load_model(tiny_llama, "float32"), rows, batch_size, max_tokens)
+    expected = naive(Checkpoint(tiny_llama).model("float32"), rows)
+    found = measured(Checkpoint(tiny_llama).model("float32"), rows, batch_size, max_tokens)
     assert found["distance"]["1"] == pytest.approx(expected, rel=1e-5)
     assert found["order"] == sorted(range(BLOCKS), key=expected.__getitem__)
-    apart = [naive(checkpoints.load_model(tiny_llama, "float32"), [row]) for row in rows]
+    apart = [naive(Checkpoint(tiny_llama).model("float32"), [row]) for row in rows]
     assert sum(text[0] for text in apart) / len(rows) > 1.1 * expected[0], "the case cannot tell the two sums apart"
 
 
 def test_gradients_of_one_batch_are_never_all_there(tiny_llama: Path, rows: list[Row]) -> None:
     """Counted as each one comes: no other weight has one; embeddings, final norm and head never get one."""
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     counts: list[int] = []
     for parameter in checkpoints.blocks(model).parameters():
         parameter.register_post_accumulate_grad_hook(
@@ -92,15 +93,15 @@ def test_gradients_of_one_batch_are_never_all_there(tiny_llama: Path, rows: list
 def test_a_block_that_does_nothing_has_no_gradient_worth_a_weight(
     block: int, tiny_llama: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     with torch.no_grad():
         checkpoints.blocks(model)[block].self_attn.o_proj.weight.zero_()
         checkpoints.blocks(model)[block].mlp.down_proj.weight.zero_()
-    checkpoints.save_model(model, tmp_path, tiny_llama)
+    checkpoints.save_model(model, tmp_path, Checkpoint(tiny_llama))
     found = measured(model, rows, batch_size=7)
     assert found["distance"]["1"][block] == 0.0
     assert found["order"][0] == block
     criterion = Magnitude()
     criterion.start(BLOCKS)
-    criterion.read(tmp_path)
+    criterion.read(Checkpoint(tmp_path))
     assert criterion.scores()["order"][0] == block

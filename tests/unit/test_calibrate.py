@@ -10,6 +10,7 @@ from torch import Tensor
 from sdd.errors import UserError
 from sdd.forward.batches import length_batches, show_texts, tokenize_texts
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 
 class Recorder:
@@ -74,7 +75,7 @@ def test_length_batches_hold_every_row_once_within_bounds(batch_size: int, max_t
 
 
 def test_every_block_sees_every_batch_and_the_head_none(tiny_llama: Any) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
 
     def refuse(*_: Any) -> None:
         raise AssertionError("logits were computed")
@@ -91,12 +92,12 @@ def test_every_block_sees_every_batch_and_the_head_none(tiny_llama: Any) -> None
 def test_padded_tokens_of_a_batch_are_bounded(tiny_llama: Any) -> None:
     recorder = Recorder()
     rows = [[1] * length for length in (9, 8, 7, 3, 3, 3)]
-    show_texts(checkpoints.load_model(tiny_llama, "float32"), recorder, rows, batch_size=8, max_tokens=18)
+    show_texts(Checkpoint(tiny_llama).model("float32"), recorder, rows, batch_size=8, max_tokens=18)
     assert [len(lengths) for _, lengths, _ in recorder.seen[::4]] == [2, 2, 2]
 
 
 def test_hooks_are_taken_off_even_after_a_failure(tiny_llama: Any) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
 
     class Failing(Recorder):
         def finish_batch(self) -> None:

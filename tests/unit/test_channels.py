@@ -22,6 +22,7 @@ from sdd.importance.channels import (
 )
 from sdd.importance.sample_gradients import coupled_saliency
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 ROWS = [[5, 9, 31, 200, 7, 12, 90, 41], [3, 2, 77], [8, 8, 100, 101, 102, 55], [250, 4], [6, 7, 8, 9, 10, 11, 12, 13]]
 
@@ -111,7 +112,7 @@ def _token_losses(student: Tensor, teacher: Tensor, targets: Tensor, alpha: floa
 
 def naive(folder: Path, masks: Any = None, alpha: float = 0.0, t: float = 1.0, teacher: Path | None = None) -> Any:
     """One sample after the other, autograd for every parameter, channels masked by zeros in the down projection."""
-    model, uncut = checkpoints.load_model(folder, "float32"), checkpoints.load_model(teacher or folder, "float32")
+    model, uncut = Checkpoint(folder).model("float32"), Checkpoint(teacher or folder).model("float32")
     matrices = [_matrices(block.mlp) for block in checkpoints.blocks(model)]
     if masks is not None:
         for block, mask in zip(checkpoints.blocks(model), masks, strict=True):
@@ -169,7 +170,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_one_equals_the_formula(family: str, families: dict[str, Path]) -> None:
-    model, expected = checkpoints.load_model(families[family], "float32"), naive(families[family])
+    model, expected = Checkpoint(families[family]).model("float32"), naive(families[family])
     for max_tokens in (1, 16, 1000):
         assert_equal(TaylorWidth().measure(model, ROWS, max_tokens), expected)
 
@@ -178,7 +179,7 @@ def test_stage_one_equals_the_formula(family: str, families: dict[str, Path]) ->
 def test_stage_two_equals_the_formula(family: str, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdd.importance.sample_gradients.HEAD_ELEMENTS", 2000)  # logits of two or three tokens
     folder = families[family]
-    model = checkpoints.load_model(folder, "float32")
+    model = Checkpoint(folder).model("float32")
     first = TaylorWidth().measure(model, ROWS, 16)
     criterion = SDM(0.1, alpha=0.4, temperature=0.5)
     masks = criterion.masked(first)
@@ -193,7 +194,7 @@ def test_stage_two_equals_the_formula(family: str, families: dict[str, Path], mo
 def test_teacher_of_its_own(families: dict[str, Path]) -> None:
     """Where blocks went first, the student has fewer of them than the teacher."""
     student, teacher = families["gated with bias"], families["gated"]
-    model, uncut = checkpoints.load_model(student, "float32"), checkpoints.load_model(teacher, "float32")
+    model, uncut = Checkpoint(student).model("float32"), Checkpoint(teacher).model("float32")
     criterion = SDM(0.1, alpha=0.4, temperature=0.5)
     first = TaylorWidth().measure(model, ROWS, 16)
     expected = naive(student, criterion.masked(first), 0.4, 0.5, teacher)
@@ -201,7 +202,7 @@ def test_teacher_of_its_own(families: dict[str, Path]) -> None:
 
 
 def test_model_is_left_as_it_was(families: dict[str, Path]) -> None:
-    model, ids = checkpoints.load_model(families["gated"], "float32"), torch.tensor([ROWS[0]])
+    model, ids = Checkpoint(families["gated"]).model("float32"), torch.tensor([ROWS[0]])
     before = model(ids).logits
     criterion = SDM(0.1, 0.4, 0.5)
     criterion.measure(model, ROWS, 16, TaylorWidth().measure(model, ROWS, 16))
@@ -210,7 +211,7 @@ def test_model_is_left_as_it_was(families: dict[str, Path]) -> None:
 
 
 def test_activations_are_the_mean_of_what_enters_the_down_projection(families: dict[str, Path]) -> None:
-    model = checkpoints.load_model(families["gated"], "float32")
+    model = Checkpoint(families["gated"]).model("float32")
     found = ActivationWidth().measure(model, ROWS, 16)
     caught: list[Tensor] = []
     mlp = checkpoints.blocks(model)[2].mlp
@@ -229,8 +230,9 @@ def test_activations_are_the_mean_of_what_enters_the_down_projection(families: d
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_magnitude_reads_the_stored_weights(family: str, families: dict[str, Path]) -> None:
-    model = checkpoints.load_model(families[family], "float32")
-    for block, importance in zip(checkpoints.blocks(model), MagnitudeWidth().read(families[family]), strict=True):
+    model = Checkpoint(families[family]).model("float32")
+    found = MagnitudeWidth().read(Checkpoint(families[family]))
+    for block, importance in zip(checkpoints.blocks(model), found, strict=True):
         if family == "fused":
             into = list(block.mlp.gate_up_proj.weight.chunk(2))
         elif family == "plain with bias":

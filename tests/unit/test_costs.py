@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdd.analysis import costs
-from sdd.models import checkpoints
+from sdd.architectures import skeleton
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning.depth import prune_checkpoint
 
 CONTEXT = 24
@@ -26,7 +27,7 @@ def folders(tiny_llama: Path, sharded_llama: Path, tmp_path_factory: Any, save_r
     from transformers import Gemma2Config, Qwen3MoeConfig
 
     cut = tmp_path_factory.mktemp("cut")
-    prune_checkpoint(tiny_llama, cut, [1, 2])
+    prune_checkpoint(Checkpoint(tiny_llama), cut, [1, 2])
     windows = Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=8)
     experts = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     return {
@@ -40,8 +41,8 @@ def folders(tiny_llama: Path, sharded_llama: Path, tmp_path_factory: Any, save_r
 
 @pytest.mark.parametrize("name", ["llama", "untied", "cut"])
 def test_flops_are_those_that_run(folders: dict, name: str) -> None:
-    model = checkpoints.load_model(folders[name], "float32", attention="eager")
-    found = costs.counted(folders[name], CONTEXT, "float32")
+    model = Checkpoint(folders[name]).model("float32", attention="eager")
+    found = costs.counted(Checkpoint(folders[name]), CONTEXT, "float32")
     ids = torch.arange(CONTEXT)[None] % 50
     cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
     step = flops_of(lambda: model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True))
@@ -55,7 +56,7 @@ def test_flops_are_those_that_run(folders: dict, name: str) -> None:
 
 
 def test_parts_of_a_token_by_hand(folders: dict, sizes: dict) -> None:
-    found = costs.counted(folders["llama"], 10, "bfloat16")["flops_per_generated_token"]
+    found = costs.counted(Checkpoint(folders["llama"]), 10, "bfloat16")["flops_per_generated_token"]
     block = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48  # queries and output, keys and values, the MLP's three
     assert found["linear"] == 4 * 2 * block
     assert found["attention"] == 4 * (4 * 10 * 4 * 8)
@@ -64,7 +65,7 @@ def test_parts_of_a_token_by_hand(folders: dict, sizes: dict) -> None:
 
 
 def test_window_bounds_attention_and_cache(folders: dict) -> None:
-    short, long = (costs.counted(folders["windows"], context, "float32") for context in (8, 20))
+    short, long = (costs.counted(Checkpoint(folders["windows"]), context, "float32") for context in (8, 20))
     per_token = 4 * 4 * 8
     assert short["flops_per_generated_token"]["attention"] == 4 * 8 * per_token
     assert long["flops_per_generated_token"]["attention"] == (2 * 8 + 2 * 20) * per_token
@@ -72,24 +73,24 @@ def test_window_bounds_attention_and_cache(folders: dict) -> None:
 
 
 def test_of_experts_those_that_a_token_uses(folders: dict) -> None:
-    model = costs.outline(folders["experts"])
+    model = skeleton(Checkpoint(folders["experts"]).config, "here")
     attention, router = 32 * 32 * 2 + 32 * 16 * 2, 32 * 4
     uses = 2 * (attention + router + 2 * 3 * 32 * 16)
     assert costs.linear_flops(model) == pytest.approx(4 * uses)
 
 
 def test_bytes_by_hand(folders: dict) -> None:
-    found = costs.counted(folders["llama"], 100, "bfloat16")
+    found = costs.counted(Checkpoint(folders["llama"]), 100, "bfloat16")
     assert found["cache_bytes_per_token"] == 2 * 4 * 16 * 2
     assert found["cache_bytes_at_context"] == 100 * 256
-    model = checkpoints.load_model(folders["llama"], "float32")
+    model = Checkpoint(folders["llama"]).model("float32")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["weight_bytes"] == 2 * found["parameters"]
     assert found["checkpoint_bytes"] == (folders["llama"] / "model.safetensors").stat().st_size
 
 
 def test_saved_as_the_paper_counts_and_really(folders: dict) -> None:
-    before, after = (costs.counted(folders[name], 16, "float32") for name in ("llama", "cut"))
+    before, after = (costs.counted(Checkpoint(folders[name]), 16, "float32") for name in ("llama", "cut"))
     found = costs.saved(before, after)
     removed = before["parameters"] - after["parameters"]
     assert found["flops_as_in_the_paper"] == pytest.approx(removed / before["parameters"])
@@ -99,7 +100,7 @@ def test_saved_as_the_paper_counts_and_really(folders: dict) -> None:
 
 
 def test_measured_side_by_side(folders: dict) -> None:
-    opened = {name: checkpoints.load_model(folders[name], "float32") for name in ("llama", "cut")}
+    opened = {name: Checkpoint(folders[name]).model("float32") for name in ("llama", "cut")}
     found = costs.measured(opened, prompt_tokens=16, new_tokens=3, batch=2, repeats=2, device="cpu")
     for name, model in opened.items():
         record = found[name]

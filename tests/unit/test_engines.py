@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdd.models.chats import chat_prompt_ids
-from sdd.models.checkpoints import steers_generation
+from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting.engines import Completion, GumbelNoise, HFEngine, Request
 from sdd.tiny.tasks import instances
 
@@ -28,7 +28,7 @@ def requests() -> list[Request]:
 
 def opened(folder: Path, **settings: Any) -> HFEngine:
     engine = HFEngine(**{"max_new_tokens": NEW, **settings})
-    engine.open(folder, "float32", None, "cpu", batch_size=4)
+    engine.open(Checkpoint(folder), "float32", None, "cpu", batch_size=4)
     return engine
 
 
@@ -72,7 +72,7 @@ def test_greedy_text_does_not_depend_on_batches_or_order(tiny_llama: Path, reque
 
 def test_a_system_prompt_is_read(tiny_llama: Path, requests: list[Request]) -> None:
     engine = HFEngine(max_new_tokens=NEW)
-    engine.open(tiny_llama, "float32", "Be brief.", "cpu", batch_size=4)
+    engine.open(Checkpoint(tiny_llama), "float32", "Be brief.", "cpu", batch_size=4)
     assert answered(engine, requests) != answered(opened(tiny_llama), requests)
 
 
@@ -297,8 +297,8 @@ def test_greedy_is_greedy_whatever_the_checkpoint_ships(
     path.write_text(json.dumps(json.loads(path.read_text()) | shipped))
     own = [c.text for c in opened(tiny_llama, max_new_tokens=8).complete(requests)]
     assert [c.text for c in opened(folder, max_new_tokens=8).complete(requests)] == own
-    assert steers_generation(folder) == ("do_sample" not in shipped)
-    assert not steers_generation(tiny_llama)
+    assert Checkpoint(folder).steers_generation == ("do_sample" not in shipped)
+    assert not Checkpoint(tiny_llama).steers_generation
 
 
 def test_gumbel_argmax_is_a_sample_of_the_softmax() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from sdd.evaluation.harness import Harness, free_scores, summary
 from sdd.evaluation.tiny import Item, Task, suite_tasks
-from sdd.models import checkpoints
 from sdd.models.chats import answer_ids, chat_prompt_ids
+from sdd.models.checkpoints import Checkpoint
 
 NEW = 10
 
@@ -89,12 +89,12 @@ def tasks() -> dict[str, Task]:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> Any:
-    return checkpoints.load_model(tiny_llama, "float32")
+    return Checkpoint(tiny_llama).model("float32")
 
 
 @pytest.fixture(scope="module")
 def harness(model: Any, tiny_llama: Path) -> Harness:
-    return Harness(model, checkpoints.load_tokenizer(tiny_llama), batch_size=3, max_new_tokens=NEW)
+    return Harness(model, Checkpoint(tiny_llama).tokenizer(), batch_size=3, max_new_tokens=NEW)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from hub_server import Hub, commit_of, serving, settings
 
 from sdd.errors import NotFetched, UserError
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.hub import checkpoint_folder, is_hub_id
 
 ASK = """
@@ -116,10 +117,10 @@ def test_only_what_stock_loading_reads_is_fetched_and_only_once(asked: Any, repo
 def test_a_fetched_checkpoint_is_the_same_work_as_its_folder(asked: Any, repositories: Path, tmp_path: Path) -> None:
     answers, hub, _ = asked
     for name, repo in (("whole", "good/whole"), ("sharded", "good/sharded")):
-        fetched = checkpoints.model_digest(Path(answers[name]), tmp_path)
-        assert fetched == checkpoints.model_digest(repositories / repo, tmp_path)
+        fetched = Checkpoint(Path(answers[name])).digest(tmp_path)
+        assert fetched == Checkpoint(repositories / repo).digest(tmp_path)
     assert answers["pinned"] == answers["sharded"]
-    model = checkpoints.load_model(Path(answers["sharded"]), "float32")
+    model = Checkpoint(Path(answers["sharded"])).model("float32")
     assert len(checkpoints.blocks(model)) == 4
     assert len(downloads(hub, "good/sharded")) == len(list((repositories / "good/sharded").iterdir()))
 
@@ -186,7 +187,7 @@ def test_a_fetch_that_was_cut_short_is_continued(asked: Any, repositories: Path,
         found = ask([("sharded", "good/sharded", "main", True)], cache, hub.url)
     assert downloads(hub, "good/sharded") == [shards[1].name]
     assert Path(found["sharded"]) == snapshot
-    assert len(checkpoints.weight_files(snapshot)) == len(shards)
+    assert len(Checkpoint(snapshot).weight_files) == len(shards)
 
 
 @pytest.mark.parametrize(

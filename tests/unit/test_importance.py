@@ -20,6 +20,7 @@ from sdd.importance.states import (
     window_sums,
 )
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 BLOCKS = 4
 
@@ -97,7 +98,7 @@ def test_last_real_with_padding_on_either_side() -> None:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Any) -> Any:
-    return checkpoints.load_model(tiny_llama, "float32")
+    return Checkpoint(tiny_llama).model("float32")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,7 @@ def test_a_block_that_does_nothing_is_the_one_proposed(
     criterion: Any, block: int, tiny_llama: Any, rows: list[list[int]]
 ) -> None:
     """Block 0 needs the embedding state, the last one the state before the final norm, the others no shift by one."""
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     _silence(model, block)
     scores = measured(model, criterion(), rows)
     assert scores["distance"]["1"][block] < 1e-6
@@ -224,7 +225,7 @@ def _silence(model: Any, *blocks: int) -> None:
 
 
 def test_blocks_apart_are_chosen_by_order_and_not_by_span(tiny_llama: Any, rows: list[list[int]]) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     _silence(model, 0, 3)
     assert chosen_blocks(measured(model, BlockInfluence(), rows), 2)[0] == [0, 3]
     contiguous = measured(model, BlockInfluence(contiguous=True), rows)

@@ -15,6 +15,7 @@ from sdd.data.instruct import GSM8K, Alpaca, Dolly, OpenMathInstruct1, OpenMathI
 from sdd.data.local import LocalRows
 from sdd.data.mixture import Mixture, part_of
 from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
 
 INSTRUCT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "instruct"
 files_at_hand = pytest.mark.skipif(not INSTRUCT.is_dir(), reason="the public data files are not beside the checkout")
@@ -274,7 +275,7 @@ def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_pat
     recipe = Recipe("rewrites", 1, spec)
     build_rewrites(runtime, recipe, {}, rewrites)
     examples = source.examples()
-    engine.open(TEACHER, "float32", None, "cpu", 16)
+    engine.open(Checkpoint(TEACHER), "float32", None, "cpu", 16)
     asked: dict[str, dict[str, str]] = {}
     for template in set(templates.values()):
         chosen = [e for e in examples if template == templates[part_of(e.id)] or part_of(e.id) == "loose"]

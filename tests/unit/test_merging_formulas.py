@@ -17,7 +17,7 @@ from sdd.merging import linear, slerp, task_arithmetic, ties
 from sdd.merging.formulas import angle, norm, share_at, trimmed
 from sdd.merging.streaming import merge_checkpoints, place_of
 from sdd.merging.students import open_students
-from sdd.models.checkpoints import load_model, save_model
+from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.stages.merged import angles, parallel_note
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
@@ -119,7 +119,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for path in folder.glob("model*.safetensors"):
         path.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    model = load_model(source, "bfloat16")
+    model = Checkpoint(source).model("bfloat16")
     model.save_pretrained(folder, **({"max_shard_size": "40KB"} if request.param == "sharded_llama" else {}))
     return folder
 
@@ -127,12 +127,12 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def student(base: Path, adapter: dict[str, Any], seed: int, folder: Path) -> Path:
     """The folder of a student whose trained parameters were drawn anew."""
     torch.manual_seed(seed)
-    made = adapted(load_model(base, "float32"), adapter, None)
+    made = adapted(Checkpoint(base).model("float32"), adapter, None)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    save_student(made, folder, base, "model/base")
+    save_student(made, folder, Checkpoint(base), "model/base")
     place = {"stage": folder.parent.name, "address": folder.name}
     (folder / "manifest.json").write_text(json.dumps({**place, "inputs": {}, "spec": {"model": "base"}}))
     return folder
@@ -147,7 +147,7 @@ def pair(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def exported(tuned: Path, base: Path, target: Path, dtype: str) -> Path:
     """The student as a full checkpoint, made by PEFT and stock code."""
     model, _ = open_student(tuned, Runtime(sources={"base": base}), dtype)
-    save_model(model, target, base)
+    save_model(model, target, Checkpoint(base))
     return target
 
 
@@ -161,7 +161,7 @@ def whole(base: Path, pair: list[Path], tmp_path_factory: pytest.TempPathFactory
 def merge(base: Path, folders: list[Path], method: dict[str, Any], target: Path) -> tuple[dict, dict]:
     """(merged tensors, what was measured)."""
     target.mkdir()
-    facts = merge_checkpoints(base, open_students(folders), method, target)
+    facts = merge_checkpoints(Checkpoint(base), open_students(folders), method, target)
     return tensors_of(target), facts
 
 
@@ -255,9 +255,9 @@ def test_what_cannot_be_merged_is_refused(base: Path, pair: list[Path], tmp_path
     small.save_pretrained(fewer)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"its adapter changes model\.layers\.3.* which the base does not have"):
-        merge_checkpoints(fewer, open_students(pair), SLERP, tmp_path / "out")
+        merge_checkpoints(Checkpoint(fewer), open_students(pair), SLERP, tmp_path / "out")
     with pytest.raises(UserError, match=r"model\.layers\.3.* is not in both it and the base"):
-        merge_checkpoints(base, open_students([fewer, pair[0]]), SLERP, tmp_path / "out")
+        merge_checkpoints(Checkpoint(base), open_students([fewer, pair[0]]), SLERP, tmp_path / "out")
 
 
 def test_note_says_where_slerp_is_linear() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
+from sdd.models.checkpoints import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from merging import compared, make_adapter, make_base, mergekit_command, mergekit_config
@@ -55,7 +56,7 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_merges_are_those_of_mergekit(method: dict, pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, students = pair
     (tmp_path / "ours").mkdir()
-    facts = merge_checkpoints(base, open_students(students), method, tmp_path / "ours")
+    facts = merge_checkpoints(Checkpoint(base), open_students(students), method, tmp_path / "ours")
     assert len(facts["tensors"]) == 14
     assert PYTHON is not None
     command = mergekit_command(Path(PYTHON), mergekit_config(method, base, students, "float32"), tmp_path / "theirs")

@@ -9,22 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma2Config
 
+from sdd.architectures import skeleton
 from sdd.errors import UserError
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 
 def test_a_model_opens_in_the_dtype_asked_for_and_ready_to_use(tiny_llama: Path) -> None:
     for name in ("float32", "bfloat16"):
-        model = checkpoints.load_model(tiny_llama, name)
+        model = Checkpoint(tiny_llama).model(name)
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
         assert not model.training
-    assert checkpoints.num_blocks(tiny_llama) == len(checkpoints.blocks(model)) == 4
+    assert Checkpoint(tiny_llama).num_blocks == len(checkpoints.blocks(model)) == 4
 
 
 def test_head_logits_are_the_models_own(tiny_llama: Path) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     ids = torch.tensor([[1, 40, 90, 121]])
     with torch.no_grad():
         hidden = checkpoints.decoder(model)(input_ids=ids).last_hidden_state
@@ -34,7 +37,7 @@ def test_head_logits_are_the_models_own(tiny_llama: Path) -> None:
 def test_head_logits_keep_a_soft_cap(save_random: Callable[..., Path], sizes: Any, tmp_path: Path) -> None:
     """Gemma 2 squashes its logits after the head; a loss taken on the bare head would be another model's."""
     config = Gemma2Config(**sizes, final_logit_softcapping=5.0)
-    model = checkpoints.load_model(save_random(tmp_path, config), "float32")
+    model = Checkpoint(save_random(tmp_path, config)).model("float32")
     ids = torch.tensor([[1, 40, 90, 121]])
     with torch.no_grad():
         hidden = checkpoints.decoder(model)(input_ids=ids).last_hidden_state
@@ -47,12 +50,12 @@ def test_pickled_weights_and_remote_code_are_never_opened(tiny_llama: Path, tmp_
     pickled = shutil.copytree(tiny_llama, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled"):
-        checkpoints.load_model(pickled, "float32")
+        Checkpoint(pickled).model("float32")
     remote = shutil.copytree(tiny_llama, tmp_path / "remote")
     config = json.loads((remote / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
     (remote / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="remote code"):
-        checkpoints.load_model(remote, "float32")
+        Checkpoint(remote).model("float32")
 
 
 def test_a_cut_off_file_is_a_users_mistake(tiny_llama: Path, tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_a_cut_off_file_is_a_users_mistake(tiny_llama: Path, tmp_path: Path) -> 
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
     with pytest.raises(UserError, match="damaged safetensors file") as caught:
-        checkpoints.load_model(folder, "float32")
+        Checkpoint(folder).model("float32")
     assert "\n" not in str(caught.value)
 
 
@@ -73,7 +76,7 @@ def test_a_tokenizer_that_does_not_open_is_a_users_mistake(wrong: str, tiny_llam
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).unlink()
     with pytest.raises(UserError, match="tokenizer") as caught:
-        checkpoints.load_tokenizer(folder)
+        Checkpoint(folder).tokenizer()
     assert "\n" not in str(caught.value)
 
 
@@ -109,14 +112,53 @@ def test_the_digest_covers_what_the_model_says(
     change: Callable[[Path], None], tiny_llama: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    before = checkpoints.model_digest(folder, tmp_path / "memory")
+    before = Checkpoint(folder).digest(tmp_path / "memory")
     change(folder)
-    assert checkpoints.model_digest(folder, tmp_path / "memory") != before
+    assert Checkpoint(folder).digest(tmp_path / "memory") != before
 
 
 def test_the_digest_is_of_content_and_not_of_place_or_time(tiny_llama: Path, tmp_path: Path) -> None:
-    before = checkpoints.model_digest(tiny_llama, tmp_path / "memory")
+    before = Checkpoint(tiny_llama).digest(tmp_path / "memory")
     folder = shutil.copytree(tiny_llama, tmp_path / "elsewhere")
     os.utime(folder / "model.safetensors", (1, 1))
     (folder / "README.md").write_text("a note")
-    assert checkpoints.model_digest(folder, tmp_path / "memory") == before
+    assert Checkpoint(folder).digest(tmp_path / "memory") == before
+
+
+def test_stock_code_does_not_write_into_the_config(tiny_llama: Path, tmp_path: Path) -> None:
+    """It adds to a nested table in place, and what is written beside a cut has to be what is stored."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    stored = json.loads((folder / "config.json").read_text())
+    stored |= {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    stored.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(stored))
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    skeleton(config, checkpoint.where)
+    assert config != stored
+    assert checkpoint.config == stored
+
+
+def test_another_object_reads_the_folder_again(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    checkpoint = Checkpoint(folder)
+    assert (checkpoint.num_blocks, len(checkpoint.weight_files)) == (4, 1)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    assert checkpoint.config["num_hidden_layers"] == 4
+    with pytest.raises(UserError, match=r"no config\.json"):
+        _ = Checkpoint(folder).config
+    with pytest.raises(UserError, match="no safetensors weights"):
+        _ = Checkpoint(folder).weight_files
+
+
+def test_tensors_are_known_from_headers(tiny_llama: Path, sharded_llama: Path) -> None:
+    for folder in (tiny_llama, sharded_llama):
+        checkpoint = Checkpoint(folder)
+        whole = {name: tensor for path in checkpoint.weight_files for name, tensor in load_file(path).items()}
+        assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in whole.items()}
+        assert all(torch.equal(tensor.read(), whole[name]) for name, tensor in checkpoint.tensors.items())
+        assert checkpoint.block_tensors.keys() == set(range(checkpoint.num_blocks))
+        down = checkpoint.block_tensors[2]["mlp.down_proj.weight"]
+        assert down is checkpoint.tensors["model.layers.2.mlp.down_proj.weight"]
+        assert checkpoint.stored_dtype == str(down.read().dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ from sdd.finetuning.module import (
     target_tokens,
 )
 from sdd.forward import chunks
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 
 LENGTHS = [(5, 9), (3, 4), (8, 30), (2, 3), (6, 17), (4, 22)]
 
@@ -36,7 +36,7 @@ def rows() -> list[TrainingRow]:
 
 @pytest.fixture
 def model(tiny_llama: Path) -> Any:
-    return checkpoints.load_model(tiny_llama, "float32")
+    return Checkpoint(tiny_llama).model("float32")
 
 
 def own_loss(model: Any, rows: Sequence[TrainingRow]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def own_loss(model: Any, rows: Sequence[TrainingRow]) -> torch.Tensor:
 def adapted(folder: Path, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(checkpoints.load_model(folder, "float32"), config)
+    return get_peft_model(Checkpoint(folder).model("float32"), config)
 
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_batch_without_targets_has_a_finite_loss_and_gradient(tiny_llama: Path
 @pytest.fixture(scope="module")
 def teacher(sharded_llama: Path) -> Any:
     """Another random model over the same vocabulary."""
-    return checkpoints.load_model(sharded_llama, "float32").requires_grad_(False)
+    return Checkpoint(sharded_llama).model("float32").requires_grad_(False)
 
 
 def direct_loss(model: Any, teacher: Any, rows: Sequence[TrainingRow], temperature: float = 1.0) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """57 targets in chunks of 16, forward and again backward; with `full`, the head's gradient is a sum over them."""
-    whole = checkpoints.load_model(tiny_llama, "float32").requires_grad_(True)
+    whole = Checkpoint(tiny_llama).model("float32").requires_grad_(True)
     student = adapted(tiny_llama) if method == "lora" else whole
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -351,7 +351,7 @@ def test_only_the_adapter_is_trained_and_validation_is_without_dropout(
     tiny_llama: Path, rows: list[TrainingRow]
 ) -> None:
     module, _ = trained(tiny_llama, rows[:4], [[0, 1], [2, 3]] * 2, validation=rows[4:], dropout=0.5)
-    untouched = checkpoints.load_model(tiny_llama, "float32").state_dict()
+    untouched = Checkpoint(tiny_llama).model("float32").state_dict()
     for name, tensor in module.causal_lm.state_dict().items():
         if "lora_" not in name:
             assert torch.equal(tensor, untouched[name.replace(".base_layer", "")]), name

@@ -25,8 +25,9 @@ from transformers import (
 
 from sdd.architectures import cut_config
 from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning import depth as pruning
-from sdd.pruning.depth import count_parameters, prune_checkpoint
+from sdd.pruning.depth import prune_checkpoint
 
 BLOCKS = 4
 CUTS = [[0], [1, 2], [2, 3], [0, 2], [0, 1, 3], [3], []]
@@ -89,7 +90,7 @@ def stored_names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("removed", CUTS, ids=str)
 def test_logits_equal_the_model_with_its_blocks_deleted(source: Path, target: Path, removed: list[int]) -> None:
-    facts = prune_checkpoint(source, target, removed)
+    facts = prune_checkpoint(Checkpoint(source), target, removed)
     pruned = open_stock(target)
     assert torch.equal(logits(pruned), logits(cut_in_memory(source, removed)))
     kept = [block for block in range(BLOCKS) if block not in removed]
@@ -100,7 +101,7 @@ def test_logits_equal_the_model_with_its_blocks_deleted(source: Path, target: Pa
 
 
 def test_removing_nothing_leaves_the_logits_unchanged(source: Path, target: Path) -> None:
-    facts = prune_checkpoint(source, target, [])
+    facts = prune_checkpoint(Checkpoint(source), target, [])
     assert torch.equal(logits(open_stock(target)), logits(open_stock(source)))
     assert facts["flops_saved"] == 0
     assert facts["parameters_after"] == facts["parameters_before"]
@@ -108,7 +109,7 @@ def test_removing_nothing_leaves_the_logits_unchanged(source: Path, target: Path
 
 def test_generation_is_the_same_with_and_without_a_cache(source: Path, target: Path) -> None:
     """A hole in `layer_idx` shows here: the cache of a block would be another's, or not there."""
-    prune_checkpoint(source, target, [0, 2])
+    prune_checkpoint(Checkpoint(source), target, [0, 2])
     model = open_stock(target)
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
     prompt = torch.tensor([[1, 40, 90, 121, 77]])
@@ -118,7 +119,7 @@ def test_generation_is_the_same_with_and_without_a_cache(source: Path, target: P
 
 
 def test_tokenizer_and_chat_template_come_along(source: Path, target: Path) -> None:
-    prune_checkpoint(source, target, [1])
+    prune_checkpoint(Checkpoint(source), target, [1])
     chat = [{"role": "user", "content": "Sort these letters: c a b"}]
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, target))
     assert after.apply_chat_template(chat)["input_ids"] == before.apply_chat_template(chat)["input_ids"]
@@ -153,7 +154,7 @@ def test_every_block_keeps_its_kind_of_attention(
         stored = json.loads((source / "config.json").read_text())
         del stored["layer_types"]
         (source / "config.json").write_text(json.dumps(stored))
-    prune_checkpoint(source, target, removed)
+    prune_checkpoint(Checkpoint(source), target, removed)
     pruned = open_stock(target)
     assert pruned.config.layer_types == [kinds[block] for block in range(BLOCKS) if block not in removed]
     assert torch.equal(logits(pruned), logits(cut_in_memory(source, removed)))
@@ -185,7 +186,7 @@ def test_blocks_named_by_index_are_renumbered(
     """Mixture-of-experts configs list the blocks that are dense; with stale numbers the tensors do not fit."""
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
     source = save_random(tmp_path / "source", Qwen3MoeConfig(**sizes, **experts, mlp_only_layers=[0, 3]))
-    prune_checkpoint(source, target, [1])
+    prune_checkpoint(Checkpoint(source), target, [1])
     pruned = open_stock(target)
     assert pruned.config.mlp_only_layers == [0, 2]
     assert torch.equal(logits(pruned), logits(cut_in_memory(source, [1])))
@@ -195,7 +196,7 @@ def test_blocks_named_by_index_are_renumbered(
 
 
 def test_offsets_are_contiguous_and_headers_aligned(source: Path, target: Path) -> None:
-    prune_checkpoint(source, target, [0, 2])
+    prune_checkpoint(Checkpoint(source), target, [0, 2])
     for path in sorted(target.glob("*.safetensors")):
         (length,) = struct.unpack("<Q", path.read_bytes()[:8])
         assert length % 8 == 0
@@ -211,7 +212,7 @@ def test_offsets_are_contiguous_and_headers_aligned(source: Path, target: Path) 
 
 def test_the_index_names_every_tensor_where_it_is(sharded_llama: Path, target: Path) -> None:
     assert len(headers(sharded_llama)) > 3
-    prune_checkpoint(sharded_llama, target, [1])
+    prune_checkpoint(Checkpoint(sharded_llama), target, [1])
     index = json.loads((target / "model.safetensors.index.json").read_text())
     found = headers(target)
     for header in found.values():
@@ -222,7 +223,7 @@ def test_the_index_names_every_tensor_where_it_is(sharded_llama: Path, target: P
 
 
 def test_a_file_without_kept_tensors_is_left_out(sharded_llama: Path, target: Path) -> None:
-    prune_checkpoint(sharded_llama, target, [1, 2, 3])
+    prune_checkpoint(Checkpoint(sharded_llama), target, [1, 2, 3])
     assert all(len(header) > 1 for header in headers(target).values())
     assert len(headers(target)) < len(headers(sharded_llama))
     open_stock(target)
@@ -238,7 +239,7 @@ def test_one_numbered_file_with_an_index_stays_readable(sharded_llama: Path, tmp
     index = {"metadata": {}, "weight_map": dict.fromkeys(headers(source)[name], name)}
     index["weight_map"].pop("__metadata__")
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    prune_checkpoint(source, target, [1])
+    prune_checkpoint(Checkpoint(source), target, [1])
     assert torch.equal(logits(open_stock(target)), logits(cut_in_memory(sharded_llama, [1])))
 
 
@@ -246,14 +247,14 @@ def test_weights_beside_the_stock_ones_are_not_read(tiny_llama: Path, tmp_path: 
     """Some hub folders hold the weights a second time, in another naming; stock loading reads model.safetensors."""
     source = shutil.copytree(tiny_llama, tmp_path / "source")
     shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
-    facts = prune_checkpoint(source, target, [1])
-    assert facts["parameters_before"] == count_parameters(tiny_llama)
+    facts = prune_checkpoint(Checkpoint(source), target, [1])
+    assert facts["parameters_before"] == Checkpoint(tiny_llama).num_parameters
     assert list(headers(target)) == ["model.safetensors"]
     open_stock(target)
 
 
 def test_tied_embeddings_are_stored_once(tiny_llama: Path, target: Path) -> None:
-    prune_checkpoint(tiny_llama, target, [1])
+    prune_checkpoint(Checkpoint(tiny_llama), target, [1])
     names = stored_names(target)
     assert len(names) == len(set(names))
     assert "model.embed_tokens.weight" in names
@@ -266,7 +267,7 @@ def test_memory_is_bounded_by_the_chunk(tiny_llama: Path, target: Path, monkeypa
     """The embedding alone has 98 KB; with chunks of 4 KB the whole copy stays far below it."""
     whole = target.parent / "whole"
     whole.mkdir()
-    prune_checkpoint(tiny_llama, whole, [1])
+    prune_checkpoint(Checkpoint(tiny_llama), whole, [1])
     biggest = max(parameter.nbytes for parameter in open_stock(tiny_llama).parameters())
     monkeypatch.setattr(pruning, "CHUNK", 4096)
     position = {0: 0, 2: 1, 3: 2}
@@ -290,7 +291,7 @@ def test_memory_is_bounded_by_the_chunk(tiny_llama: Path, target: Path, monkeypa
 
 
 def test_parameter_counts_are_the_models_own(source: Path, target: Path) -> None:
-    facts = prune_checkpoint(source, target, [1, 2])
+    facts = prune_checkpoint(Checkpoint(source), target, [1, 2])
     before, after = (sum(p.numel() for p in open_stock(folder).parameters()) for folder in (source, target))
     assert (facts["parameters_before"], facts["parameters_after"]) == (before, after)
     assert facts["flops_saved"] == (before - after) / before
@@ -305,7 +306,7 @@ def test_a_tied_head_that_is_stored_twice_is_counted_once(tiny_llama: Path, tmp_
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    assert count_parameters(source) == count_parameters(tiny_llama)
+    assert Checkpoint(source).num_parameters == Checkpoint(tiny_llama).num_parameters
 
 
 def test_flops_saved_is_the_published_figure_for_llama_3_1_8b(
@@ -342,7 +343,7 @@ def test_flops_saved_is_the_published_figure_for_llama_3_1_8b(
         writer.seek(writer.truncate(writer.tell() + length))
 
     monkeypatch.setattr(pruning, "copy_bytes", skip)
-    facts = prune_checkpoint(source, target, list(range(22, 28)))
+    facts = prune_checkpoint(Checkpoint(source), target, list(range(22, 28)))
     assert facts["parameters_before"] == 8_030_261_248
     assert facts["parameters_before"] - facts["parameters_after"] == 6 * 218_112_000
     assert round(100 * facts["flops_saved"], 2) == 16.30
@@ -416,7 +417,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(name: str, tiny_llama: Path,
     source = shutil.copytree(tiny_llama, tmp_path / "source")
     break_it(source)
     with pytest.raises(UserError, match=message) as caught:
-        prune_checkpoint(source, target, [1])
+        prune_checkpoint(Checkpoint(source), target, [1])
     assert "\n" not in str(caught.value)
     assert str(source) in str(caught.value)
 
@@ -439,7 +440,7 @@ def test_a_broken_index_is_refused_in_one_line(
     else:
         (source / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=message) as caught:
-        prune_checkpoint(source, target, [1])
+        prune_checkpoint(Checkpoint(source), target, [1])
     assert "\n" not in str(caught.value)
     assert not list(target.iterdir()), "refused before anything is written"
 
@@ -448,4 +449,4 @@ def test_shards_without_their_index_are_refused(sharded_llama: Path, tmp_path: P
     source = shutil.copytree(sharded_llama, tmp_path / "source")
     (source / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="index"):
-        prune_checkpoint(source, target, [1])
+        prune_checkpoint(Checkpoint(source), target, [1])

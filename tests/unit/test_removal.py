@@ -15,6 +15,7 @@ from sdd.forward.bypass import Bypass, Row, likelihoods, task_row
 from sdd.importance.removal import Iterative, Perplexity, without_each
 from sdd.importance.states import chosen_blocks
 from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning.depth import prune_checkpoint
 
 BLOCKS = 4
@@ -40,8 +41,8 @@ def nats_without(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, row
     @cache
     def function(*removed: int) -> float:
         folder = tmp_path_factory.mktemp("pruned")
-        prune_checkpoint(tiny_llama, folder, list(removed))
-        model = checkpoints.load_model(folder, "float32")
+        prune_checkpoint(Checkpoint(tiny_llama), folder, list(removed))
+        model = Checkpoint(folder).model("float32")
         nats = [0.0]
         for row in rows:
             with torch.no_grad():
@@ -101,7 +102,7 @@ def test_a_table_without_each_block_is_that_of_pruned_checkpoints(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
     """Batches of several lengths, one block gone already: what is skipped and what is kept is the same model."""
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     for removed in ([], [2]):
         whole, each = without_each(model, rows, removed, batch_size=3)
         assert whole.log_perplexity == pytest.approx(nats_without(*removed), rel=1e-5)
@@ -113,7 +114,7 @@ def test_a_table_without_each_block_is_that_of_pruned_checkpoints(
 
 def test_blocks_before_a_removal_are_not_run_again(tiny_llama: Path, rows: list[Row]) -> None:
     """Every block runs for a first look at one token and for the whole, and once for each removal before it."""
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     ran: list[int] = []
     for block, layer in enumerate(checkpoints.blocks(model)):
         layer.mlp.register_forward_hook(lambda *_, block=block: ran.append(block))
@@ -122,7 +123,7 @@ def test_blocks_before_a_removal_are_not_run_again(tiny_llama: Path, rows: list[
 
 
 def test_the_model_is_left_as_it_was_even_after_a_failure(tiny_llama: Path, rows: list[Row]) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     bypass = Bypass(model)
     with pytest.raises(RuntimeError, match="stop"), bypass.letting_through({1: None}), bypass.catching([0]):
         raise RuntimeError("stop")
@@ -144,7 +145,7 @@ def measured(criterion: Any, model: Any, rows: list[Row], batch_size: int = 3) -
 def test_perplexity_is_the_rise_when_a_block_alone_goes(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
-    scores = measured(Perplexity(), checkpoints.load_model(tiny_llama, "float32"), rows)
+    scores = measured(Perplexity(), Checkpoint(tiny_llama).model("float32"), rows)
     rises = [nats_without(block) - nats_without() for block in range(BLOCKS)]
     assert scores["distance"]["1"] == pytest.approx(rises, abs=1e-5)
     assert scores["order"] == sorted(range(BLOCKS), key=rises.__getitem__)
@@ -154,7 +155,7 @@ def test_perplexity_is_the_rise_when_a_block_alone_goes(
 def test_greedy_measures_what_is_left_again(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
-    scores = measured(Iterative("perplexity"), checkpoints.load_model(tiny_llama, "float32"), rows)
+    scores = measured(Iterative("perplexity"), Checkpoint(tiny_llama).model("float32"), rows)
     removed: list[int] = []
     for step in scores["steps"]:
         before, left = nats_without(*sorted(removed)), [b for b in range(BLOCKS) if b not in removed]
@@ -171,7 +172,7 @@ def test_greedy_measures_what_is_left_again(
 
 @pytest.mark.parametrize("by", ["angular", "perplexity", "task"])
 def test_blocks_that_do_nothing_go_first_and_depth_ends_it(by: str, tiny_llama: Path, rows: list[Row]) -> None:
-    model = silence(checkpoints.load_model(tiny_llama, "float32"), 1, 3)
+    model = silence(Checkpoint(tiny_llama).model("float32"), 1, 3)
     scores = measured(Iterative(by, depth=2), model, rows)
     assert len(scores["steps"]) == 2
     if by == "task":  # of a random model nothing is right, so that likelihood alone decides, and others may help
@@ -208,7 +209,7 @@ def test_an_unknown_measure_is_named() -> None:
 
 
 def test_likelihoods_that_are_no_numbers_are_refused(tiny_llama: Path, rows: list[Row]) -> None:
-    model = checkpoints.load_model(tiny_llama, "float32")
+    model = Checkpoint(tiny_llama).model("float32")
     with torch.no_grad():
         checkpoints.blocks(model)[2].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(UserError, match=r"not finite; choose model\.dtype=float32"):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from sdd.architectures import explicit_config, refittable
 from sdd.errors import UserError
 from sdd.models import checkpoints
-from sdd.models.checkpoints import read_config
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning.depth import prune_checkpoint
 from sdd.pruning.repair import Cut, Moments, check_repairable, cuts_of, repair, replace_tensors
 
@@ -32,7 +32,7 @@ def neox(tmp_path_factory: pytest.TempPathFactory, save_random: Callable[..., Pa
 
 def cut_out(source: Path, folder: Path, removed: list[int]) -> tuple[Path, dict[str, Any]]:
     folder.mkdir()
-    return folder, prune_checkpoint(source, folder, removed)
+    return folder, prune_checkpoint(Checkpoint(source), folder, removed)
 
 
 def states(model: Any, rows: list[list[int]], block: int, down: str, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +114,7 @@ def test_weights_are_those_of_naive_least_squares_on_the_models_states(
     """All states at once, no padding, and the ridge written out; in batches, padded, only real tokens count."""
     source: Path = request.getfixturevalue(name)
     pruned, facts = cut_out(source, tmp_path / "pruned", [2])
-    tensors, done = repair(source, pruned, facts, ROWS, 1e-3, "float32", batch_size=7)
+    tensors, done = repair(Checkpoint(source), Checkpoint(pruned), facts, ROWS, 1e-3, "float32", batch_size=7)
     whole = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     x, output, target = states(whole, FITTED, 1, down, 3)
     projection = checkpoints.blocks(whole)[1].get_submodule(down).requires_grad_(False)
@@ -148,9 +148,9 @@ def test_weights_are_those_of_naive_least_squares_on_the_models_states(
 def test_held_out_error_is_that_of_the_repaired_checkpoint(sharded_llama: Path, tmp_path: Path) -> None:
     """Opened by stock code; two cuts, the second on the states of the student whose first is repaired."""
     pruned, facts = cut_out(sharded_llama, tmp_path / "pruned", [1, 3])
-    tensors, done = repair(sharded_llama, pruned, facts, ROWS, 1e-3, "float32", batch_size=4)
+    tensors, done = repair(Checkpoint(sharded_llama), Checkpoint(pruned), facts, ROWS, 1e-3, "float32", batch_size=4)
     (tmp_path / "repaired").mkdir()
-    replace_tensors(pruned, tmp_path / "repaired", tensors)
+    replace_tensors(Checkpoint(pruned), tmp_path / "repaired", tensors)
     whole, cut, mended = (
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         for folder in (sharded_llama, pruned, tmp_path / "repaired")
@@ -194,7 +194,7 @@ def identity(block: int) -> dict[str, Tensor]:
 def test_removed_identities_leave_nothing_to_repair(rewired: Callable[..., Path], tmp_path: Path) -> None:
     source = rewired(**identity(1), **identity(2))
     pruned, facts = cut_out(source, tmp_path / "pruned", [1, 2])
-    tensors, done = repair(source, pruned, facts, ROWS, 1e-4, "float32")
+    tensors, done = repair(Checkpoint(source), Checkpoint(pruned), facts, ROWS, 1e-4, "float32")
     assert done["cuts"][0]["fitted"] == done["cuts"][0]["held_out"] == {"before": 0.0, "after": 0.0}
     (name,) = tensors
     assert name == "model.layers.0.mlp.down_proj.weight"
@@ -209,7 +209,7 @@ def test_a_projection_that_was_lost_is_found_again(rewired: Callable[..., Path],
     pruned, facts = cut_out(source, tmp_path / "pruned", [1, 3])
     lost = "model.layers.1.mlp.down_proj.weight"
     save_file(load_file(pruned / "model.safetensors") | {lost: torch.zeros(32, 48)}, pruned / "model.safetensors")
-    tensors, done = repair(source, pruned, facts, ROWS, 1e-10, "float32")
+    tensors, done = repair(Checkpoint(source), Checkpoint(pruned), facts, ROWS, 1e-10, "float32")
     assert torch.allclose(tensors[lost], right, atol=1e-4)
     assert done["cuts"][1]["held_out"]["before"] > 0.1
     assert done["cuts"][1]["held_out"]["after"] < 1e-5
@@ -217,7 +217,7 @@ def test_a_projection_that_was_lost_is_found_again(rewired: Callable[..., Path],
 
 def test_an_endless_penalty_keeps_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
     pruned, facts = cut_out(tiny_llama, tmp_path / "pruned", [2, 3])
-    tensors, done = repair(tiny_llama, pruned, facts, ROWS, 1e15, "float32")
+    tensors, done = repair(Checkpoint(tiny_llama), Checkpoint(pruned), facts, ROWS, 1e15, "float32")
     stored = load_file(pruned / "model.safetensors")
     assert all(torch.equal(value, stored[key]) for key, value in tensors.items())
     errors = done["cuts"][0]
@@ -233,14 +233,14 @@ def test_all_other_bytes_are_as_they_were(
     source: Path = request.getfixturevalue(name)
     if dtype == "bfloat16":
         options = {"max_shard_size": "30KB"} if name == "sharded_llama" else {}
-        half = checkpoints.load_model(source, dtype)
+        half = Checkpoint(source).model(dtype)
         half.save_pretrained(tmp_path / "half", **options)
         source = tmp_path / "half"
     pruned, facts = cut_out(source, tmp_path / "pruned", [2])
-    tensors, _ = repair(source, pruned, facts, ROWS, 1e-2, "float32")
+    tensors, _ = repair(Checkpoint(source), Checkpoint(pruned), facts, ROWS, 1e-2, "float32")
     repaired = tmp_path / "repaired"
     repaired.mkdir()
-    replace_tensors(pruned, repaired, tensors)
+    replace_tensors(Checkpoint(pruned), repaired, tensors)
     before, after = ({path.name: path for path in folder.iterdir()} for folder in (pruned, repaired))
     assert before.keys() == after.keys()
     changed = []
@@ -292,21 +292,21 @@ def test_blocks_with_a_projection_to_refit(name: str, sizes: dict[str, Any], tmp
 
     kind, options, blocks = KINDS[name]
     folder = folder_of(getattr(transformers, kind)(**{**sizes, **options}), f"{name}ForCausalLM", tmp_path)
-    config = explicit_config(read_config(folder), "here")
+    config = explicit_config(Checkpoint(folder).config, "here")
     assert list(refittable(config, "here")) == blocks
     if not blocks:
         with pytest.raises(UserError, match=rf"{name}ForCausalLM does not \(a norm or a scale .*; choose repair=none"):
-            check_repairable(folder)
+            check_repairable(Checkpoint(folder))
     elif len(blocks) < BLOCKS:
         with pytest.raises(UserError, match=rf"block 3 of {name}ForCausalLM does not"):
-            check_repairable(folder, [1, 3])
-        assert check_repairable(folder, [1, 2])[1] == "mlp.down_proj"
+            check_repairable(Checkpoint(folder), [1, 3])
+        assert check_repairable(Checkpoint(folder), [1, 2])[1] == "mlp.down_proj"
 
 
 def test_a_single_text_cannot_be_held_out(tiny_llama: Path, tmp_path: Path) -> None:
     pruned, facts = cut_out(tiny_llama, tmp_path / "pruned", [2])
     with pytest.raises(UserError, match="holds out 1 of the calibration texts, and 1 is all"):
-        repair(tiny_llama, pruned, facts, ROWS[:1], 1e-4, "float32")
+        repair(Checkpoint(tiny_llama), Checkpoint(pruned), facts, ROWS[:1], 1e-4, "float32")
 
 
 def test_a_config_is_all_that_is_asked_of_a_large_model(tmp_path: Path) -> None:
@@ -316,5 +316,5 @@ def test_a_config_is_all_that_is_asked_of_a_large_model(tmp_path: Path) -> None:
     wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     folder = folder_of(LlamaConfig(**wide, num_key_value_heads=8, vocab_size=128256), "LlamaForCausalLM", tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(check_repairable(folder)) == 32
+    assert len(check_repairable(Checkpoint(folder))) == 32
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000

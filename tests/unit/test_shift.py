@@ -18,7 +18,7 @@ from sdd.analysis.shift import (
     token_nll,
 )
 from sdd.errors import UserError
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.stages.surprisals import lengths, surprise
 
 
@@ -32,7 +32,7 @@ def test_kl_by_hand() -> None:
 
 
 def test_kl_and_nll_of_rows_are_those_of_whole_forwards(tiny_llama: Path, sharded_llama: Path, monkeypatch) -> None:
-    teacher, student = (checkpoints.load_model(path, "float32") for path in (tiny_llama, sharded_llama))
+    teacher, student = (Checkpoint(path).model("float32") for path in (tiny_llama, sharded_llama))
     generator = torch.Generator().manual_seed(1)
     sizes = [(3, 7), (9, 1), (5, 12)]
     rows = [tuple(torch.randint(0, 99, (n,), generator=generator).tolist() for n in pair) for pair in sizes]

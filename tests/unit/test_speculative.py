@@ -21,6 +21,7 @@ from sdd.analysis.speculative import (
 )
 from sdd.models import checkpoints
 from sdd.models.chats import chat_prompt_ids, stop_ids
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning.depth import prune_checkpoint
 from sdd.rewriting.engines import HFEngine, Request
 
@@ -35,12 +36,12 @@ def pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     The last block is weakened so that the student agrees with the teacher often, and not always.
     """
     folder = tmp_path_factory.mktemp("student")
-    prune_checkpoint(tiny_llama, folder, [3])
-    teacher, student = (checkpoints.load_model(path, "float32") for path in (tiny_llama, folder))
+    prune_checkpoint(Checkpoint(tiny_llama), folder, [3])
+    teacher, student = (Checkpoint(path).model("float32") for path in (tiny_llama, folder))
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             checkpoints.blocks(teacher)[3].get_submodule(name).weight *= 0.25
-    return teacher, student, checkpoints.load_tokenizer(tiny_llama)
+    return teacher, student, Checkpoint(tiny_llama).tokenizer()
 
 
 @pytest.fixture(scope="module")

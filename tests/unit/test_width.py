@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPTNeoXConfig,
 
 from sdd.architectures import find_mlp
 from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
 from sdd.pruning import depth as pruning
 from sdd.pruning.width import Share, check_narrowable, narrow_checkpoint, sizes_of
 
@@ -69,7 +70,7 @@ def test_narrowed_checkpoint_has_the_kept_channels_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(pruning, "CHUNK", 1000)  # matrices go through in several pieces
     source = folders[name]
-    facts = narrow_checkpoint(source, tmp_path, KEPT)
+    facts = narrow_checkpoint(Checkpoint(source), tmp_path, KEPT)
     before, after = tensors(source), tensors(tmp_path)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -83,7 +84,8 @@ def test_narrowed_checkpoint_has_the_kept_channels_bit_for_bit(
     assert (facts["width_before"], facts["width_after"]) == (48, 8)
     assert facts["removed_of_mlp"] == pytest.approx(40 / 48)
     counted = sum(tensor.numel() for tensor in after.values())
-    assert facts["parameters_after"] == counted == facts["parameters_before"] - 40 * sizes_of(source).channel
+    channel = sizes_of(Checkpoint(source)).channel
+    assert facts["parameters_after"] == counted == facts["parameters_before"] - 40 * channel
     assert facts["removed_of_all"] == pytest.approx(1 - counted / facts["parameters_before"])
 
 
@@ -92,7 +94,7 @@ def test_narrowed_checkpoint_has_the_kept_channels_bit_for_bit(
 def test_stock_model_equals_the_whole_one_with_channels_masked(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    narrow_checkpoint(folders[name], tmp_path, KEPT)
+    narrow_checkpoint(Checkpoint(folders[name]), tmp_path, KEPT)
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
     whole = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
@@ -140,10 +142,10 @@ def test_width_that_is_none_is_refused(share: Share, message: str) -> None:
 
 def test_sizes_by_hand(folders: dict[str, Path]) -> None:
     """Width 32, 4 blocks; a channel of the plain MLP is a row, its bias and a column, of the fused one three."""
-    assert sizes_of(folders["plain"]).channel == 4 * 65
-    assert sizes_of(folders["fused"]).channel == sizes_of(folders["one file"]).channel == 4 * 96
-    assert sizes_of(folders["bias"]).channel == 4 * 98
-    sizes = sizes_of(folders["one file"])
+    assert sizes_of(Checkpoint(folders["plain"])).channel == 4 * 65
+    assert sizes_of(Checkpoint(folders["fused"])).channel == sizes_of(Checkpoint(folders["one file"])).channel == 4 * 96
+    assert sizes_of(Checkpoint(folders["bias"])).channel == 4 * 98
+    sizes = sizes_of(Checkpoint(folders["one file"]))
     assert sizes.width(Share(0.2, "all", 1)) == round(48 - 0.2 * sizes.parameters / 384)
     half = (sizes.parameters - sizes.blocks / 2) * 0.2
     assert sizes.width(Share(0.2, "all", 1), blocks_removed=2) == round(48 - half / 192)
@@ -156,14 +158,14 @@ def test_mixture_of_experts_is_refused(save_random: Callable[..., Path], sizes: 
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
     folder = save_random(tmp_path / "source", Qwen3MoeConfig(**sizes, **experts))
     with pytest.raises(UserError, match=r"its MLP is not known here \(a mixture of experts\)"):
-        sizes_of(folder)
+        sizes_of(Checkpoint(folder))
 
 
 def test_widths_by_block_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_llama / "config.json").read_text()) | {"intermediate_size": [48, 48, 48, 48]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="a width for each block"):
-        sizes_of(tmp_path)
+        sizes_of(Checkpoint(tmp_path))
     assert isinstance(Gemma3nTextConfig().intermediate_size, list), "as Gemma 3n has them"
 
 
@@ -173,12 +175,12 @@ def test_config_that_disagrees_with_the_tensors_is_refused(tiny_llama: Path, tmp
     config = json.loads((tiny_llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(UserError, match=r"intermediate_size=64 in config\.json, but the MLPs are 48 wide"):
-        sizes_of(tmp_path)
+        sizes_of(Checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_known_mlps_can_be_narrowed(name: str, folders: dict[str, Path]) -> None:
-    assert check_narrowable(folders[name], 8).width == WIDTH
+    assert check_narrowable(Checkpoint(folders[name]), 8).width == WIDTH
 
 
 def test_mlp_of_other_names_is_refused() -> None:

@@ -15,7 +15,7 @@ from launching import run
 
 from sdd.errors import UserError
 from sdd.finetuning.adapters import check_adapter
-from sdd.models import checkpoints
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.files import read_headers
 from sdd.pruning.depth import prune_checkpoint
 
@@ -44,7 +44,7 @@ def pruned(folder: Path) -> None:
     target = folder.with_name("target")
     target.mkdir()
     try:
-        prune_checkpoint(folder, target, [1])
+        prune_checkpoint(Checkpoint(folder), target, [1])
     except UserError:
         assert not list(target.iterdir()), "refused before anything is written"
         raise
@@ -101,7 +101,7 @@ def test_files_are_plain_ones_of_the_folder(name: str, model: Path, canaries: An
 
 def pruned_or_digest(folder: Path) -> None:
     """What a command does first: the digest, which reads every file."""
-    checkpoints.model_digest(folder, folder.with_name("memory"))
+    Checkpoint(folder).digest(folder.with_name("memory"))
     pruned(folder)
 
 
@@ -115,10 +115,10 @@ def test_stock_code_sees_no_file_that_is_not_known(model: Path, canaries: Any) -
         os.mkfifo(model / name)
     for name in ("generation_config_link.json", "custom_generate"):
         (model / name).symlink_to(canaries.outside)
-    tokenizer = checkpoints.load_tokenizer(model)
+    tokenizer = Checkpoint(model).tokenizer()
     assert not isinstance(tokenizer.chat_template, dict)
     assert tokenizer.name_or_path == str(model)
-    opened = checkpoints.load_model(model, "float32")
+    opened = Checkpoint(model).model("float32")
     assert opened.config._name_or_path == str(model)
     pruned(model)
     assert not (canaries.work / "target" / "additional_chat_templates").exists()
@@ -139,11 +139,11 @@ def in_cache(folder: Path) -> Path:
 
 def test_layout_of_the_hubs_cache_works(model: Path, canaries: Any) -> None:
     snapshot = in_cache(model)
-    checkpoints.model_digest(snapshot, canaries.work / "memory")
-    checkpoints.load_tokenizer(snapshot)
-    checkpoints.load_model(snapshot, "float32")
+    Checkpoint(snapshot).digest(canaries.work / "memory")
+    Checkpoint(snapshot).tokenizer()
+    Checkpoint(snapshot).model("float32")
     (canaries.work / "pruned").mkdir()
-    prune_checkpoint(snapshot, canaries.work / "pruned", [1])
+    prune_checkpoint(Checkpoint(snapshot), canaries.work / "pruned", [1])
     assert (canaries.work / "pruned" / "tokenizer.json").is_file()
 
 
@@ -163,7 +163,7 @@ def test_layout_like_the_hubs_cache_is_no_way_out(way: str, model: Path, canarie
         snapshot = snapshot.rename(repository / "other")
         (snapshot / "tokenizer.json").unlink()
         (snapshot / "tokenizer.json").symlink_to("../blobs/" + "0" * 64)
-    refused(lambda: checkpoints.model_digest(snapshot, canaries.work / "memory"), canaries, snapshot)
+    refused(lambda: Checkpoint(snapshot).digest(canaries.work / "memory"), canaries, snapshot)
 
 
 INDICES = [
@@ -185,7 +185,7 @@ INDICES += [
 def test_index(text: str, model: Path, canaries: Any) -> None:
     (model / "model.safetensors").rename(model / "x.safetensors")
     (model / "model.safetensors.index.json").write_text(text)
-    refused(lambda: checkpoints.weight_files(model), canaries, model)
+    refused(lambda: Checkpoint(model).weight_files, canaries, model)
 
 
 # ---- headers ----------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_model_of_other_shapes_is_not_opened(name: str, model: Path, canaries: A
     if name == "fewer than stored":
         config |= {"num_hidden_layers": 5, "layer_types": None}
     (model / "config.json").write_text(json.dumps(config))
-    refused(lambda: checkpoints.load_model(model, "float32"), canaries, model)
+    refused(lambda: Checkpoint(model).model("float32"), canaries, model)
 
 
 def test_model_of_a_million_parts_is_not_built() -> None:
@@ -360,7 +360,7 @@ def test_known_attention_is_allowed(kind: str | None, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"_attn_implementation": kind, "_attn_implementation_autoset": True}
     (model / "config.json").write_text(json.dumps(config))
-    assert checkpoints.read_config(model)["num_hidden_layers"] == 4
+    assert Checkpoint(model).config["num_hidden_layers"] == 4
 
 
 # ---- adapters ---------------------------------------------------------------------------------------------------
@@ -407,8 +407,8 @@ def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tuned")
     recipe = {"method": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["all-linear"]}
-    model = checkpoints.load_model(checkpoint, "float32")
-    save_student(adapted(model, recipe, None), folder, checkpoint, "pruned/0a1b")
+    model = Checkpoint(checkpoint).model("float32")
+    save_student(adapted(model, recipe, None), folder, Checkpoint(checkpoint), "pruned/0a1b")
     return folder / "adapter"
 
 
@@ -456,10 +456,10 @@ def test_kernels_are_never_imported(model: Path, canaries: Any) -> None:
     facts = package.with_name("kernels-0.17.0.dist-info")
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.0\n")
-    body = "import sys\nfrom pathlib import Path\nfrom sdd.models import checkpoints\n"
+    body = "import sys\nfrom pathlib import Path\nfrom sdd.models.checkpoints import Checkpoint\n"
     body += "from sdd.pruning.depth import prune_checkpoint\n"
-    body += "source, target = map(Path, sys.argv[1:])\nprune_checkpoint(source, target, [1])\n"
-    body += "checkpoints.load_model(target, 'float32')\n"
+    body += "source, target = map(Path, sys.argv[1:])\nprune_checkpoint(Checkpoint(source), target, [1])\n"
+    body += "Checkpoint(target).model('float32')\n"
     (canaries.work / "target").mkdir()
     paths = os.pathsep.join([str(canaries.work / "site"), *sys.path])
     words = [sys.executable, "-c", body, str(model), str(canaries.work / "target")]

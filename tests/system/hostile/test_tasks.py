@@ -17,8 +17,8 @@ from sdd.evaluation import safety
 from sdd.evaluation.benchmark import Benchmark
 from sdd.evaluation.definitions import Definition, find, packaged
 from sdd.evaluation.harness import Harness
-from sdd.models import checkpoints
 from sdd.models.chats import chat_prompt_ids
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.control import control_of
 
 ROW = {"question": "2 + 2?", "answer": "#### 4"}
@@ -189,7 +189,7 @@ def test_the_suites_tasks_are_lm_evals_own() -> None:
 
 @pytest.fixture(scope="module")
 def harnesses(checkpoint: Path) -> dict[bool, Harness]:
-    model, tokenizer = checkpoints.load_model(checkpoint, "float32"), checkpoints.load_tokenizer(checkpoint)
+    model, tokenizer = Checkpoint(checkpoint).model("float32"), Checkpoint(checkpoint).tokenizer()
     return {chat: Harness(model, tokenizer, 2, 4, "Be <|end|> brief.", chat_template=chat) for chat in (True, False)}
 
 

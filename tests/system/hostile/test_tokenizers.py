@@ -13,7 +13,7 @@ from conftest import Canaries
 from launching import run
 
 from sdd.errors import UserError
-from sdd.models.checkpoints import has_chat_template, load_tokenizer
+from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
 from sdd.models.tokenizers import check_pattern, open_tokenizer
 
@@ -171,7 +171,7 @@ def folder(checkpoint: Path, canaries: Canaries) -> Path:
 
 def refused(folder: Path, canaries: Canaries) -> str:
     with pytest.raises(UserError) as error:
-        load_tokenizer(folder)
+        Checkpoint(folder).tokenizer()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 1000
     canaries.check(str(error.value))
@@ -234,10 +234,10 @@ def test_special_tokens_map(text: str, folder: Path, canaries: Canaries) -> None
 
 def test_more_templates_are_not_read(folder: Path, canaries: Canaries) -> None:
     """A pipe among them would keep whoever opens it waiting."""
-    own = load_tokenizer(folder).chat_template
+    own = Checkpoint(folder).tokenizer().chat_template
     (folder / "additional_chat_templates").mkdir()
     os.mkfifo(folder / "additional_chat_templates" / "rag.jinja")
-    assert load_tokenizer(folder).chat_template == own
+    assert Checkpoint(folder).tokenizer().chat_template == own
     canaries.check()
 
 
@@ -246,7 +246,7 @@ def test_whether_there_is_a_template_is_asked_of_a_strangers_file_too(text: str,
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer_config"):
-        has_chat_template(folder)
+        _ = Checkpoint(folder).has_chat_template
 
 
 PUBLISHED = {
