@@ -33,7 +33,7 @@ from sdd.architectures import BLOCK_NAME, explicit_config, refittable
 from sdd.errors import UserError
 from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
-from sdd.models.files import read_header, side_files
+from sdd.models.files import CODES, read_header, side_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,6 @@ MAX_TOKENS = 16_384
 
 CHUNK = 4096
 """Tokens that are widened to float64 at a time."""
-
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sdd.finetuning.adapters import merged
 from sdd.models import checkpoints
+from sdd.models.files import CODES, FLOATS, read_headers
 from sdd.stages.runtime import Runtime
 from sdd.store import read_manifest
 from sdd.store.files import read_jsonl
@@ -54,14 +55,10 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Path]
 
 def stored_dtype(folder: Path) -> str:
     """The dtype of a checkpoint's weights that all of them fit in without rounding; float32 where there are several."""
-    from safetensors import safe_open
-
-    kinds = set()
-    for path in checkpoints.weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(sorted(kinds & FLOATS)), "float32")
+    codes = stored_codes(folder) & FLOATS
+    return next((dtype for dtype, code in CODES.items() if codes == {code}), "float32")
 
 
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-"""Dtypes in a safetensors header that are rounded."""
+def stored_codes(folder: Path) -> set[str]:
+    """The dtypes of a checkpoint's tensors, as headers name them."""
+    return {entry["dtype"] for entry in read_headers(checkpoints.weight_files(folder)).values()}
