@@ -165,6 +165,11 @@ def _wrong(name: str, entry: Any) -> str:
     return "" if entry.keys() <= {"dtype", "shape", "data_offsets"} else "the entry"
 
 
+def is_narrower(code: str, dtype: str | None) -> bool:
+    """Whether a header's dtype is one of floats with fewer bytes than `dtype` ("float32"), which holds them exactly."""
+    return dtype is not None and code in FLOATS and BYTES[code] < BYTES[CODES[dtype]]
+
+
 def read_headers(files: list[Path]) -> Header:
     """All tensors of a checkpoint's files; refused where one is stored twice."""
     found: Header = {}
