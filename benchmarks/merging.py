@@ -67,7 +67,8 @@ def make_adapter(base: Path, folder: Path, seed: int, scale: float) -> None:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    student.peft_config["default"].base_model_name_or_path = "model/base"  # an adapter that names a place is not read
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: str | None = None) -> Path:
-    """Write the student into the new folder `target`; `dtype` is by default that of the base checkpoint."""
+    """Write the student into the new folder `target`; `dtype` is by default that of its checkpoint, or of its base."""
     source = store.find(address)
     if not STAGES[source.parent.name].is_model:
         raise UserError(f"{source.parent.name}/{source.name} is no model; export a pruned, tuned or merged artifact")

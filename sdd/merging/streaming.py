@@ -1,14 +1,15 @@
 """Merge students of one base checkpoint tensor by tensor: the base is read once, each student as what it adds to it.
 
-Arithmetic is float32, the result is stored in the dtype of the base's tensor. What no student changes is copied byte
-for byte; tied embeddings are written once. Held in memory are a few times the largest tensor. Knows nothing of how
-students were made, nor of the store.
+Arithmetic is float32, the result is stored in the dtype of the base's tensor or in a wider one. What no student changes
+is copied byte for byte, or widened exactly; tied embeddings are written once. Held in memory are a few times the
+largest tensor. Knows nothing of how students were made, nor of the store.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from sdd.architectures import BLOCK_NAME, HEADS
 from sdd.merging.formulas import angle, linear, norm, share_at, slerp, task_arithmetic, ties
 from sdd.merging.students import Student
 from sdd.models.checkpoints import Checkpoint
-from sdd.models.files import Header, read_header
+from sdd.models.files import BYTES, CODES, Header, is_narrower, read_header
 from sdd.pruning.depth import copy_bytes, write_header
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def merge_tensor(
     base: Tensor, read: list[tuple[Tensor, Tensor] | None], method: dict[str, Any], t: float
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The merged tensor in the dtype of `base`, and what was measured: norms, and angles (radians) of every pair.
+    """The merged tensor in float32, and what was measured: norms, and angles (radians) of every pair.
 
     `read` is what each student gives: its tensor and its task vector, float32, shaped as `base`; None for no change.
     """
@@ -63,7 +64,7 @@ def merge_tensor(
             merged = ties(whole, vectors, method["weights"], method["density"])
         case other:
             raise AssertionError(f"no method {other}")
-    return merged.to(base.dtype), measured
+    return merged, measured
 
 
 # ---- whole checkpoints ----------------------------------------------------------------------------------------------
@@ -78,12 +79,13 @@ def place_of(tensor: str, num_blocks: int) -> float:
 
 
 def merge_checkpoints(
-    base: Checkpoint, students: list[Student], method: dict[str, Any], target: Path
+    base: Checkpoint, students: list[Student], method: dict[str, Any], target: Path, dtype: str | None = None
 ) -> dict[str, Any]:
     """Write the merged checkpoint into the folder `target`, in files cut as those of `base`.
 
-    `method` holds `method` and its settings, as `sdd.recipes` writes them. Returns `tensors` (name -> what was
-    measured, see `merge_tensor`) and `copied`, the names of those that no student changes.
+    `method` holds `method` and its settings, as `sdd.recipes` writes them. Tensors that are narrower than `dtype` are
+    stored in it; None keeps the base's dtypes. Returns `tensors` (name -> what was measured, see `merge_tensor`) and
+    `copied`, the names of those that no student changes.
     """
     config, shards = base.config, base.weight_files
     tied = HEADS if config.get("tie_word_embeddings", False) else ()
@@ -98,16 +100,20 @@ def merge_checkpoints(
             if not entries:
                 continue
             weight_map |= dict.fromkeys(entries, shard.name)
+            wider = {name: dtype if is_narrower(entry["dtype"], dtype) else None for name, entry in entries.items()}
+            stored = {name: _entry(entry, wider[name]) for name, entry in entries.items()}
             with shard.open("rb") as reader, (target / shard.name).open("wb") as writer:
-                total += write_header(writer, metadata, entries)
-                for name, tensor, measured in _merged(shard, list(entries), students, method, config):
+                total += write_header(writer, metadata, stored)
+                for name, tensor, measured in _merged(shard, wider, students, method, config):
                     if tensor is None:
                         begin, end = entries[name]["data_offsets"]
                         reader.seek(start + begin)
                         copy_bytes(reader, writer, end - begin)
-                        facts["copied"].append(name)
                     else:
                         _write(tensor, writer)
+                    if measured is None:
+                        facts["copied"].append(name)
+                    else:
                         facts["tensors"][name] = measured
                     progress.update(1)
     if shards[0].name != "model.safetensors":
@@ -115,6 +121,10 @@ def merge_checkpoints(
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for path in [base.folder / "config.json", *base.side_files]:
         shutil.copyfile(path, target / path.name)
+    if dtype:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(keys, dtype)
+        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return facts
 
 
@@ -127,24 +137,42 @@ def _header(shard: Path, left_out: tuple[str, ...]) -> tuple[Header, dict[str, s
     return dict(sorted(kept, key=lambda pair: pair[1]["data_offsets"][0])), metadata, start
 
 
+def _entry(entry: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A tensor's entry in the header, in `dtype` if there is one; where its bytes go is for `write_header` to say."""
+    if dtype is None:
+        return entry
+    size = math.prod(entry["shape"]) * BYTES[CODES[dtype]]
+    return {**entry, "dtype": CODES[dtype], "data_offsets": [0, size]}
+
+
 def _merged(
-    shard: Path, names: list[str], students: list[Student], method: dict[str, Any], config: dict[str, Any]
-) -> Iterator[tuple[str, Tensor | None, dict[str, Any]]]:
-    """(name, merged tensor, what was measured) for every tensor of a file; None where no student changes it."""
+    shard: Path,
+    wider: dict[str, str | None],
+    students: list[Student],
+    method: dict[str, Any],
+    config: dict[str, Any],
+) -> Iterator[tuple[str, Tensor | None, dict[str, Any] | None]]:
+    """(name, tensor to write, what was measured) for every tensor of a file.
+
+    No tensor where the base's bytes stay as they are; nothing measured where no student changes it. `wider` maps every
+    name to the dtype that it is stored in, None for the base's.
+    """
+    import torch
     from safetensors import safe_open
 
     with safe_open(shard, framework="pt") as file:
-        for name in names:
-            if not any(student.touches(name) for student in students):
-                yield name, None, {}
+        for name, dtype in wider.items():
+            if dtype is None and not any(student.touches(name) for student in students):
+                yield name, None, None
                 continue
             base = file.get_tensor(name)
             read = [student.read(name, base) for student in students]
-            if not any(read):
-                yield name, None, {}
-                continue
-            t = share_at(method.get("t", 0.5), name, place_of(name, config["num_hidden_layers"]))
-            yield name, *merge_tensor(base, read, method, t)
+            if any(read):
+                t = share_at(method.get("t", 0.5), name, place_of(name, config["num_hidden_layers"]))
+                merged, measured = merge_tensor(base, read, method, t)
+                yield name, merged.to(getattr(torch, dtype) if dtype else base.dtype), measured
+            else:
+                yield name, base.to(getattr(torch, dtype)) if dtype else None, None
 
 
 def _write(tensor: Tensor, writer: BinaryIO) -> None:

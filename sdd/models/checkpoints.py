@@ -31,7 +31,17 @@ from sdd.architectures import (
 )
 from sdd.errors import UserError
 from sdd.models.chats import prepare_tokenizer
-from sdd.models.files import SIDE_FILES, StoredTensor, check_part, indexed_names, read_headers, side_files, view
+from sdd.models.files import (
+    CODES,
+    FLOATS,
+    SIDE_FILES,
+    StoredTensor,
+    check_part,
+    indexed_names,
+    read_headers,
+    side_files,
+    view,
+)
 from sdd.models.generation import plain_generation, steers
 from sdd.models.tokenizers import open_tokenizer
 from sdd.store import digest_of, remembered_digest
@@ -42,9 +52,6 @@ LARGEST_CONFIG = 4 << 20
 
 NAMES_CODE = ("phi3",)
 """Model types whose repositories name code of their own beside a stock class, which is what is opened."""
-
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-"""Dtypes in a safetensors header that are rounded."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +161,14 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) for tensor in found if tensor.name not in left_out)
 
     @property
+    def dtypes(self) -> set[str]:
+        """Those of the tensors, as headers name them ("BF16")."""
+        return {tensor.dtype for tensor in self.tensors.values()}
+
+    @property
     def stored_dtype(self) -> str:
         """The dtype that all weights fit in without rounding; float32 where they have several."""
-        kinds = {tensor.dtype for tensor in self.tensors.values()} & FLOATS
-        return "bfloat16" if kinds == {"BF16"} else "float16" if kinds == {"F16"} else "float32"
+        return next((dtype for dtype, code in CODES.items() if self.dtypes & FLOATS == {code}), "float32")
 
     def digest(self, memory: Path) -> str:
         """Digest of weights, config, tokenizer, chat template and generation config, hexadecimal."""

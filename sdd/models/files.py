@@ -55,6 +55,12 @@ BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, 
 BYTES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}
 """Bytes a number of every dtype that a header may name."""
 
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+"""Those of them that are rounded."""
+
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""How a header names the dtypes that a model is opened in."""
+
 NAME = re.compile(rf"[!-~]{{1,{LONGEST_NAME}}}")
 
 Header = dict[str, Any]
@@ -177,6 +183,11 @@ def _wrong(name: str, entry: Any) -> str:
     if offsets[1] - offsets[0] != math.prod(shape) * BYTES[dtype]:
         return "the byte range, not that of its shape and dtype,"
     return "" if entry.keys() <= {"dtype", "shape", "data_offsets"} else "the entry"
+
+
+def is_narrower(code: str, dtype: str | None) -> bool:
+    """Whether a header's dtype is one of floats with fewer bytes than `dtype` ("float32"), which holds them exactly."""
+    return dtype is not None and code in FLOATS and BYTES[code] < BYTES[CODES[dtype]]
 
 
 @dataclass(frozen=True, slots=True)

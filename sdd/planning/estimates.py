@@ -161,7 +161,7 @@ def tuned(
     return Estimate(seconds, memory, 4 * training.trained)
 
 
-def merged(work: Work, students: int, in_full: bool) -> Estimate:
+def merged(work: Work, written: Work, students: int, in_full: bool) -> Estimate:
     """The base is read, some passes over each tensor are made in float32, and the result is written; on the CPU.
 
     Students trained in full are read too, in float32; the largest tensor, the embeddings, then sets the memory.
@@ -171,7 +171,10 @@ def merged(work: Work, students: int, in_full: bool) -> Estimate:
     read = BYTES["float32"] * parameters * students if in_full else 0
     largest = shape.hidden * (max(shape.vocabulary, shape.intermediate) if in_full else shape.intermediate)
     memory = 3e8 + (3 + 3 * students) * BYTES["float32"] * largest
-    return Estimate(1 + passes + (2 * work.weights + read) / work.device.disk, memory, work.weights)
+    if written.width > work.width:  # the embeddings are not copied by their bytes
+        memory = max(memory, 3e8 + (work.width + written.width) * shape.hidden * shape.vocabulary)
+    moved = work.weights + written.weights + read
+    return Estimate(1 + passes + moved / work.device.disk, memory, written.weights)
 
 
 @dataclass(frozen=True)

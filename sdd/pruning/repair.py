@@ -34,7 +34,7 @@ from sdd.errors import UserError
 from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
-from sdd.models.files import read_header
+from sdd.models.files import CODES, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +47,6 @@ MAX_TOKENS = 16_384
 
 CHUNK = 4096
 """Tokens that are widened to float64 at a time."""
-
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sdd.errors import UserError
 from sdd.merging.formulas import is_nearly_parallel
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
+from sdd.models.files import CODES, is_narrower
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages import tuned
@@ -23,19 +24,21 @@ from sdd.stages.student import base_of
 from sdd.store import Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
+from sdd.study.models import Models
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Merged(Spec):
-    """The method and those of its settings that it has."""
+    """The method and those of its settings that it has; `dtype` where tensors are stored wider than the base's."""
 
     method: str
     t: Any = None
     space: str | None = None
     weights: list[float] | None = None
     density: float | None = None
+    dtype: str | None = None
 
 
 # ---- what is asked for --------------------------------------------------------------------------------------------
@@ -51,11 +54,22 @@ def recipe(study: Study) -> Recipe:
     settings = {}
     for key in MERGE_SETTINGS[merge["method"]]:
         settings[key] = _floats(merge[key]) if key != "weights" else _floats(merge[key] or [1] * len(inputs))
-    spec = Merged(merge["method"], **settings)
+    spec = Merged(merge["method"], dtype=_wider(study.models), **settings)
     if spec.t is not None:
         _check_kinds(study, spec.t)
     datasets = dict.fromkeys(each.labels["dataset"] for each in inputs.values())
     return study.recipe("merged", spec, inputs, {"dataset": "+".join(datasets), "merge": merge["method"]})
+
+
+def _wider(models: Models) -> str | None:
+    """The dtype that the model is opened in, where some of its tensors are stored narrower.
+
+    Its tuned students are base and adapter, added unrounded in that dtype; a merge of them is stored as exactly.
+    """
+    dtype = models.dtype("model")
+    said = str(models.sizes.get("dtype") or models.sizes.get("torch_dtype"))  # before its files are here
+    codes = models.known(lambda: models.checkpoint.dtypes, {CODES.get(said, "")})
+    return dtype if any(is_narrower(code, dtype) for code in codes) else None
 
 
 def _floats(value: Any) -> Any:
@@ -107,19 +121,20 @@ def _check_kinds(study: Study, t: Any) -> None:
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
-    work = sizes.work(sizes.kept, sizes.stored)
-    return estimates.merged(work, len(recipe.inputs), sizes.config.adapter.method == "full")
+    dtype = Merged.read(recipe.spec).dtype or sizes.stored
+    work, written = sizes.work(sizes.kept, sizes.stored), sizes.work(sizes.kept, dtype)
+    return estimates.merged(work, written, len(recipe.inputs), sizes.config.adapter.method == "full")
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """A stock checkpoint in the dtype of the base's, and `merging.json`."""
+    """A stock checkpoint in the dtype of the base's or a wider one, and `merging.json`."""
     spec = Merged.read(recipe.spec)
     folders = [inputs[f"student{number}"] for number in range(len(inputs))]
     base = base_of(folders[0], runtime)
-    facts = merge_checkpoints(base, open_students(folders), spec.key(), folder)
+    facts = merge_checkpoints(base, open_students(folders), spec.key(), folder, spec.dtype)
     config = base.config
     found = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
     note = parallel_note(spec.key(), found)
@@ -130,7 +145,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             **recipe.spec,
             "students": [place.name for place in folders],
             "base": base.folder.name if base.folder.parent.name == "pruned" else None,
-            "dtype": config.get("dtype") or config.get("torch_dtype"),
+            "dtype": spec.dtype or config.get("dtype") or config.get("torch_dtype"),
             "angles": found,
             "note": note,
             **facts,

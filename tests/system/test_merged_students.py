@@ -12,13 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.students import quoted
 from sdd.export.checkpoint import export
+from sdd.models.checkpoints import load_model, save_model
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.library import Library
 from sdd.stages import merged as merged_stage
 from sdd.stages.__main__ import rerun
 from sdd.stages.runtime import Runtime
-from sdd.store import Store
+from sdd.stages.sizes import Sizes
+from sdd.store import Recipe, Store
 from sdd.store.__main__ import differences
 from sdd.study import Study
 
@@ -115,6 +117,28 @@ def test_what_is_in_the_key(composed: Callable[..., DictConfig], record: Any, tm
     ]
     assert len({plain, *others}) == 11
     assert address("linear", weights=[1, 1]) == others[7]
+
+
+def test_dtype_is_in_the_key_where_students_are_opened_wider(
+    composed: Callable[..., DictConfig], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of 2 of 4 blocks in bfloat16; its estimate counts what is stored."""
+    half = tmp_path / "half"
+    save_model(load_model(checkpoint, "bfloat16"), half, checkpoint)
+
+    def merged(path: Path, dtype: str) -> tuple[Recipe, float]:
+        words = [f"model.path={path}", f"model.dtype={dtype}"]
+        students = [Study(composed(*words, f"seed={seed}"), tmp_path) for seed in (0, 1)]
+        study = Study(composed("merge=slerp", *words), tmp_path, students)
+        recipe = merged_stage.recipe(study)
+        return recipe, merged_stage.estimate(Sizes(study), recipe).disk
+
+    settings = {"method": "slerp", "t": 0.5, "space": "weights"}
+    (wider, wide), (kept, narrow) = merged(half, "float32"), merged(half, "bfloat16")
+    assert wider.spec == settings | {"dtype": "float32"} and kept.spec == settings
+    assert wide == 2 * narrow > 0
+    assert merged(half, "float16")[0].spec == settings  # as many bytes, other numbers
+    assert merged(checkpoint, "float32")[0].spec == merged(checkpoint, "bfloat16")[0].spec == settings
 
 
 def test_a_dry_run_names_every_student(merged: Any, small: list[str], record: Any) -> None:

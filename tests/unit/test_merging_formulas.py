@@ -19,8 +19,10 @@ from sdd.merging.streaming import merge_checkpoints, place_of
 from sdd.merging.students import open_students
 from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.stages.merged import angles, parallel_note
+from sdd.stages.merged import build as build_merged
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
+from sdd.store import Recipe
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
 HEAD_AND_NORMS = {"method": "head_and_norms"}
@@ -158,10 +160,12 @@ def whole(base: Path, pair: list[Path], tmp_path_factory: pytest.TempPathFactory
     return [exported(one, base, folder / one.name, "float32") for one in pair]
 
 
-def merge(base: Path, folders: list[Path], method: dict[str, Any], target: Path) -> tuple[dict, dict]:
+def merge(
+    base: Path, folders: list[Path], method: dict[str, Any], target: Path, dtype: str | None = None
+) -> tuple[dict, dict]:
     """(merged tensors, what was measured)."""
     target.mkdir()
-    facts = merge_checkpoints(Checkpoint(base), open_students(folders), method, target)
+    facts = merge_checkpoints(Checkpoint(base), open_students(folders), method, target, dtype)
     return tensors_of(target), facts
 
 
@@ -214,6 +218,47 @@ def test_adapters_merge_as_their_full_checkpoints_do(
     start = tensors_of(base)[name].double().flatten()
     a, b = a - start, b - start
     assert measured["task_vector_angles"] == [pytest.approx(math.acos(a @ b / a.norm() / b.norm()), rel=1e-3)]
+
+
+@pytest.mark.parametrize("method", METHODS[:3], ids=named)
+def test_a_student_merged_with_itself_is_that_student(
+    method: dict, base: Path, pair: list[Path], tmp_path: Path
+) -> None:
+    """Evaluated in float32, a student is its base and its adapter, unrounded; a merge is stored as exactly."""
+    spec, folder = method | {"dtype": "float32"}, tmp_path / "merged"
+    folder.mkdir()
+    recipe = Recipe("merged", 1, spec, {}, {})
+    build_merged(Runtime(sources={"base": base}), recipe, dict.fromkeys(("student0", "student1"), pair[0]), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tuned, _ = open_student(pair[0], Runtime(sources={"base": base}), "float32")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        apart = (model(ids).logits - tuned(ids).logits).abs().max()
+    assert apart <= (5e-5 if method.get("space") == "task_vectors" else 0)  # 0.7 x + 0.3 x is not quite x
+    assert json.loads((folder / "merging.json").read_text())["dtype"] == "float32"
+
+
+def test_wider_checkpoint(base: Path, pair: list[Path], tmp_path: Path) -> None:
+    """Rounded, it is the one in the base's dtype; what is copied is exact; config and index say what is stored."""
+    narrow, facts = merge(base, pair, SLERP, tmp_path / "narrow")
+    wide, wide_facts = merge(base, pair, SLERP, tmp_path / "wide", "float32")
+    assert facts == wide_facts and narrow.keys() == wide.keys()
+    for name, tensor in wide.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor.bfloat16(), narrow[name]), name
+    assert all(torch.equal(wide[name], narrow[name].float()) for name in facts["copied"])
+    assert (tmp_path / "narrow" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "wide"))
+    assert before["dtype"] == "bfloat16" and after == before | {"dtype": "float32"}
+    assert {p.name for p in (tmp_path / "wide").iterdir()} == {p.name for p in base.iterdir()}
+    index = tmp_path / "wide" / "model.safetensors.index.json"
+    if index.exists():
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(4 * x.numel() for x in wide.values())
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "wide", dtype=torch.float32, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wide.items())
 
 
 def test_three_students(base: Path, pair: list[Path], tmp_path: Path) -> None:
