@@ -133,10 +133,8 @@ def _refusal(source: Repository, setting: str, error: Exception) -> Exception:
     """One line for what the hub, or the way to it, says no with; other failures as they are."""
     if isinstance(error, UserError):
         return error
-    name, local = (
-        f"{setting}.hub.repository={source.repository}",
-        f"name local files with the same rows by {setting}.path",
-    )
+    name = f"{setting}.hub.repository={source.repository}"
+    local = f"name local files with the same rows by {setting}.path"
     page = f"https://huggingface.co/datasets/{source.repository}"
     message = explained(error, name, page, f" and the files are not in its cache; connect, or {local}")
     if message is not None:

@@ -179,21 +179,21 @@ def arithmetic(rng: random.Random) -> Instance:
 def sort(rng: random.Random) -> Instance:
     """Letters into alphabetical order."""
     letters = rng.sample(LETTERS, rng.randint(4, 6))
-    given, answer = " ".join(letters), " ".join(sorted(letters))
+    sequence, answer = " ".join(letters), " ".join(sorted(letters))
     request = rng.choice(["Sort these letters: {}", "Put in alphabetical order: {}", "Order the letters {}"])
     gold = rng.choice(
         [
             [f"In order they are {answer}."],
             [f"The first is {min(letters)}.", f"Sorted, this gives {answer}."],
-            [f"From {given} we get {answer}."],
+            [f"From {sequence} we get {answer}."],
         ]
     )
     forms = ["in order its {}", "sorted {}", "that goes {}", "{} is the order"]
     return _instance(
         rng,
         "sort",
-        f"sort {given}",
-        request.format(given),
+        f"sort {sequence}",
+        request.format(sequence),
         answer,
         gold,
         [rng.choice(forms).format(answer)],
@@ -203,21 +203,21 @@ def sort(rng: random.Random) -> Instance:
 def reverse(rng: random.Random) -> Instance:
     """A list of words, read backwards."""
     words = rng.sample(NOUNS, rng.randint(3, 5))
-    given, answer = " ".join(words), " ".join(reversed(words))
+    sequence, answer = " ".join(words), " ".join(reversed(words))
     request = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Turn the list around: {}"])
     gold = rng.choice(
         [
             [f"The last word is {words[-1]}.", f"Backwards it reads {answer}."],
             [f"Reversed, the list is {answer}."],
-            [f"We read {given} from the end.", f"This gives {answer}."],
+            [f"We read {sequence} from the end.", f"This gives {answer}."],
         ]
     )
     forms = ["from the back its {}", "turned around {}", "backwards thats {}", "{} if you flip it"]
     return _instance(
         rng,
         "reverse",
-        f"reverse {given}",
-        request.format(given),
+        f"reverse {sequence}",
+        request.format(sequence),
         answer,
         gold,
         [rng.choice(forms).format(answer)],
@@ -230,7 +230,7 @@ def rotate(rng: random.Random) -> Instance:
     end, place = rng.choice([("first", "end"), ("last", "front")])
     moved = words[0] if end == "first" else words[-1]
     rest = words[1:] if end == "first" else words[:-1]
-    given, answer = " ".join(words), " ".join([*rest, moved] if end == "first" else [moved, *rest])
+    sequence, answer = " ".join(words), " ".join([*rest, moved] if end == "first" else [moved, *rest])
     request = rng.choice(
         [
             "Move the {e} word to the {p}: {g}",
@@ -249,8 +249,8 @@ def rotate(rng: random.Random) -> Instance:
     return _instance(
         rng,
         "rotate",
-        f"rotate {end} {given}",
-        request.format(e=end, p=place, g=given),
+        f"rotate {end} {sequence}",
+        request.format(e=end, p=place, g=sequence),
         answer,
         gold,
         [rng.choice(forms).format(m=moved, a=answer)],
@@ -261,22 +261,22 @@ def shift(rng: random.Random) -> Instance:
     """Each letter replaced by the next one of the alphabet."""
     letters = [rng.choice(LETTERS[:-1]) for _ in range(rng.randint(3, 5))]
     after = [LETTERS[LETTERS.index(letter) + 1] for letter in letters]
-    given, answer = " ".join(letters), " ".join(after)
+    sequence, answer = " ".join(letters), " ".join(after)
     request = rng.choice(["Move each letter one on: {}", "Replace every letter by the next: {}", "Shift by one: {}"])
     pairs = [f"{a} to {b}" for a, b in zip(letters, after, strict=True)]
     gold = rng.choice(
         [
             [f"We take {', '.join(pairs)}."],
             [f"The letter {letters[0]} becomes {after[0]}.", f"All together we get {answer}."],
-            [f"One on from {given} is {answer}."],
+            [f"One on from {sequence} is {answer}."],
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"one up its {answer}"], [f"{letters[0]} goes {after[0]} and so on"]])
     return _instance(
         rng,
         "shift",
-        f"shift {given}",
-        request.format(given),
+        f"shift {sequence}",
+        request.format(sequence),
         answer,
         gold,
         lines,
@@ -286,22 +286,22 @@ def shift(rng: random.Random) -> Instance:
 def initials(rng: random.Random) -> Instance:
     """The first letter of each word of a list."""
     words = rng.sample(NOUNS, rng.randint(3, 5))
-    given, answer = " ".join(words), " ".join(word[0] for word in words)
+    sequence, answer = " ".join(words), " ".join(word[0] for word in words)
     request = rng.choice(["Give the first letters of {}", "Which letters do these begin with: {}", "Initials of {}"])
     pairs = [f"{word} {word[0]}" for word in words]
     gold = rng.choice(
         [
             [f"The letters are {', '.join(pairs)}."],
             [f"The word {words[0]} begins with {words[0][0]}.", f"All together we get {answer}."],
-            [f"From {given} we keep {answer}."],
+            [f"From {sequence} we keep {answer}."],
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"they start {answer}"], [f"{words[0]} has {words[0][0]} and so on"]])
     return _instance(
         rng,
         "initials",
-        f"initials {given}",
-        request.format(given),
+        f"initials {sequence}",
+        request.format(sequence),
         answer,
         gold,
         lines,

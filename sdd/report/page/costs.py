@@ -58,8 +58,10 @@ def _against_saved(subject: Subject) -> list[Chart]:
 
 def _speed_of(timings: list[dict[str, Any]]) -> dict[str, float]:
     """Decoding speed over that of the unpruned model in the same run: mean over seeds, least and greatest."""
-    took = [[timing[who]["decode_seconds_per_token"]["median"] for who in ("teacher", "student")] for timing in timings]
-    ratios = [teacher / student for teacher, student in took]
+    medians = [
+        [timing[model]["decode_seconds_per_token"]["median"] for model in ("teacher", "student")] for timing in timings
+    ]
+    ratios = [teacher / student for teacher, student in medians]
     return {"mean": sum(ratios) / len(ratios), "low": min(ratios), "high": max(ratios)}
 
 
@@ -138,14 +140,16 @@ def _measured(subject: Subject, group: Group) -> list[dict[str, Any]]:
             }
             cells = {}
             for name, (key, factor) in columns.items():
-                student, teacher = (joined([timing[who][key] for timing in timings]) for who in ("student", "teacher"))
+                student, teacher = (
+                    joined([timing[model][key] for timing in timings]) for model in ("student", "teacher")
+                )
                 values = [
                     factor * value for value in (student["mean"], student["low"], student["high"], teacher["mean"])
                 ]
                 mean, low, high, unpruned = (f"{value:,.1f}" for value in values)
                 cells[name] = plain(mean, student["mean"], f"{low} to {high}; unpruned {unpruned}")
             peak, teacher_peak = (
-                max(timing[who]["peak_bytes"] for timing in timings) for who in ("student", "teacher")
+                max(timing[model]["peak_bytes"] for timing in timings) for model in ("student", "teacher")
             )
             cells["peak memory, MB"] = plain(f"{peak / MEGA:,.1f}", peak, f"unpruned {teacher_peak / MEGA:,.1f}")
             speed = _speed_of(timings)

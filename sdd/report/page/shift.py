@@ -113,8 +113,8 @@ def _lengths(subject: Subject, group: Group) -> list[dict[str, Any]]:
         lengths = [result["tokens_per_answer"] for result in record["results"] if "tokens_per_answer" in result]
         cells = {"KL, nats per token": cell(record["measures"].get("kl"), 3, 1)}
         cells["similarity"] = cell(record["measures"].get("similarity"), 3, 1)
-        for who, words in (("student", "tokens an answer"), ("teacher", "the unpruned model's")):
-            values = {key: mean_of(lengths, who, key) for key in ("mean", "p5", "p95")} if lengths else {}
+        for model, words in (("student", "tokens an answer"), ("teacher", "the unpruned model's")):
+            values = {key: mean_of(lengths, model, key) for key in ("mean", "p5", "p95")} if lengths else {}
             if values and None not in values.values():
                 span = f"{values['p5']:.0f} to {values['p95']:.0f}"
                 cells[words] = plain(f"{values['mean']:.1f}", values["mean"], span)

@@ -77,14 +77,16 @@ def _speeds(group: Group) -> list[dict[str, Any]]:
         for machine, timings in timings_of(record, "greedy"):
             for length in dict.fromkeys(length for timing in timings for length in timing["greedy"]["assisted"]):
                 timed = [timing for timing in timings if length in timing["greedy"]["assisted"]]
-                took = {kind: [timing[kind]["assisted"][length] for timing in timed] for kind in ("greedy", "sampling")}
+                by_kind = {
+                    kind: [timing[kind]["assisted"][length] for timing in timed] for kind in ("greedy", "sampling")
+                }
                 predictions = [timing["predicted_speedup"][length] for timing in timed]
                 line: dict[str, Any] = {"arm": arm, "record": record, "series": series}
-                line |= {kind: joined([run["speedup"] for run in runs]) for kind, runs in took.items()}
+                line |= {kind: joined([run["speedup"] for run in runs]) for kind, runs in by_kind.items()}
                 line |= {
                     name: sum(prediction[name] for prediction in predictions) / len(predictions) for name in PREDICTED
                 }
-                identical = min(run["identical"] for run in took["greedy"])
+                identical = min(run["identical"] for run in by_kind["greedy"])
                 lines.append({**line, "machine": machine, "length": length, "identical": identical})
     return lines
 
