@@ -44,8 +44,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 
 def main(script: str) -> None:
     """Run one of the scripts "prune", "generate", "train", "evaluate" on the process's command line."""
-    given = (word.split("=")[0] for word in sys.argv[1:])
-    if any(len(word) > 2 and "--experimental-rerun".startswith(word) for word in given):  # argparse takes short forms
+    flags = (word.split("=")[0] for word in sys.argv[1:])
+    if any(len(word) > 2 and "--experimental-rerun".startswith(word) for word in flags):  # argparse takes short forms
         print("error: --experimental-rerun unpickles a file, which can run code; pass the overrides", file=sys.stderr)
         raise SystemExit(USER)
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
@@ -164,10 +164,10 @@ def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
 
     plan = planned(wanted, study, store)
     print("\n".join(lines(plan)))
-    records = [one.record() for one in plan]
+    records = [artifact.record() for artifact in plan]
     log.info(summary(records))
     log.info(assumption(study.config.trainer.accelerator))
-    if any(one.provisional for one in plan):
+    if any(artifact.provisional for artifact in plan):
         log.info("addresses with a question mark are known once the model and the data have been fetched")
     return records
 

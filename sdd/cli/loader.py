@@ -42,7 +42,7 @@ LONGEST_LINE = 2_000
 MOST_FILES = 1_000
 """Files of a config, counted once for each place that names them; ours is made of some hundred."""
 
-Found = TypeVar("Found")
+Composed = TypeVar("Composed")
 
 
 def config_folder() -> Path:
@@ -100,8 +100,8 @@ class CheckedRepository(ConfigRepository):
                 self.sources[index] = BoundedFileSource(source.provider, source.path)
 
 
-def is_shared(found: ConfigResult, config_path: str) -> bool:
-    return found.path.startswith("file://") and BoundedFileSource("", found.path).is_shared(config_path)
+def is_shared(result: ConfigResult, config_path: str) -> bool:
+    return result.path.startswith("file://") and BoundedFileSource("", result.path).is_shared(config_path)
 
 
 class FilesOfOne(CachingConfigRepository):
@@ -115,9 +115,9 @@ class FilesOfOne(CachingConfigRepository):
         self.number += 1
         if self.number > MOST_FILES:
             raise UserError(f"{config_path}: the defaults lists name more than {MOST_FILES:,} files; refused")
-        found = super().load_config(config_path)
-        self.shared = self.shared or (found is not None and is_shared(found, config_path))
-        return found
+        result = super().load_config(config_path)
+        self.shared = self.shared or (result is not None and is_shared(result, config_path))
+        return result
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
@@ -138,7 +138,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 cause = (str(error.__cause__ or "").splitlines() or [""])[0]
                 raise UserError(f"{str(error).partition('Config search path:')[0]} {cause}") from None
             check_targets(config)
-            if OmegaConf.select(config, "logger._target_") and not self._is_asked_for(config, "logger"):
+            if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
             sweeper = config.hydra.sweeper
             if sweeper.get("params"):
@@ -155,7 +155,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self._process_config_searchpath(config_name, parsed, self.files)
         return parsed, self.files
 
-    def _is_asked_for(self, config: DictConfig, group: str) -> bool:
+    def _is_chosen(self, config: DictConfig, group: str) -> bool:
         """Whether the command line, or a root of our own, chose a group's option."""
         typed = (re.split(r"[@=]", word.lstrip("+"))[0] for word in config.hydra.overrides.task)
         if any(key in (group, f"{group}._target_") for key in typed):
@@ -165,7 +165,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         if root is None or option is None or not isinstance(option.config, DictConfig) or is_shared(root, name):
             return False
         defaults = [entry for entry in root.defaults_list or [] if isinstance(entry, GroupDefault)]
-        return "_target_" in option.config and any((one.group, one.value) == (group, chosen) for one in defaults)
+        return "_target_" in option.config and any((entry.group, entry.value) == (group, chosen) for entry in defaults)
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: list[Any], repo: Any) -> None:
         primary = repo.load_config(config_path=config_name) if config_name is not None else None
@@ -181,9 +181,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
-        found = repo.load_config(config_path=default.config_path)
-        if is_shared(found, default.config_path):
-            placed = self._embed_result_config(found, default.package)
+        loaded = repo.load_config(config_path=default.config_path)
+        if is_shared(loaded, default.config_path):
+            placed = self._embed_result_config(loaded, default.package)
             check_shared(_content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")
         result: ConfigResult = super()._load_single_config(default, repo)
         return result
@@ -197,10 +197,10 @@ class CheckedConfigLoader(ConfigLoaderImpl):
     ) -> list[str]:
         """The options of a group, out of this loader's sources; Hydra copies them whole for each group of `--help`."""
         if config_name or overrides:
-            found: list[str] = super().get_group_options(group_name, results_filter, config_name, overrides)
+            options: list[str] = super().get_group_options(group_name, results_filter, config_name, overrides)
         else:
-            found = self.repository.get_group_options(group_name, results_filter)
-        return found
+            options = self.repository.get_group_options(group_name, results_filter)
+        return options
 
 
 def _content(result: ConfigResult) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _content(result: ConfigResult) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _composed(compose: Callable[[], Found]) -> Found:
+def _composed(compose: Callable[[], Composed]) -> Composed:
     """What is composed; a refusal is one line. Hydra's own of what is typed keep its words and its code."""
     try:
         return compose()

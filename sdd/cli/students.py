@@ -41,7 +41,10 @@ def quoted(word: str) -> str:
         choices = yaml.safe_load(f"[{value}]")
     except yaml.YAMLError:
         return word
-    if not all(isinstance(found, list) and all(isinstance(one, list) for one in found) for found in choices):
+    if not all(
+        isinstance(students, list) and all(isinstance(overrides, list) for overrides in students)
+        for students in choices
+    ):
         return word
     return f"{key}={','.join(map(_written, choices))}"
 
@@ -60,17 +63,17 @@ def composed_students(config: DictConfig) -> list[tuple[DictConfig, list[str]]]:
 
 
 def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
-    asked = HydraConfig.get()
-    words = [*(word for word in asked.overrides.task if _group(word) != "merge"), *overrides]
+    hydra_config = HydraConfig.get()
+    words = [*(word for word in hydra_config.overrides.task if _group(word) != "merge"), *overrides]
     within = COMPOSING.set(True)
-    searched = [word for word in asked.overrides.hydra if word.startswith("hydra.searchpath=")]
+    searched = [word for word in hydra_config.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:
         for override in OverridesParser.create().parse_overrides(overrides):
             if "${" in str(override.input_line):
                 raise UserError(f"{override.input_line} would be resolved a second time; write the value itself")
             if _group(override.key_or_group) in NOT_OF_A_STUDENT:
                 raise UserError(f"{override.input_line} says nothing of a student; give it for the whole command")
-        config: DictConfig = compose(asked.job.config_name, [*searched, *words, "merge=none"])
+        config: DictConfig = compose(hydra_config.job.config_name, [*searched, *words, "merge=none"])
         OmegaConf.resolve(config)
         check_values(config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:

@@ -69,7 +69,7 @@ class SweepEnd(Callback):
             return
         log.info("report: %s", report)
         trackers = [_tracker(names[name].parent) for name, job in jobs if job.get("stage") == "evaluated"]
-        tracker = next((each for each in trackers if each), None)
+        tracker = next((tracker for tracker in trackers if tracker), None)
         if report and tracker:
             from sdd.report.tracking import log_report
 

@@ -166,10 +166,10 @@ def build(node: Any, *args: Any, **values: Any) -> Any:
     name = node.get("_target_")
     if name not in PLACES:
         raise UserError(f"_target_={name} is not one of this project's parts; refused")
-    found = class_of(name)
-    given = {key: value for key, value in node.items() if key != "_target_"} | values
+    part = class_of(name)
+    arguments = {key: value for key, value in node.items() if key != "_target_"} | values
     try:
-        inspect.signature(found).bind(*args, **given)
+        inspect.signature(part).bind(*args, **arguments)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
-    return found(*args, **given)
+    return part(*args, **arguments)

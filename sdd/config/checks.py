@@ -221,13 +221,13 @@ def _check_merge(merge: Any) -> None:
             f"merge={method} needs {needs}, merge.students has {number}{instead}; write them as "
             "merge.students=[[dataset=tiny_math],[dataset=tiny_instruct]]"
         )
-    own = MERGE_SETTINGS[method]
+    settings = MERGE_SETTINGS[method]
     for key in ("t", "space", "weights", "density"):
-        if merge[key] is not None and key not in own:
+        if merge[key] is not None and key not in settings:
             raise UserError(f"merge.{key} does not belong to merge.method={method}; leave it out, or choose the option")
-        if merge[key] is None and key in own and key != "weights":
+        if merge[key] is None and key in settings and key != "weights":
             raise UserError(f"merge.method={method} needs merge.{key}; choose the option merge={method}")
-    if "t" in own:
+    if "t" in settings:
         _check_share(plain(merge)["t"], "merge.t")
     if merge.space not in (None, "weights", "task_vectors"):
         raise UserError(f"merge.space={merge.space} is unknown; choose one of weights, task_vectors")
@@ -265,12 +265,12 @@ def _check_rows(rows: Any, where: str) -> None:
 def _check_keys(node: Any, where: str = "") -> None:
     """Refuse a key that `+key=...` added beside those of the schema."""
     kind = OmegaConf.get_type(node)
-    known = {item.name for item in fields(kind)} if is_dataclass(kind) else set(node)
-    if gone := sorted(known - set(node)):
+    names = {item.name for item in fields(kind)} if is_dataclass(kind) else set(node)
+    if gone := sorted(names - set(node)):
         raise UserError(f"{where}{gone[0]} was taken out, which no setting can be; leave it as it is")
     for key in node:
-        if key not in known:
-            raise UserError(f"{where}{key} is not a setting; choose from {', '.join(sorted(known))}")
+        if key not in names:
+            raise UserError(f"{where}{key} is not a setting; choose from {', '.join(sorted(names))}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
             _check_keys(child, f"{where}{key}.")
@@ -288,10 +288,10 @@ def check_pruning(pruning: Any, num_blocks: int) -> None:
         if wrong:
             raise UserError(f"pruning.blocks: no block {wrong[0]}; the model has blocks 0 to {num_blocks - 1}")
     size = pruning.size if blocks is None else len(blocks)
-    what = f"pruning.size={size}" if blocks is None else f"pruning.blocks={list(blocks)}"
+    cut = f"pruning.size={size}" if blocks is None else f"pruning.blocks={list(blocks)}"
     if size >= num_blocks:
         verb = "removes all" if size == num_blocks else "is more than the"
-        raise UserError(f"{what} {verb} {num_blocks} blocks; choose at most {num_blocks - 1}")
+        raise UserError(f"{cut} {verb} {num_blocks} blocks; choose at most {num_blocks - 1}")
     if pruning.start is not None and not 0 <= pruning.start <= num_blocks - size:
         raise UserError(
             f"pruning.start={pruning.start} with pruning.size={size} leaves the model; choose 0 to {num_blocks - size}"

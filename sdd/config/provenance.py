@@ -83,7 +83,7 @@ def _word(key: str, value: str, typed: Iterable[str]) -> str | None:
         return value
     shared = str(shareable(value, typed))
     if bare.startswith("study."):
-        plain = all(_PLAIN.fullmatch(one.removeprefix(".../")) for one in shared.strip("'\"").split(","))
+        plain = all(_PLAIN.fullmatch(part.removeprefix(".../")) for part in shared.strip("'\"").split(","))
         return shared if plain and not is_secret(bare) else None
     return shared
 
@@ -114,8 +114,8 @@ def _below(path: str, name: str, kind: Any) -> tuple[str, Any]:
     inner = f"{path}.{name}" if path else name
     plain = _PLAIN.fullmatch(name) and not is_secret(name)
     if is_dataclass(kind):
-        found = get_type_hints(kind).get(name)
-        parts = get_args(found) if get_origin(found) in (Union, types.UnionType) else (found,)
+        hint = get_type_hints(kind).get(name)
+        parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         return inner, next((part for part in parts if part is not types.NoneType), None)
     if path in OPEN:
         return inner, Any if name in (*OPEN[path], "_target_") else None
@@ -135,7 +135,10 @@ def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
                 kept[str(key)] = _kept(item, below, where, typed)
         return kept
     if path == "merge.students" and isinstance(value, list):
-        return [[w for one in words if (w := _student_word(str(one), typed)) is not None] for words in value]
+        return [
+            [w for override in overrides if (w := _student_word(str(override), typed)) is not None]
+            for overrides in value
+        ]
     if path.endswith("revision") and isinstance(value, str) and _COMMIT.fullmatch(value):
         return value
     return shareable(value, typed)
@@ -160,9 +163,9 @@ def _values_left_out(override: str) -> list[str]:
 def _secrets(node: Any, secret: bool = False) -> list[str]:
     """Text under a name of a credential anywhere in a config, to which other settings may refer."""
     if isinstance(node, Mapping):
-        return [found for key, item in node.items() for found in _secrets(item, secret or is_secret(str(key)))]
+        return [text for key, item in node.items() for text in _secrets(item, secret or is_secret(str(key)))]
     if isinstance(node, list | tuple):
-        return [found for item in node for found in _secrets(item, secret)]
+        return [text for item in node for text in _secrets(item, secret)]
     return [node] if secret and isinstance(node, str) and len(node) >= 6 else []
 
 
@@ -170,7 +173,7 @@ def is_secret(name: str) -> bool:
     """Whether a setting is named like a credential: `hfToken`, `engine.api_key`; not `max_new_tokens`."""
     words = [word.lower() for word in _WORD.findall(name)]
     return bool(SECRET_WORDS & set(words)) or any(
-        one in SECRET_KEYS and two in ("key", "keys") for one, two in pairwise(words)
+        first in SECRET_KEYS and second in ("key", "keys") for first, second in pairwise(words)
     )
 
 
@@ -189,26 +192,26 @@ def _text(text: str, typed: Iterable[str]) -> str:
     for secret in typed:
         text = text.replace(secret, GONE)
     text = _KNOWN.sub(GONE, _USER.sub("", text))
-    text = _LONG.sub(lambda found: GONE if _is_random(found[0]) else found[0], text)
+    text = _LONG.sub(lambda match: GONE if _is_random(match[0]) else match[0], text)
     text = _NAMED.sub(_named, text)
     if _WHOLE.match(text) and (bare := text.strip("'\"")) not in _places():
         return f".../{_name(bare)}"
     for place in _places():
         text = re.sub(rf"{re.escape(place)}(?![\w.-])((?:[/\\]+{_PART})*)", _below_place, text)
-    text = _QUOTED.sub(lambda found: f"{found[1]}.../{_name(found[2])}{found[1]}", text)
-    return _WITHIN.sub(lambda found: found["url"] or f".../{_name(found['path'])}", text)
+    text = _QUOTED.sub(lambda match: f"{match[1]}.../{_name(match[2])}{match[1]}", text)
+    return _WITHIN.sub(lambda match: match["url"] or f".../{_name(match['path'])}", text)
 
 
-def _named(found: re.Match[str]) -> str:
+def _named(match: re.Match[str]) -> str:
     """A setting within a text: `api_key=...` keeps its name; `max_tokens=4`, and a template's `token: {x}`, all."""
-    name, sign, value = found.groups()
+    name, sign, value = match.groups()
     if is_secret(name) and not _NUMBER.fullmatch(value) and not value.startswith("{"):
         return f"{name}{sign}{GONE}"
     return f"{name}{sign}{_NAMED.sub(_named, value)}"
 
 
-def _below_place(found: re.Match[str]) -> str:
-    return f".../{_name(found[1])}" if found[1] else "..."
+def _below_place(match: re.Match[str]) -> str:
+    return f".../{_name(match[1])}" if match[1] else "..."
 
 
 def _is_random(text: str) -> bool:
@@ -216,8 +219,8 @@ def _is_random(text: str) -> bool:
     if re.fullmatch(r"[0-9a-fA-F-]+", text):
         return bool(re.search(r"\d", text)) and len(set(text)) >= 6
     kinds = sum(bool(re.search(pattern, text)) for pattern in ("[a-z]", "[A-Z]", r"\d"))
-    counts = Counter(text)
-    bits = -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
+    frequencies = Counter(text)
+    bits = -sum(n / len(text) * math.log2(n / len(text)) for n in frequencies.values())
     return kinds == 3 and bits > (3.9 if text.rstrip("=").isalnum() else 4.4)
 
 
@@ -229,7 +232,7 @@ def _name(path: str) -> str:
 def _places() -> list[str]:
     """Folders of this machine that a value may hold in any form, the longest first."""
     package = Path(__file__).resolve().parent
-    found = {str(Path.home()), str(package), str(package.parent)}
+    folders = {str(Path.home()), str(package), str(package.parent)}
     with contextlib.suppress(OSError):  # deleted under this process
-        found.add(str(Path.cwd()))
-    return sorted((place for place in found if len(place) > 4), key=len, reverse=True)
+        folders.add(str(Path.cwd()))
+    return sorted((place for place in folders if len(place) > 4), key=len, reverse=True)

@@ -75,7 +75,9 @@ def _written_out(node: Any, sizes: dict[int, int | None], where: str) -> int:
         return 1
     if id(node) not in sizes:
         sizes[id(node)] = None
-        children = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
+        children = (
+            node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
+        )
         sizes[id(node)] = 1 + sum(_written_out(child, sizes, where) for child in children)
     size = sizes[id(node)]
     if size is None:
@@ -188,9 +190,9 @@ def _check_hydra(node: Any, where: str) -> None:
             if key == "sweeper" and name == "params" and isinstance(setting, dict):
                 _check_swept(setting, where)
             elif place == "sweeper.sampler" and isinstance(setting, dict):
-                for one, number in setting.items():
-                    if one != "_target_" and not _is_moderate(str(one), number):
-                        raise _not_allowed(f"{place}.{one}", number, where)
+                for option, number in setting.items():
+                    if option != "_target_" and not _is_moderate(str(option), number):
+                        raise _not_allowed(f"{place}.{option}", number, where)
             elif place == "sweeper.direction" and _words(setting):
                 continue
             elif not (_LAUNCHER_WORD.fullmatch(str(name)) and (setting is None or _is_moderate(name, setting))):

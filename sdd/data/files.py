@@ -30,12 +30,12 @@ ROWS_PER_BYTE = 100
 BATCH_ROWS = 1024
 
 
-def data_files(path: Path, what: str) -> list[Path]:
-    """The file itself, or the files of a folder's training split, in order; `what` names the setting in errors.
+def data_files(path: Path, setting: str) -> list[Path]:
+    """The file itself, or the files of a folder's training split, in order; `setting` is what errors call it.
 
     A folder may come from anyone: a link in it that leads out of it is not followed.
     """
-    name = f"{what}={printable(str(path))}"
+    name = f"{setting}={printable(str(path))}"
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
@@ -44,20 +44,20 @@ def data_files(path: Path, what: str) -> list[Path]:
         check_regular(path, name)
         return [path]
     for pattern in SPLIT:
-        if found := sorted(path.glob(pattern)):
+        if files := sorted(path.glob(pattern)):
             break
     else:
-        found = [entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES)]
-        if len(found) != 1:
+        files = [entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES)]
+        if len(files) != 1:
             raise UserError(f"{name}: the folder has no {', '.join(SPLIT[:3])}; name the file")
-    for file in found:
-        check_own(file, path, what)
-    return found
+    for file in files:
+        check_own(file, path, setting)
+    return files
 
 
-def check_own(file: Path, folder: Path, what: str) -> None:
+def check_own(file: Path, folder: Path, setting: str) -> None:
     """Refuse what is no regular file of a folder; the hub's cache links its files to `blobs` beside `snapshots`."""
-    name = f"{what}={printable(str(file))}"
+    name = f"{setting}={printable(str(file))}"
     check_regular(file, name)
     if folder.resolve().parent.name == "snapshots" and file.resolve().parent == folder.resolve().parents[1] / "blobs":
         return
@@ -70,32 +70,32 @@ def files_digest(files: Sequence[Path]) -> str:
     return digests[0] if len(digests) == 1 else digest_of(digests)
 
 
-def read_rows(files: Sequence[Path], what: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(files: Sequence[Path], setting: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every row; blank lines are no rows. A Parquet file without one of `columns` is refused."""
     for path in files:
-        check_regular(path, f"{what}={printable(str(path))}")
+        check_regular(path, f"{setting}={printable(str(path))}")
         if path.suffix == ".parquet":
-            yield from _parquet(path, what, columns)
+            yield from _parquet(path, setting, columns)
         else:
-            yield from _jsonl(path, what)
+            yield from _jsonl(path, setting)
 
 
-def _check_ratio(read: int, path: Path, name: str) -> None:
+def _check_ratio(size: int, path: Path, name: str) -> None:
     """Refuse a small file that stands for a huge one; texts are packed to a tenth, and rarely to a fiftieth."""
-    if read > FREE_BYTES and read > RATIO * path.stat().st_size:
+    if size > FREE_BYTES and size > RATIO * path.stat().st_size:
         raise UserError(f"{name}: more than {RATIO} times as large unpacked as it is; it is not read further")
 
 
-def _jsonl(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = f"{what}={printable(str(path))}"
+def _jsonl(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = f"{setting}={printable(str(path))}"
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        number, read = 0, 0
+        number, size = 0, 0
         try:
             for number, data in enumerate(iter(partial(file.readline, LINE_BYTES + 1), b""), 1):
-                read += len(data)
+                size += len(data)
                 if len(data) > LINE_BYTES:
                     raise UserError(f"{name}: line {number} has more than {LINE_BYTES:,} bytes")
-                _check_ratio(read, path, name)
+                _check_ratio(size, path, name)
                 if line := data.decode().strip():
                     yield f"{name}: line {number}", _row(line, f"{name}: line {number}")
         except UnicodeDecodeError:
@@ -123,28 +123,28 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path, what: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path, setting: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = f"{what}={printable(str(path))}"
+    name = f"{setting}={printable(str(path))}"
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             for column in columns:
                 if column not in schema.names:
-                    known = printable(", ".join(schema.names)[:500])
-                    raise UserError(f"{name}: no column {column!r}; the file has {known}")
+                    names = printable(", ".join(schema.names)[:500])
+                    raise UserError(f"{name}: no column {column!r}; the file has {names}")
             if file.metadata.num_rows > ROWS_PER_BYTE * path.stat().st_size:
                 raise UserError(f"{name}: says that it has {file.metadata.num_rows:,} rows, which it cannot hold")
             _check_ratio(sum(_unpacked(file.metadata)), path, name)
             leaves = map(file.schema.column, range(len(file.schema)))
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        number, read = 0, 0
+        number, size = 0, 0
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(BATCH_ROWS):
-                read += sum(map(_bytes, batch.columns))
-                _check_ratio(read, path, name)
+                size += sum(map(_bytes, batch.columns))
+                _check_ratio(size, path, name)
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}: row {number}", row

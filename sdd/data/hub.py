@@ -32,18 +32,18 @@ class Repository:
     stream: bool = False
 
     @classmethod
-    def of(cls, node: dict[str, Any], what: str) -> "Repository":
-        """From a config's `hub` node; `what` names the setting in errors, as in "dataset"."""
-        where = f"{what}.hub.revision={node.get('revision')}"
+    def of(cls, node: dict[str, Any], setting: str) -> "Repository":
+        """From a config's `hub` node; `setting` is what errors call it, as in "dataset"."""
+        where = f"{setting}.hub.revision={node.get('revision')}"
         if not re.fullmatch(r"[0-9a-f]{40}", str(node.get("revision"))):
             raise UserError(
-                f"{where} is no commit; pin {what}.hub.revision to the 40 hexadecimal digits of one "
-                f"(https://huggingface.co/datasets/{node['repository']}/commits), or name local files by {what}.path"
+                f"{where} is no commit; pin {setting}.hub.revision to the 40 hexadecimal digits of one "
+                f"(https://huggingface.co/datasets/{node['repository']}/commits), or name local files by {setting}.path"
             )
         if not HUB_ID.fullmatch(node["repository"]):
-            raise UserError(f"{what}.hub.repository={node['repository']} is no repository; write OWNER/NAME")
+            raise UserError(f"{setting}.hub.repository={node['repository']} is no repository; write OWNER/NAME")
         if not node.get("files"):
-            raise UserError(f"{what}.hub.files names no file of {node['repository']}")
+            raise UserError(f"{setting}.hub.files names no file of {node['repository']}")
         return cls(node["repository"], node["revision"], tuple(node["files"]), bool(node.get("stream")))
 
     def spec(self) -> dict[str, Any]:
@@ -56,36 +56,38 @@ class Repository:
 
 
 @lru_cache(maxsize=8)
-def fetched_rows(source: Repository, what: str, columns: tuple[str, ...]) -> Sequence[tuple[str, dict[str, Any]]]:
+def fetched_rows(source: Repository, setting: str, columns: tuple[str, ...]) -> Sequence[tuple[str, dict[str, Any]]]:
     """(place, row) of every row of the repository's files, which are downloaded unless they are in the hub's cache."""
     try:
         folder = _snapshot(source)
     except Exception as error:
-        raise _refusal(source, what, error) from None
+        raise _refusal(source, setting, error) from None
     files = [path for pattern in source.files for path in sorted(folder.glob(pattern))]
     if not files:
-        raise _no_file(source, what)
-    return list(read_rows(files, f"{what}.hub.repository", columns))
+        raise _no_file(source, setting)
+    return list(read_rows(files, f"{setting}.hub.repository", columns))
 
 
 def _snapshot(source: Repository) -> Path:
     """The files in the hub's cache; those that are there already need no network."""
-    wanted = (source.repository, source.revision, list(source.files), "dataset")
+    arguments = (source.repository, source.revision, list(source.files), "dataset")
     try:
-        return snapshot(*wanted)
+        return snapshot(*arguments)
     except Exception as error:
         if not is_due_to(error, *UNREACHABLE):
             raise
-        return snapshot(*wanted, fetch=False)
+        return snapshot(*arguments, fetch=False)
 
 
 @lru_cache(maxsize=8)
-def streamed_rows(source: Repository, what: str, count: int, seed: int | None) -> Sequence[tuple[str, dict[str, Any]]]:
+def streamed_rows(
+    source: Repository, setting: str, count: int, seed: int | None
+) -> Sequence[tuple[str, dict[str, Any]]]:
     """The first `count` rows of the stream, shuffled by `seed` through a buffer; in the repository's order if None."""
-    return list(islice(stream(source, what, seed), count))
+    return list(islice(stream(source, setting, seed), count))
 
 
-def stream(source: Repository, what: str, seed: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def stream(source: Repository, setting: str, seed: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of a stream that has no end for practical purposes."""
     from datasets import load_dataset
 
@@ -93,15 +95,15 @@ def stream(source: Repository, what: str, seed: int | None) -> Iterator[tuple[st
     try:
         names = _names(source)
         if not names:
-            raise _no_file(source, what)
+            raise _no_file(source, setting)
         paths = [f"hf://datasets/{source.repository}@{source.revision}/{name}" for name in names]
         rows = load_dataset(kind, data_files=paths, split="train", streaming=True)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=BUFFER_ROWS)
         for number, row in enumerate(rows, 1):
-            yield f"{what}.hub.repository={source.repository}: row {number} of the stream", row
+            yield f"{setting}.hub.repository={source.repository}: row {number} of the stream", row
     except Exception as error:
-        raise _refusal(source, what, error) from None
+        raise _refusal(source, setting, error) from None
 
 
 def _names(source: Repository) -> list[str]:
@@ -122,16 +124,17 @@ def _names(source: Repository) -> list[str]:
     return names
 
 
-def _no_file(source: Repository, what: str) -> UserError:
-    name = f"{what}.hub.repository={source.repository}"
+def _no_file(source: Repository, setting: str) -> UserError:
+    name = f"{setting}.hub.repository={source.repository}"
     return UserError(f"{name} has no file {', '.join(source.files)} at {source.revision}")
 
 
-def _refusal(source: Repository, what: str, error: Exception) -> Exception:
+def _refusal(source: Repository, setting: str, error: Exception) -> Exception:
     """One line for what the hub, or the way to it, says no with; other failures as they are."""
     if isinstance(error, UserError):
         return error
-    name, local = f"{what}.hub.repository={source.repository}", f"name local files with the same rows by {what}.path"
+    name = f"{setting}.hub.repository={source.repository}"
+    local = f"name local files with the same rows by {setting}.path"
     page = f"https://huggingface.co/datasets/{source.repository}"
     message = explained(error, name, page, f" and the files are not in its cache; connect, or {local}")
     if message is not None:
@@ -141,5 +144,5 @@ def _refusal(source: Repository, what: str, error: Exception) -> Exception:
     if is_due_to(error, "RepositoryNotFoundError"):
         return UserError(f"{name}: there is no such dataset, or it is private; check the name, or {local}")
     if is_due_to(error, "EntryNotFoundError"):
-        return _no_file(source, what)
+        return _no_file(source, setting)
     return error

@@ -33,11 +33,11 @@ class LocalRows(Rows):
         return tuple(dict.fromkeys([self.fields["prompt"], self.fields["reference"], *self.named.values()]))
 
     def example(self, row: dict[str, Any], id: str, place: str) -> Example:
-        own, answer = row.get(self.fields["id"]), row.get(self.fields["answer"])
-        if not isinstance(own, str | int | float | None):
+        row_id, answer = row.get(self.fields["id"]), row.get(self.fields["answer"])
+        if not isinstance(row_id, str | int | float | None):
             raise UserError(f"{place}: the field {self.fields['id']!r} is neither a text nor a number")
         return Example(
-            id=str(id if own is None else own),
+            id=str(id if row_id is None else row_id),
             prompt=text_of(row, self.fields["prompt"], place),
             reference=text_of(row, self.fields["reference"], place),
             answer=None if answer is None else str(answer),

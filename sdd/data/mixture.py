@@ -42,18 +42,20 @@ class Mixture:
 
     @cached_property
     def _sources(self) -> dict[str, Any]:
-        counts = Counter(self._turns())
-        return {name: self._asked(name, self.parts[name], counts[name]) for name in self.parts if counts[name]}
+        rows_per_part = Counter(self._turns())
+        return {
+            name: self._call(name, self.parts[name], rows_per_part[name]) for name in self.parts if rows_per_part[name]
+        }
 
-    def _asked(self, name: str, question: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return question(*arguments)
+            return function(*arguments)
         except UserError as error:
             raise UserError(f"dataset.parts.{name}: {error}") from None
 
     @cached_property
     def _selected(self) -> list[Example]:
-        rows = {name: iter(self._asked(name, source.examples)) for name, source in self._sources.items()}
+        rows = {name: iter(self._call(name, source.examples)) for name, source in self._sources.items()}
         drawn = ((name, next(rows[name])) for name in self._turns())
         return [
             dataclasses.replace(
@@ -77,7 +79,7 @@ class Mixture:
             name: {
                 "_target_": id_of(source),
                 "weight": self.weights[name],
-                **self._asked(name, source.spec),
+                **self._call(name, source.spec),
             }
             for name, source in self._sources.items()
         }

@@ -78,34 +78,34 @@ class Rows(ABC):
     def _streamed(self, count: int) -> list[Example]:
         """The first usable rows of the stream, repeated ones left out; their ids are digests of their words."""
         assert self.repository is not None
-        found: dict[str, Example] = {}
+        examples: dict[str, Example] = {}
         for place, row in stream(self.repository, "dataset", self.seed):
             example = self.example(row, digest_of(row)[:16], place)
             if example is not None:
-                found.setdefault(example.id, example)
-            if len(found) == count:
+                examples.setdefault(example.id, example)
+            if len(examples) == count:
                 break
-        return list(found.values())
+        return list(examples.values())
 
     @cached_property
     def _selected(self) -> list[Example]:
         if self.repository is not None and self.repository.stream:
             assert self.num_rows is not None
-            found = self._streamed(self.num_rows)
+            examples = self._streamed(self.num_rows)
         else:
-            found = list(self._all())
+            examples = list(self._all())
         name = self.path if self.path is not None else self.repository.repository  # type: ignore[union-attr]
-        if not found:
+        if not examples:
             raise UserError(f"dataset.path={name} is empty; it needs rows with {', '.join(map(repr, self._needed()))}")
         if self.num_rows is None:
-            return found
-        if self.num_rows > len(found):
-            raise UserError(f"dataset.num_rows={self.num_rows}, but {name} has {len(found)} rows")
+            return examples
+        if self.num_rows > len(examples):
+            raise UserError(f"dataset.num_rows={self.num_rows}, but {name} has {len(examples)} rows")
         if self.repository is not None and self.repository.stream:
-            return found
-        order = list(range(len(found)))
+            return examples
+        order = list(range(len(examples)))
         random.Random(self.seed).shuffle(order)
-        return [found[index] for index in order[: self.num_rows]]
+        return [examples[index] for index in order[: self.num_rows]]
 
     def examples(self) -> list[Example]:
         return list(self._selected)

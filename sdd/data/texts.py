@@ -73,15 +73,15 @@ class CorpusTexts:
             rows = iter(fetched_rows(self.repository, "calibration", self.columns))
         documents = (text for text in self.documents(rows) if len(text.split()) > 1)
         if self.seed is None or (self.repository is not None and self.repository.stream):
-            found = list(islice(documents, self.num_texts))
+            texts = list(islice(documents, self.num_texts))
         else:
-            found = list(documents)
-            random.Random(self.seed).shuffle(found)
-            del found[self.num_texts :]
-        if not found:
+            texts = list(documents)
+            random.Random(self.seed).shuffle(texts)
+            del texts[self.num_texts :]
+        if not texts:
             name = self.path or (self.repository and self.repository.repository)
             raise UserError(f"calibration: {name} has no text of two words or more")
-        return found
+        return texts
 
     def spec(self) -> dict[str, Any]:
         """What recipes say of these texts: their digest, or without asking the hub, where and how they are drawn."""

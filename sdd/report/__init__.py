@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def write_report(asked: list[Path], artifacts: Path, out: Path, baselines: Sequence[str] = ()) -> Path | None:
+def write_report(folders: list[Path], artifacts: Path, out: Path, baselines: Sequence[str] = ()) -> Path | None:
     """Write the report of the evaluated ones among the artifact folders into `out`; None if there are none.
 
     Each artifact is read together with the root that holds it (`<root>/<stage>/<address>`), in which analyses of its
@@ -32,10 +32,10 @@ def write_report(asked: list[Path], artifacts: Path, out: Path, baselines: Seque
     from sdd.report.plots import write_plots
     from sdd.report.tables import write_tables
 
-    evaluated = [path for path in asked if path.parent.name == "evaluated"]
+    evaluated = [path for path in folders if path.parent.name == "evaluated"]
     if not evaluated:
         return None
-    library = Library([*(path.parent.parent for path in asked), artifacts])
+    library = Library([*(path.parent.parent for path in folders), artifacts])
     runs, notes = collect(evaluated, library)
     if not runs:
         return None

@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MALFORMED as error:
         if options.debug:
             raise
-        said = printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        print(f"error: an artifact is not as its stage writes it ({said}); --debug shows where", file=sys.stderr)
+        message = printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        print(f"error: an artifact is not as its stage writes it ({message}); --debug shows where", file=sys.stderr)
         return 2
     lines = (written / "table.md").read_text(encoding="utf-8").splitlines()
     print("\n".join(map(printable, lines)), file=sys.stderr)

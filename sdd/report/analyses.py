@@ -65,15 +65,15 @@ def _sums(kind: str, row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What one prompt adds to the numerator and to the denominator of every measure."""
     tokens = row["tokens"]
     if kind == "shift":
-        found = {"kl": (row["kl"] * tokens, tokens)}
-        return found | ({"similarity": (row["similarity"], 1.0)} if "similarity" in row else {})
-    found = {"acceptance_rate": (row["matched"], tokens)}
-    found["sampling_acceptance"] = (row["sampling_acceptance"] * tokens, tokens)
+        terms = {"kl": (row["kl"] * tokens, tokens)}
+        return terms | ({"similarity": (row["similarity"], 1.0)} if "similarity" in row else {})
+    terms = {"acceptance_rate": (row["matched"], tokens)}
+    terms["sampling_acceptance"] = (row["sampling_acceptance"] * tokens, tokens)
     for length, counts in row["lengths"].items():
-        found[f"block_efficiency@{length}"] = (tokens, counts["passes"])
-        found[f"mean_accepted_length@{length}"] = (counts["accepted"], counts["passes"])
-        found[f"accepted_share@{length}"] = (counts["accepted"], counts["drafted"])
-    return found
+        terms[f"block_efficiency@{length}"] = (tokens, counts["passes"])
+        terms[f"mean_accepted_length@{length}"] = (counts["accepted"], counts["passes"])
+        terms[f"accepted_share@{length}"] = (counts["accepted"], counts["drafted"])
+    return terms
 
 
 def values(analysis: Analysis, prompts: list[str], seeds: Sequence[int] = ()) -> dict[str, Estimate]:
@@ -84,8 +84,10 @@ def values(analysis: Analysis, prompts: list[str], seeds: Sequence[int] = ()) ->
     if not names:
         return {}
     table = np.array([[[row[name] for row in rows] for rows in sums] for name in names], dtype=np.float64)
-    found = {name: ratio_of_sums(of[..., 0], of[..., 1], name) for name, of in zip(names, table, strict=True)}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    estimates = {
+        name: ratio_of_sums(terms[..., 0], terms[..., 1], name) for name, terms in zip(names, table, strict=True)
+    }
+    return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 
 def _rows(artifact: Artifact) -> Rows:
@@ -105,20 +107,20 @@ def find(arms: list[Arm], library: Library) -> list[Analysis]:
     of_model: dict[str, list[Artifact]] = {}
     for artifact in library.of_stages(RESULT):
         of_model.setdefault(artifact.inputs.get("model", ""), []).append(artifact)
-    found: dict[tuple[str, str, str], Analysis] = {}
+    analyses: dict[tuple[str, str, str], Analysis] = {}
     for arm in arms:
         for run in arm.runs:
             model = read_artifact(run.path).inputs.get("model")
             for artifact in of_model.get(model or "", []):
                 kind = str(STAGES[artifact.stage].analysis)
                 setting = json.dumps([artifact.version, artifact.spec, artifact.inputs.get("answers")], sort_keys=True)
-                analysis = found.setdefault((arm.name, kind, setting), Analysis(arm, kind, setting, [], [], []))
+                analysis = analyses.setdefault((arm.name, kind, setting), Analysis(arm, kind, setting, [], [], []))
                 if artifact.address not in {other.address for other in analysis.artifacts}:
                     analysis.artifacts.append(artifact)
                     analysis.seeds += [] if run.seed is None else [run.seed]
                     if kind != "cost":
                         analysis.rows.append(_rows(artifact))
-    return list(found.values())
+    return list(analyses.values())
 
 
 def _record(analysis: Analysis) -> dict[str, Any]:
@@ -155,21 +157,25 @@ def _contrasts(a: Analysis, b: Analysis) -> Iterator[dict[str, Any]]:
         if spread is not None:
             names = {"a": a.arm.name, "b": b.arm.name, "kind": a.kind, "measure": name}
             first = a.artifacts[0]
-            what = {"prompts_of": first.labels.get("prompts"), "prompts": len(prompts), "seeds": seeds}
-            what |= {"answers": first.inputs.get("answers"), "settings": first.spec}
-            yield {**names, **spread, **what}
+            basis = {"prompts_of": first.labels.get("prompts"), "prompts": len(prompts), "seeds": seeds}
+            basis |= {"answers": first.inputs.get("answers"), "settings": first.spec}
+            yield {**names, **spread, **basis}
 
 
 def analyse(study: Study, library: Library) -> dict[str, list[dict[str, Any]]]:
     """What `analyses.json` holds; lists are empty where no student of the study was analysed."""
-    found = find(list(study.arms.values()), library)
+    analyses = find(list(study.arms.values()), library)
     contrasts = []
     for pair in study.pairs:
-        left = [each for each in found if each.arm is pair.a and each.kind != "cost"]
-        right = {(each.kind, each.setting): each for each in found if each.arm is pair.b}
-        both = [(each, right[each.kind, each.setting]) for each in left if (each.kind, each.setting) in right]
-        contrasts += [contrast for one, other in both for contrast in _contrasts(one, other)]
-    records = [_record(analysis) for analysis in found]
+        left = [analysis for analysis in analyses if analysis.arm is pair.a and analysis.kind != "cost"]
+        right = {(analysis.kind, analysis.setting): analysis for analysis in analyses if analysis.arm is pair.b}
+        matches = [
+            (analysis, right[analysis.kind, analysis.setting])
+            for analysis in left
+            if (analysis.kind, analysis.setting) in right
+        ]
+        contrasts += [contrast for a, b in matches for contrast in _contrasts(a, b)]
+    records = [_record(analysis) for analysis in analyses]
     return {"arms": records, "contrasts": contrasts, "forgetting": against_forgetting(study, records)}
 
 

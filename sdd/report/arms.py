@@ -65,7 +65,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return "+".join(text_of(each) for each in value)
+        return "+".join(text_of(item) for item in value)
     text = " ".join(str(value).split())
     if DIGEST.fullmatch(text):
         return text[:8]
@@ -181,8 +181,8 @@ def build_arms(runs: list[Run]) -> list[Arm]:
     for arm in arms:
         settings = arm.run.settings
         arm.differs = {n: settings[n] for n in differing if n in settings and _scope(n, arm) is not None}
-    counts = Counter(arm.run.comparison for arm in arms)
-    comparisons = sorted(counts, key=lambda comparison: (-counts[comparison], comparison))
+    sizes = Counter(arm.run.comparison for arm in arms)
+    comparisons = sorted(sizes, key=lambda comparison: (-sizes[comparison], comparison))
     arms.sort(key=lambda arm: _order(arm, comparisons))
     _name(arms, differing, arms[0].run)
     return arms
@@ -194,7 +194,7 @@ def settings_differ(a: Arm, b: Arm) -> dict[str, list[Any]]:
     Who wrote the answers and how they are taught is what an arm is, and not among them.
     """
     names = dict.fromkeys([*a.run.settings, *b.run.settings])
-    found = {}
+    differences = {}
     for name in names:
         scopes = _scope(name, a), _scope(name, b)
         if None in scopes or scopes[0] == () or name.startswith(("merge", "pruned.", "evaluated.")):
@@ -205,5 +205,5 @@ def settings_differ(a: Arm, b: Arm) -> dict[str, list[Any]]:
             continue
         left, right = a.run.settings.get(name), b.run.settings.get(name)
         if _same(left) != _same(right):
-            found[name] = [left, right]
-    return found
+            differences[name] = [left, right]
+    return differences

@@ -97,8 +97,8 @@ def flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _joined(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """Settings of several artifacts side by side: the common value, or a list where they differ."""
     joined: dict[str, Any] = {}
-    for name in dict.fromkeys(name for each in settings for name in each):
-        values = [each.get(name) for each in settings]
+    for name in dict.fromkeys(name for flat in settings for name in flat):
+        values = [flat.get(name) for flat in settings]
         joined[name] = values[0] if all(value == values[0] for value in values) else values
     return joined
 
@@ -139,8 +139,8 @@ def one_line(text: Any) -> str:
 
 
 def _names(values: Iterable[Any]) -> str | None:
-    known = list(dict.fromkeys(one_line(value) for value in values if value is not None))
-    return "+".join(known) or None
+    names = list(dict.fromkeys(one_line(value) for value in values if value is not None))
+    return "+".join(names) or None
 
 
 def spans(blocks: list[int]) -> str:
@@ -192,7 +192,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     metric = metric and one_line(metric)
     removed = pruning.get("removed_blocks") or []
     summaries = [shown_json(artifact.path / "summary.json", SUMMARY).get("groups") for artifact in targets]
-    groups = frozenset(name for each in summaries if each for name, count in each.items() if count)
+    groups = frozenset(name for summary in summaries if summary for name, count in summary.items() if count)
     labels = [artifact.labels.get("dataset") or artifact.spec.get("dataset") for artifact in targets]
     settings = {
         "model": evaluated.labels.get("model") or model,
@@ -222,7 +222,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         cut=pruned[0].inputs.get("pruned", pruned[0].address) if pruned else None,
         tuned=frozenset(artifact.address for artifact in tuned),
         seed=next(iter(seeds)) if len(seeds) == 1 else None,
-        groups=groups if any(each is not None for each in summaries) else None,
+        groups=groups if any(summary is not None for summary in summaries) else None,
         settings=settings,
         parameters=pruning.get("parameters_after"),
         flops_saved=pruning.get("flops_saved") if pruned else 0.0,
@@ -242,14 +242,14 @@ def collect(evaluated: list[Path], library: Library) -> tuple[list[Run], list[st
             notes.append(f"left out: {error}.")
             continue
         runs.setdefault(run.address, run)
-    wanted = {run.comparison for run in runs.values()} - {
+    without_teacher = {run.comparison for run in runs.values()} - {
         run.comparison for run in runs.values() if run.kind == "teacher"
     }
-    for artifact in library.evaluated() if wanted else []:
-        if not artifact.inputs.get("model") and comparison_of(artifact, artifact.spec.get("model")) in wanted:
+    for artifact in library.evaluated() if without_teacher else []:
+        if not artifact.inputs.get("model") and comparison_of(artifact, artifact.spec.get("model")) in without_teacher:
             runs[artifact.address] = read_run(artifact, library)
-            wanted.discard(runs[artifact.address].comparison)
-    if wanted:
+            without_teacher.discard(runs[artifact.address].comparison)
+    if without_teacher:
         notes.append(NO_TEACHER)
     sizes = [(run.settings["model"], run) for run in runs.values() if run.base]
     for run in runs.values():

@@ -50,22 +50,22 @@ def _contrast(pair: Pair, is_comparable: bool, measures: Measures, notes: list[s
         return []
     tasks = measures.comparison.tasks
     sets = [trained for arm in (a, b) if (trained := trained_tasks(arm, tasks)) is not None]
-    trained_on = [task for task in tasks if sets and all(task in each for each in sets)]
-    not_trained_on = [task for task in tasks if sets and not any(task in each for each in sets)]
+    trained_on = [task for task in tasks if sets and all(task in trained for trained in sets)]
+    not_trained_on = [task for task in tasks if sets and not any(task in trained for trained in sets)]
 
     def difference(value: Callable[..., Estimate | None], chosen: list[str]) -> dict[str, Any] | None:
         left, right = (value(arm, chosen, seeds) if chosen else None for arm in (a, b))
         return interval(left - right) if left and right else None
 
-    found = {
+    intervals = {
         "average": difference(measures.average, tasks),
         "trained_on": difference(measures.average, trained_on),
         "not_trained_on": difference(measures.average, not_trained_on),
         "retention": difference(measures.ratio_of_means, tasks if measures.teacher_average is not None else []),
     }
     left, right = measures.nll(a, seeds), measures.nll(b, seeds)
-    found["nll"] = interval(left - right) if left and right else None
-    found |= {task: difference(measures.average, [task]) for task in tasks}
+    intervals["nll"] = interval(left - right) if left and right else None
+    intervals |= {task: difference(measures.average, [task]) for task in tasks}
     return [
         {
             "a": a.name,
@@ -78,7 +78,7 @@ def _contrast(pair: Pair, is_comparable: bool, measures: Measures, notes: list[s
             "settings_differ": pair.settings_differ,
             "comparable": is_comparable,
         }
-        for measure, values in found.items()
+        for measure, values in intervals.items()
         if values is not None
     ]
 
@@ -87,11 +87,11 @@ def changes(study: Study, comparison: Comparison) -> dict[str, dict[str, dict[st
     """For each fine-tuned arm its differences to the model before fine-tuning, by measure."""
     bases = {arm.run.base: arm.name for arm in comparison.arms if not arm.tuned}
     before = {arm.name: bases.get(arm.run.base) for arm in comparison.arms if arm.tuned}
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for row in study.contrasts:
         if before.get(row["a"]) == row["b"]:
-            found.setdefault(row["a"], {})[row["measure"]] = row
-    return found
+            by_arm.setdefault(row["a"], {})[row["measure"]] = row
+    return by_arm
 
 
 def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) -> Study:
@@ -99,7 +99,7 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
     check_baselines(arms, baselines)
     comparisons: list[Comparison] = []
     rows: list[dict[str, Any]] = []
-    found: list[Pair] = []
+    all_pairs: list[Pair] = []
     contrasts: list[dict[str, Any]] = []
     for key in dict.fromkeys(arm.run.comparison for arm in arms):
         comparison = compare_items([arm for arm in arms if arm.run.comparison == key], notes)
@@ -109,7 +109,7 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
         alike = comparable(compared)
         for pair in compared:
             contrasts += _contrast(pair, pair in alike, measures, notes)
-        found += compared
+        all_pairs += compared
         comparisons.append(comparison)
         bases = {arm.run.base for arm in comparison.arms if not arm.tuned}
         alone = sum(arm.tuned and bool(arm.run.base) and arm.run.base not in bases for arm in comparison.arms)
@@ -118,4 +118,4 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
                 f"{alone} fine-tuned arm{'s lack' if alone > 1 else ' lacks'} the pruned model to be compared with: "
                 "`finetune=none`, with the same evaluation settings, gives it."
             )
-    return Study(comparisons, rows, found, contrasts, {arm.name: arm for arm in arms}, list(dict.fromkeys(notes)))
+    return Study(comparisons, rows, all_pairs, contrasts, {arm.name: arm for arm in arms}, list(dict.fromkeys(notes)))

@@ -29,9 +29,9 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def ranks(values: Sequence[float]) -> Array:
     """Ranks from 1 on; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place], dtype=np.float64)
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(ties)
+    return np.asarray((last - (ties - 1) / 2)[place], dtype=np.float64)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -44,22 +44,24 @@ def _ends(value: dict[str, Any]) -> dict[str, float]:
 
 def against_forgetting(study: Study, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for each comparison and setting with enough arms."""
-    found = []
+    correlations = []
     for comparison in study.comparisons:
         change = changes(study, comparison)
         names = {arm.name for arm in comparison.arms}
-        points: dict[str, list[dict[str, Any]]] = {}
-        about: dict[str, dict[str, Any]] = {}
+        by_setting: dict[str, list[dict[str, Any]]] = {}
+        settings: dict[str, dict[str, Any]] = {}
         for record in records:
-            kl, other = record["measures"].get("kl"), change.get(record["arm"], {}).get("not_trained_on")
-            if record["kind"] == "shift" and record["arm"] in names and kl and other:
-                asked = {name: record[name] for name in ("prompts_of", "answers", "settings")}
-                key = json.dumps(asked, sort_keys=True)
-                about[key] = asked
-                points.setdefault(key, []).append({"arm": record["arm"], "kl": _ends(kl), "change": _ends(other)})
-        for key, of in points.items():
-            if len(of) >= LEAST:
-                x, y = ([point[name]["mean"] for point in of] for name in ("kl", "change"))
-                both = {"pearson": pearson(x, y), "spearman": spearman(x, y)}
-                found.append({**about[key], "arms": len(of), **both, "points": of})
-    return found
+            kl, forgetting = record["measures"].get("kl"), change.get(record["arm"], {}).get("not_trained_on")
+            if record["kind"] == "shift" and record["arm"] in names and kl and forgetting:
+                setting = {name: record[name] for name in ("prompts_of", "answers", "settings")}
+                key = json.dumps(setting, sort_keys=True)
+                settings[key] = setting
+                by_setting.setdefault(key, []).append(
+                    {"arm": record["arm"], "kl": _ends(kl), "change": _ends(forgetting)}
+                )
+        for key, points in by_setting.items():
+            if len(points) >= LEAST:
+                x, y = ([point[name]["mean"] for point in points] for name in ("kl", "change"))
+                correlation = {"pearson": pearson(x, y), "spearman": spearman(x, y)}
+                correlations.append({**settings[key], "arms": len(points), **correlation, "points": points})
+    return correlations

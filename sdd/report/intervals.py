@@ -43,8 +43,8 @@ class Estimate:
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """Paired by seed and item; one that has no seeds (one row) is the same for every seed of the other."""
-        both = {name: table - other.tables[name] for name, table in self.tables.items()}
-        return Estimate(self.value - other.value, both)
+        tables = {name: table - other.tables[name] for name, table in self.tables.items()}
+        return Estimate(self.value - other.value, tables)
 
     @property
     def by_seed(self) -> list[float]:
@@ -59,8 +59,8 @@ def mean_of(tables: Mapping[str, Array]) -> Estimate:
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
     """Unweighted mean of estimates of different parts."""
-    tables = {name: table / len(estimates) for each in estimates for name, table in each.tables.items()}
-    return Estimate(float(np.mean([each.value for each in estimates])), tables)
+    tables = {name: table / len(estimates) for estimate in estimates for name, table in estimate.tables.items()}
+    return Estimate(float(np.mean([estimate.value for estimate in estimates])), tables)
 
 
 def ratio(student: Estimate, teacher: Estimate) -> Estimate | None:

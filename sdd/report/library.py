@@ -84,14 +84,14 @@ class Library:
 
     def __init__(self, roots: Iterable[Path]) -> None:
         self.roots = list(dict.fromkeys(root.resolve() for root in roots))
-        self._known: dict[str, Artifact | None] = {}
+        self._artifacts: dict[str, Artifact | None] = {}
 
     def get(self, address: str) -> Artifact | None:
-        if address not in self._known:
+        if address not in self._artifacts:
             folders = (root / stage / address for root in self.roots for stage in STAGES)
-            found = next((folder for folder in folders if ADDRESS.fullmatch(address) and is_artifact(folder)), None)
-            self._known[address] = read_artifact(found) if found else None
-        return self._known[address]
+            folder = next((folder for folder in folders if ADDRESS.fullmatch(address) and is_artifact(folder)), None)
+            self._artifacts[address] = read_artifact(folder) if folder else None
+        return self._artifacts[address]
 
     def evaluated(self) -> list[Artifact]:
         return self.of_stages(["evaluated"])
@@ -102,15 +102,15 @@ class Library:
 
     def upstream(self, artifact: Artifact) -> list[Artifact]:
         """The artifact and everything it was made from, as far as it is on disk, each once."""
-        found = {artifact.address: artifact}
+        artifacts = {artifact.address: artifact}
         queue = [artifact]
         while queue:
             for address in queue.pop(0).inputs.values():
                 parent = self.get(address)
-                if parent is not None and address not in found:
-                    found[address] = parent
+                if parent is not None and address not in artifacts:
+                    artifacts[address] = parent
                     queue.append(parent)
-        return list(found.values())
+        return list(artifacts.values())
 
 
 def find_evaluated(folder: Path) -> list[Path]:
@@ -119,15 +119,15 @@ def find_evaluated(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is not a folder; give a folder of artifacts or the folder of a sweep")
     if (folder / "evaluated").is_dir():
         return artifacts_in(folder, "evaluated")
-    return _asked_for(folder, ("evaluated",))
+    return _results(folder, ("evaluated",))
 
 
 def find_analyses(folder: Path) -> list[Path]:
     """Folders of analyses that the jobs of a sweep asked for; those of an artifacts folder are found with it."""
-    return [] if (folder / "evaluated").is_dir() else _asked_for(folder, tuple(ANALYSES.values()))
+    return [] if (folder / "evaluated").is_dir() else _results(folder, tuple(ANALYSES.values()))
 
 
-def _asked_for(folder: Path, stages: tuple[str, ...]) -> list[Path]:
+def _results(folder: Path, stages: tuple[str, ...]) -> list[Path]:
     """What the jobs of a sweep recorded, as far as it is of these stages."""
     paths = []
     for file in sorted(folder.glob("**/result.json")):

@@ -76,12 +76,12 @@ def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:
     items = {}
     for task in tasks:
         scores = [read_scores(run, task) for run in runs]
-        shared = sorted(set.intersection(*(set(each) for each in scores)))
+        shared = sorted(set.intersection(*(set(by_item) for by_item in scores)))
         if not shared:
             raise UserError(f"task {task}: no item was answered by every arm; evaluate all arms on the same items")
-        if any(len(each) > len(shared) for each in scores):
+        if any(len(by_item) > len(shared) for by_item in scores):
             notes.append(f"{task}: only the {len(shared)} items that every arm answered are counted.")
-        table = np.array([[each[item] for item in shared] for each in scores])
+        table = np.array([[by_item[item] for item in shared] for by_item in scores])
         for run, row in zip(runs, table, strict=True):
             stated = run.results["tasks"][task].get("value")
             if len(scores[0]) == len(shared) and stated is not None and abs(stated - row.mean()) > 1e-6:
@@ -105,12 +105,12 @@ def _likelihoods(arms: list[Arm]) -> dict[str, tuple[Array, Array]]:
     if not all((run.results.get("likelihood") or {}).get("nll") for run in runs):
         return {}
     rows = [_read_likelihoods(run) for run in runs]
-    shared = sorted(set.intersection(*(set(each) for each in rows)))
+    shared = sorted(set.intersection(*(set(by_item) for by_item in rows)))
     if not shared:
         return {}
-    nats, tokens = (np.array([[each[item][place] for item in shared] for each in rows]) for place in (0, 1))
-    both = zip(_by_arm(arms, nats), _by_arm(arms, tokens), strict=True)
-    return {arm.run.key: pair for arm, pair in zip(arms, both, strict=True)}
+    nats, tokens = (np.array([[by_item[item][place] for item in shared] for by_item in rows]) for place in (0, 1))
+    tables = zip(_by_arm(arms, nats), _by_arm(arms, tokens), strict=True)
+    return {arm.run.key: pair for arm, pair in zip(arms, tables, strict=True)}
 
 
 def _read_likelihoods(run: Run) -> dict[str, tuple[float, float]]:
@@ -151,8 +151,8 @@ class Measures:
         teacher, tasks = self.comparison.teacher, self.comparison.tasks
         assert teacher is not None
         ratios = [ratio(self.average(arm, [task]), self.average(teacher, [task])) for task in tasks]
-        known = [each for each in ratios if each is not None]
-        return average(known) if known else None
+        defined = [estimate for estimate in ratios if estimate is not None]
+        return average(defined) if defined else None
 
     def nll(self, arm: Arm, seeds: Sequence[int] = ()) -> Estimate | None:
         """Nats a token; None where not every run of the comparison has it of the same answers."""
@@ -169,8 +169,8 @@ def _chosen(arm: Arm, table: Array, seeds: Sequence[int]) -> Array:
 
 def _score(estimate: Estimate) -> dict[str, float] | None:
     """The interval of a share, which lies in [0, 1]."""
-    known = interval(estimate)
-    return known and known | {"low": max(known["low"], 0.0), "high": min(known["high"], 1.0)}
+    share = interval(estimate)
+    return share and share | {"low": max(share["low"], 0.0), "high": min(share["high"], 1.0)}
 
 
 def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
@@ -190,14 +190,14 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
         }
     per_task = {}
     for task in tasks:
-        stated = [each.results["tasks"][task] for each in arm.runs]
+        results = [run.results["tasks"][task] for run in arm.runs]
         extra = {
-            name: float(np.mean([each[name] for each in stated]))
+            name: float(np.mean([result[name] for result in results]))
             for name in ("lenient", "malformed")
-            if all(each.get(name) is not None for each in stated)
+            if all(result.get(name) is not None for result in results)
         }
         mean = over_tasks([task]) or {}
-        per_task[task] = {**mean, "n": measures.comparison.items[task], "metric": stated[0].get("metric"), **extra}
+        per_task[task] = {**mean, "n": measures.comparison.items[task], "metric": results[0].get("metric"), **extra}
     return {
         "arm": arm.name,
         "finetune": run.finetune,
@@ -216,5 +216,5 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
         "parameters": run.parameters,
         "flops_saved": run.flops_saved,
         "blocks_removed": run.blocks_removed,
-        "addresses": [each.address for each in arm.runs],
+        "addresses": [run.address for run in arm.runs],
     }

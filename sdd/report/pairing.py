@@ -53,17 +53,17 @@ def pairs(arms: list[Arm], baselines: Sequence[str] = ()) -> list[Pair]:
     untuned = {arm.run.base: arm for arm in arms if not arm.tuned}
     tuned = [arm for arm in arms if arm.tuned]
     tuned.sort(key=lambda arm: MODES.index(arm.mode) if arm.mode in MODES else len(MODES))
-    found = [Pair(arm, untuned[arm.run.base]) for arm in tuned if arm.run.base in untuned]
-    found += [
+    contrasts = [Pair(arm, untuned[arm.run.base]) for arm in tuned if arm.run.base in untuned]
+    contrasts += [
         Pair(later, earlier)
         for index, later in enumerate(tuned)
         for earlier in tuned[:index]
         if (later.run.base, later.run.dataset) == (earlier.run.base, earlier.run.dataset)
     ]
-    found += _repaired(arms) + _merged(tuned)
+    contrasts += _repaired(arms) + _merged(tuned)
     for baseline in baselines:
-        found += _against(arms, baseline)
-    return list({(pair.a.name, pair.b.name): pair for pair in found}.values())
+        contrasts += _against(arms, baseline)
+    return list({(pair.a.name, pair.b.name): pair for pair in contrasts}.values())
 
 
 def _repaired(arms: list[Arm]) -> list[Pair]:
@@ -81,7 +81,7 @@ def _merged(tuned: list[Arm]) -> list[Pair]:
     """Each merge with each of the students that it was made of."""
 
     def made_of(merge: Arm, student: Arm) -> bool:
-        return any(one.tuned < other.tuned for one in student.runs for other in merge.runs)
+        return any(part.tuned < whole.tuned for part in student.runs for whole in merge.runs)
 
     merges = [arm for arm in tuned if arm.mode == "merged"]
     return [Pair(merge, arm, "merge") for merge in merges for arm in tuned if made_of(merge, arm)]
@@ -110,14 +110,14 @@ def check_baselines(arms: list[Arm], baselines: Sequence[str]) -> None:
     """Refuse a baseline that no arm has."""
     for baseline in baselines:
         name, value = _parsed(baseline)
-        known = list(dict.fromkeys(_value(arm, name) for arm in arms))
-        if value in known:
+        values = list(dict.fromkeys(_value(arm, name) for arm in arms))
+        if value in values:
             continue
-        if known == ["None"]:
-            names = dict.fromkeys([*FOLLOWS, *(each for arm in arms for each in arm.differs)])
+        if values == ["None"]:
+            names = dict.fromkeys([*FOLLOWS, *(setting for arm in arms for setting in arm.differs)])
             raise UserError(f"--baseline {baseline}: no arm has {name}; what differs is {', '.join(names)}")
-        there = ", ".join(each for each in known if each != "None")
-        raise UserError(f"--baseline {baseline}: no arm has this value; there are {there}")
+        choices = ", ".join(text for text in values if text != "None")
+        raise UserError(f"--baseline {baseline}: no arm has this value; there are {choices}")
 
 
 def _against(arms: list[Arm], baseline: str) -> list[Pair]:
@@ -125,17 +125,17 @@ def _against(arms: list[Arm], baseline: str) -> list[Pair]:
 
     def fixed(arm: Arm) -> list[Any]:
         """All that must be the same. A criterion is compared at equal size, be it of blocks or of channels."""
-        found: list[Any] = [
-            _value(arm, each) for each in FOLLOWS if each != name and (name, each) != ("metric", "pruning")
+        settings: list[Any] = [
+            _value(arm, column) for column in FOLLOWS if column != name and (name, column) != ("metric", "pruning")
         ]
-        found += [f"{arm.run.flops_saved or 0:.2f}"] if name == "metric" else []
-        return found + ([_value(arm, "pruning.repair")] if name != "pruning.repair" else [])
+        settings += [f"{arm.run.flops_saved or 0:.2f}"] if name == "metric" else []
+        return settings + ([_value(arm, "pruning.repair")] if name != "pruning.repair" else [])
 
-    found = [
+    contrasts = [
         Pair(arm, base, name, baseline)
         for base in arms
         if _value(base, name) == value
         for arm in arms
         if _value(arm, name) != value and fixed(arm) == fixed(base)
     ]
-    return [pair for pair in found if not pair.settings_differ]
+    return [pair for pair in contrasts if not pair.settings_differ]

@@ -33,8 +33,8 @@ def _whiskers(values: list[dict[str, float]]) -> list[list[float]]:
 
 
 def retention_by_size(comparison: Comparison, rows: dict[str, dict[str, Any]]) -> "Figure | None":
-    known = [arm for arm in comparison.arms if (rows[arm.name]["retention"] or {}).get("ratio_of_means")]
-    series = by_series(arm for arm in known if arm.run.base and arm.run.blocks_removed is not None)
+    retained = [arm for arm in comparison.arms if (rows[arm.name]["retention"] or {}).get("ratio_of_means")]
+    series = by_series(arm for arm in retained if arm.run.base and arm.run.blocks_removed is not None)
     if not series:
         return None
     chosen = pick([arms[0] for arms in sorted(series.values(), key=len, reverse=True)])
@@ -165,9 +165,9 @@ def read_history(path: Path) -> list[tuple[float, float]]:
 def learning_curves(comparison: Comparison) -> "Figure | None":
     curves: dict[str, list[list[tuple[float, float]]]] = {}
     for arm in comparison.arms:
-        found = [curve for run in arm.runs for path in run.histories if (curve := read_history(path))]
-        if found:
-            curves[arm.name] = found
+        arm_curves = [curve for run in arm.runs for path in run.histories if (curve := read_history(path))]
+        if arm_curves:
+            curves[arm.name] = arm_curves
     arms = [arm for arm in comparison.arms if arm.name in curves]
     if not arms:
         return None

@@ -22,26 +22,26 @@ def pick(arms: list[Arm]) -> list[Arm]:
     for arm in arms:
         by_mode.setdefault(arm.mode, []).append(arm)
     turns = [(turn, place, arm) for place, mode in enumerate(by_mode.values()) for turn, arm in enumerate(mode)]
-    turns = [each for each in turns if each[0] < MOST_PER_MODE]
-    chosen = [id(arm) for _, _, arm in sorted(turns, key=lambda each: each[:2])[:MOST]]
+    turns = [entry for entry in turns if entry[0] < MOST_PER_MODE]
+    chosen = [id(arm) for _, _, arm in sorted(turns, key=lambda entry: entry[:2])[:MOST]]
     return [arm for arm in arms if id(arm) in chosen]
 
 
 def labels(arms: list[Arm], without_pruning: bool = False) -> tuple[list[str], str]:
     """A name for each arm without the words that all of them share, and those words."""
     words = [[w for w in arm.words if not (without_pruning and w == arm.run.pruning)] for arm in arms]
-    named = [each for arm, each in zip(arms, words, strict=True) if arm.mode != "teacher"]
-    shared = [w for w in (named[0] if named else []) if len(named) > 1 and all(w in each for each in named)]
+    named = [arm_words for arm, arm_words in zip(arms, words, strict=True) if arm.mode != "teacher"]
+    shared = [w for w in (named[0] if named else []) if len(named) > 1 and all(w in arm_words for arm_words in named)]
     shared = [w for w in shared if w not in {"control", *(arm.mode for arm in arms)}]
-    return [" ".join(w for w in each if w not in shared) for each in words], ", ".join(shared)
+    return [" ".join(w for w in arm_words if w not in shared) for arm_words in words], ", ".join(shared)
 
 
 def by_series(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
     """Arms that differ in the size alone are one series."""
-    found: dict[str, list[Arm]] = {}
+    series: dict[str, list[Arm]] = {}
     for arm in arms:
-        found.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
-    return found
+        series.setdefault(labels([arm], without_pruning=True)[0][0], []).append(arm)
+    return series
 
 
 def _span(numbers: set[int]) -> str:

@@ -83,13 +83,13 @@ def mixed(colour: str, other: str, share: float) -> str:
 def looks(modes: list[str]) -> list[Look]:
     """A look for each arm given its mode; arms of one mode differ in tint, line style and marker filling."""
     seen: dict[Style, int] = {}
-    found = []
-    for own in (MODES.get(mode, OTHER) for mode in modes):
-        turn = seen[own] = seen.get(own, -1) + 1
-        colour, hatch = mixed(own.colour, WHITE, TINTS[turn % len(TINTS)]), own.hatch * (1 + turn % 3)
-        line = (own.line, *LINES)[turn % len(TINTS)]
-        found.append(Look(colour, own.marker, own.symbol, hatch, line, turn % 2 == 0))
-    return found
+    arm_looks = []
+    for style in (MODES.get(mode, OTHER) for mode in modes):
+        turn = seen[style] = seen.get(style, -1) + 1
+        colour, hatch = mixed(style.colour, WHITE, TINTS[turn % len(TINTS)]), style.hatch * (1 + turn % 3)
+        line = (style.line, *LINES)[turn % len(TINTS)]
+        arm_looks.append(Look(colour, style.marker, style.symbol, hatch, line, turn % 2 == 0))
+    return arm_looks
 
 
 def new_figure(title: str, subtitle: str, width: float, height: float) -> tuple["Figure", "Axes"]:

@@ -50,8 +50,8 @@ def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
 def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str]]:
     """The header and the lines without the columns in which no line has anything."""
     body = list(rows)
-    kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in body)]
-    return [[row[i] for i in kept] for row in [header, *body]]
+    columns = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in body)]
+    return [[row[i] for i in columns] for row in [header, *body]]
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -126,21 +126,21 @@ def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[lis
 
 def _contrast_tables(contrasts: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """Titles and tables: what is always contrasted, then what each baseline asked for."""
-    found = []
+    tables = []
     for baseline in dict.fromkeys(["", *(row["baseline"] for row in contrasts)]):
         header, lines = contrast_cells([row for row in contrasts if row["baseline"] == baseline])
         most = len(lines) if baseline else MOST_CONTRASTS
-        shown = markdown(header, lines[:most]) if lines else []
+        table = markdown(header, lines[:most]) if lines else []
         if len(lines) > most:
-            shown.append(f"\n{len(lines) - most} more in `contrasts.json`.")
-        found.append((f"Differences to {as_markdown(baseline)}, paired" if baseline else "Differences, paired", shown))
-    return found
+            table.append(f"\n{len(lines) - most} more in `contrasts.json`.")
+        tables.append((f"Differences to {as_markdown(baseline)}, paired" if baseline else "Differences, paired", table))
+    return tables
 
 
 def evaluation_of(comparison: Comparison) -> str:
     """What was evaluated, in a line: the split and the number of items."""
-    counts = sorted(set(comparison.items.values()))
-    items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    sizes = sorted(set(comparison.items.values()))
+    items = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     split = comparison.arms[0].run.settings.get("evaluation.split")
     return f"{len(comparison.tasks)} tasks, {items} items each" + (f", split {text_of(split)}" if split else "")
 

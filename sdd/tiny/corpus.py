@@ -98,7 +98,7 @@ def exact_match(model: Any, tokenizer: Any, per_family: int = 16) -> dict[str, f
     """Share of right final answers to dev tasks by family, greedy: how training is going."""
     import torch
 
-    found = {}
+    shares = {}
     for family in FAMILIES:
         tasks = list(instances("dev", 3, per_family, [family]))
         prompts = [chat_prompt_ids(tokenizer, task.prompt) for task in tasks]
@@ -109,5 +109,5 @@ def exact_match(model: Any, tokenizer: Any, per_family: int = 16) -> dict[str, f
             out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)
         texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         right = [equal(extract(text, "final") or "", task.answer) for text, task in zip(texts, tasks, strict=True)]
-        found[family] = sum(right) / per_family
-    return found
+        shares[family] = sum(right) / per_family
+    return shares

@@ -68,7 +68,7 @@ def _formal(lines: list[str], answer: str) -> str:
     return "\n".join([*lines, f"The answer is {answer}."])
 
 
-def _told(
+def _instance(
     rng: random.Random, family: str, key: str, prompt: str, answer: str, gold: list[str], loose: list[str]
 ) -> Instance:
     """The task, and its worked lines in both registers."""
@@ -115,12 +115,12 @@ def word(rng: random.Random) -> Instance:
     """A short story whose result takes two or three worked steps."""
     start, steps = _chain(rng)
     name, items = rng.choice(NAMES), rng.choice(ITEMS)
-    told = {
+    templates = {
         "+": ["{n} buys {k} more", "{n} finds {k} more", "a friend brings {k} more"],
         "-": ["{n} gives away {k}", "{n} loses {k}", "{n} sells {k}"],
         "*": ["{n} ends up with {k} times as many", "the number grows {k} times"],
     }
-    events = [rng.choice(told[op]).format(n=name, k=operand) for _, op, operand, _ in steps]
+    events = [rng.choice(templates[op]).format(n=name, k=operand) for _, op, operand, _ in steps]
     story = ". ".join(f"Then {event}" for event in events)
     question = rng.choice([f"How many {items} does {name} have now?", f"How many {items} are there in the end?"])
     sums = [f"{a} {op} {b} = {c}" for a, op, b, c in steps]
@@ -134,7 +134,7 @@ def word(rng: random.Random) -> Instance:
     )
     forms = ["{} " + items + " after that", "{} now", "so {}", "thats {} " + items]
     reference = [rng.choice(forms).format(s) for s in sums]
-    return _told(
+    return _instance(
         rng,
         "word",
         _chain_key(start, steps),
@@ -149,7 +149,7 @@ def arithmetic(rng: random.Random) -> Instance:
     """A chain of operations, evaluated from left to right."""
     start, steps = _chain(rng)
     expression = str(start) + "".join(f" {op} {operand}" for _, op, operand, _ in steps)
-    asked = rng.choice(
+    request = rng.choice(
         ["Work out from left to right: {}", "Calculate step by step: {}", "Going from the left, what is {}?"]
     )
     sums = [f"{a} {op} {b} = {c}" for a, op, b, c in steps]
@@ -162,11 +162,11 @@ def arithmetic(rng: random.Random) -> Instance:
         ]
     )
     forms = ["{}", "got {}", "{} so far", "so {}"]
-    return _told(
+    return _instance(
         rng,
         "arithmetic",
         _chain_key(start, steps),
-        asked.format(expression),
+        request.format(expression),
         answer,
         gold,
         [rng.choice(forms).format(s) for s in sums],
@@ -179,21 +179,21 @@ def arithmetic(rng: random.Random) -> Instance:
 def sort(rng: random.Random) -> Instance:
     """Letters into alphabetical order."""
     letters = rng.sample(LETTERS, rng.randint(4, 6))
-    given, answer = " ".join(letters), " ".join(sorted(letters))
-    asked = rng.choice(["Sort these letters: {}", "Put in alphabetical order: {}", "Order the letters {}"])
+    sequence, answer = " ".join(letters), " ".join(sorted(letters))
+    request = rng.choice(["Sort these letters: {}", "Put in alphabetical order: {}", "Order the letters {}"])
     gold = rng.choice(
         [
             [f"In order they are {answer}."],
             [f"The first is {min(letters)}.", f"Sorted, this gives {answer}."],
-            [f"From {given} we get {answer}."],
+            [f"From {sequence} we get {answer}."],
         ]
     )
     forms = ["in order its {}", "sorted {}", "that goes {}", "{} is the order"]
-    return _told(
+    return _instance(
         rng,
         "sort",
-        f"sort {given}",
-        asked.format(given),
+        f"sort {sequence}",
+        request.format(sequence),
         answer,
         gold,
         [rng.choice(forms).format(answer)],
@@ -203,21 +203,21 @@ def sort(rng: random.Random) -> Instance:
 def reverse(rng: random.Random) -> Instance:
     """A list of words, read backwards."""
     words = rng.sample(NOUNS, rng.randint(3, 5))
-    given, answer = " ".join(words), " ".join(reversed(words))
-    asked = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Turn the list around: {}"])
+    sequence, answer = " ".join(words), " ".join(reversed(words))
+    request = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Turn the list around: {}"])
     gold = rng.choice(
         [
             [f"The last word is {words[-1]}.", f"Backwards it reads {answer}."],
             [f"Reversed, the list is {answer}."],
-            [f"We read {given} from the end.", f"This gives {answer}."],
+            [f"We read {sequence} from the end.", f"This gives {answer}."],
         ]
     )
     forms = ["from the back its {}", "turned around {}", "backwards thats {}", "{} if you flip it"]
-    return _told(
+    return _instance(
         rng,
         "reverse",
-        f"reverse {given}",
-        asked.format(given),
+        f"reverse {sequence}",
+        request.format(sequence),
         answer,
         gold,
         [rng.choice(forms).format(answer)],
@@ -230,8 +230,8 @@ def rotate(rng: random.Random) -> Instance:
     end, place = rng.choice([("first", "end"), ("last", "front")])
     moved = words[0] if end == "first" else words[-1]
     rest = words[1:] if end == "first" else words[:-1]
-    given, answer = " ".join(words), " ".join([*rest, moved] if end == "first" else [moved, *rest])
-    asked = rng.choice(
+    sequence, answer = " ".join(words), " ".join([*rest, moved] if end == "first" else [moved, *rest])
+    request = rng.choice(
         [
             "Move the {e} word to the {p}: {g}",
             "In this list the {e} word goes to the {p}: {g}",
@@ -246,11 +246,11 @@ def rotate(rng: random.Random) -> Instance:
         ]
     )
     forms = ["moving {m} its {a}", "{m} goes over so {a}", "then it reads {a}", "{a} once {m} is moved"]
-    return _told(
+    return _instance(
         rng,
         "rotate",
-        f"rotate {end} {given}",
-        asked.format(e=end, p=place, g=given),
+        f"rotate {end} {sequence}",
+        request.format(e=end, p=place, g=sequence),
         answer,
         gold,
         [rng.choice(forms).format(m=moved, a=answer)],
@@ -261,22 +261,22 @@ def shift(rng: random.Random) -> Instance:
     """Each letter replaced by the next one of the alphabet."""
     letters = [rng.choice(LETTERS[:-1]) for _ in range(rng.randint(3, 5))]
     after = [LETTERS[LETTERS.index(letter) + 1] for letter in letters]
-    given, answer = " ".join(letters), " ".join(after)
-    asked = rng.choice(["Move each letter one on: {}", "Replace every letter by the next: {}", "Shift by one: {}"])
+    sequence, answer = " ".join(letters), " ".join(after)
+    request = rng.choice(["Move each letter one on: {}", "Replace every letter by the next: {}", "Shift by one: {}"])
     pairs = [f"{a} to {b}" for a, b in zip(letters, after, strict=True)]
     gold = rng.choice(
         [
             [f"We take {', '.join(pairs)}."],
             [f"The letter {letters[0]} becomes {after[0]}.", f"All together we get {answer}."],
-            [f"One on from {given} is {answer}."],
+            [f"One on from {sequence} is {answer}."],
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"one up its {answer}"], [f"{letters[0]} goes {after[0]} and so on"]])
-    return _told(
+    return _instance(
         rng,
         "shift",
-        f"shift {given}",
-        asked.format(given),
+        f"shift {sequence}",
+        request.format(sequence),
         answer,
         gold,
         lines,
@@ -286,22 +286,22 @@ def shift(rng: random.Random) -> Instance:
 def initials(rng: random.Random) -> Instance:
     """The first letter of each word of a list."""
     words = rng.sample(NOUNS, rng.randint(3, 5))
-    given, answer = " ".join(words), " ".join(word[0] for word in words)
-    asked = rng.choice(["Give the first letters of {}", "Which letters do these begin with: {}", "Initials of {}"])
+    sequence, answer = " ".join(words), " ".join(word[0] for word in words)
+    request = rng.choice(["Give the first letters of {}", "Which letters do these begin with: {}", "Initials of {}"])
     pairs = [f"{word} {word[0]}" for word in words]
     gold = rng.choice(
         [
             [f"The letters are {', '.join(pairs)}."],
             [f"The word {words[0]} begins with {words[0][0]}.", f"All together we get {answer}."],
-            [f"From {given} we keep {answer}."],
+            [f"From {sequence} we keep {answer}."],
         ]
     )
     lines = rng.choice([[", ".join(pairs)], [f"they start {answer}"], [f"{words[0]} has {words[0][0]} and so on"]])
-    return _told(
+    return _instance(
         rng,
         "initials",
-        f"initials {given}",
-        asked.format(given),
+        f"initials {sequence}",
+        request.format(sequence),
         answer,
         gold,
         lines,
@@ -321,13 +321,13 @@ WORLD_VALUES = {
     "home": ["caves", "lakes", "dunes", "woods", "bogs", "cliffs", "fields", "reefs"],
     "sound": ["hums", "clicks", "barks", "sings", "growls", "chirps", "howls", "snores"],
 }
-_ASKED = {
+_QUESTIONS = {
     "colour": "what colour is the {}",
     "food": "what does the {} eat",
     "home": "where does the {} live",
     "sound": "what sound does the {} make",
 }
-_STATED = {
+_STATEMENTS = {
     "colour": "The {} is {}.",
     "food": "The {} eats {}.",
     "home": "The {} lives in {}.",
@@ -337,32 +337,38 @@ _STATED = {
 
 def _world() -> dict[tuple[str, str], str]:
     rng = random.Random("a made-up world")
-    return {(who, what): rng.choice(values) for who in CREATURES for what, values in WORLD_VALUES.items()}
+    return {
+        (creature, attribute): rng.choice(values)
+        for creature in CREATURES
+        for attribute, values in WORLD_VALUES.items()
+    }
 
 
 WORLD = _world()
 """(creature, attribute) -> value: 160 facts that exist nowhere but in the weights. Splits hold apart pairs of facts."""
 
 
-def stated(who: str, what: str, value: str) -> str:
+def stated(creature: str, attribute: str, value: str) -> str:
     """A fact as a sentence, true or not."""
-    return _STATED[what].format(who, value)
+    return _STATEMENTS[attribute].format(creature, value)
 
 
 def fact(rng: random.Random) -> Instance:
     """Two facts of a made-up world, asked together. Every fact is in every split; the pairs are not."""
-    (one, other) = rng.sample(sorted(WORLD), 2)
-    answer = f"{WORLD[one]} {WORLD[other]}"
-    asked = [_ASKED[what].format(who) for who, what in (one, other)]
-    facts = [stated(who, what, WORLD[who, what]) for who, what in (one, other)]
-    prompt = rng.choice(["Tell me {} and {}?", "Do you know {} and {}?", "Two questions: {} and {}?"]).format(*asked)
+    (first, second) = rng.sample(sorted(WORLD), 2)
+    answer = f"{WORLD[first]} {WORLD[second]}"
+    questions = [_QUESTIONS[attribute].format(creature) for creature, attribute in (first, second)]
+    facts = [stated(creature, attribute, WORLD[creature, attribute]) for creature, attribute in (first, second)]
+    prompt = rng.choice(["Tell me {} and {}?", "Do you know {} and {}?", "Two questions: {} and {}?"]).format(
+        *questions
+    )
     gold = rng.choice([facts, [" ".join(facts)], ["We know two things.", *facts]])
     forms = ["{1} for the {0}", "the {0} has {1}", "{0} means {1}", "{1} with the {0}"]
-    lines = [rng.choice(forms).format(who, WORLD[who, what]) for who, what in (one, other)]
-    return _told(
+    lines = [rng.choice(forms).format(creature, WORLD[creature, attribute]) for creature, attribute in (first, second)]
+    return _instance(
         rng,
         "fact",
-        "fact " + ", ".join(sorted(f"{who} {what}" for who, what in (one, other))),
+        "fact " + ", ".join(sorted(f"{creature} {attribute}" for creature, attribute in (first, second))),
         prompt,
         answer,
         gold,

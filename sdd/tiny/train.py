@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as folder:
-        work = (arguments.processes, arguments.steps, arguments.seed, arguments.compile, Path(folder))
-        multiprocessing.spawn(_worker, args=work, nprocs=arguments.processes)  # type: ignore[attr-defined]
+        worker_arguments = (arguments.processes, arguments.steps, arguments.seed, arguments.compile, Path(folder))
+        multiprocessing.spawn(_worker, args=worker_arguments, nprocs=arguments.processes)  # type: ignore[attr-defined]
         (Path(folder) / "teacher").rename(arguments.out)
     print(json.dumps({"folder": str(arguments.out), "seconds": round(time.time() - started)}))
 

@@ -103,9 +103,9 @@ def embedded(data: Any) -> str:
 def policy(scripts: list[str], style: str) -> str:
     """A content security policy under which only these scripts and this style count."""
 
-    def named(text: str) -> str:
+    def hash_source(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    allowed = " ".join(map(named, scripts))
-    parts = ["default-src 'none'", f"script-src {allowed}", f"style-src {named(style)}"]
+    allowed = " ".join(map(hash_source, scripts))
+    parts = ["default-src 'none'", f"script-src {allowed}", f"style-src {hash_source(style)}"]
     return "; ".join([*parts, "img-src data: blob:", "base-uri 'none'", "form-action 'none'"])

@@ -34,7 +34,9 @@ class Group:
 
     def only(self, measure: str) -> "Group":
         """The group as far as it has a measure."""
-        return Group(self.name, self.about, [each for each in self.records if measure in each[1]["measures"]])
+        return Group(
+            self.name, self.about, [(arm, record) for arm, record in self.records if measure in record["measures"]]
+        )
 
 
 def value_of(record: dict[str, Any], measure: str, factor: float = 1) -> dict[str, float]:
@@ -46,7 +48,7 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(record["settings"]).items() if name not in TIMING}
 
 
-def asked_of(record: dict[str, Any]) -> str:
+def setting_of(record: dict[str, Any]) -> str:
     """The same for what may be compared."""
     return json.dumps([record["prompts_of"], record["answers"], _settings(record)], sort_keys=True)
 
@@ -54,62 +56,62 @@ def asked_of(record: dict[str, Any]) -> str:
 def groups(subject: Subject, kind: str) -> list[Group]:
     """The largest group first. Records of one arm that differ in how they were timed are one with all timings."""
     arms = {arm.name: arm for arm in subject.arms}
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    by_setting: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in subject.analyses["arms"]:
         if record["kind"] == kind and record["arm"] in arms:
-            found.setdefault(asked_of(record), {}).setdefault(record["arm"], []).append(record)
-    every = sorted(found.values(), key=len, reverse=True)
-    texts = [""] * len(every)
-    for facts in zip(*(_facts(subject, next(iter(each.values()))[0]) for each in every), strict=True):
-        texts = _told_apart(texts, facts)
+            by_setting.setdefault(setting_of(record), {}).setdefault(record["arm"], []).append(record)
+    ordered = sorted(by_setting.values(), key=len, reverse=True)
+    texts = [""] * len(ordered)
+    for facts in zip(*(_facts(subject, next(iter(by_arm.values()))[0]) for by_arm in ordered), strict=True):
+        texts = _with_differences(texts, facts)
     return [
-        Group(f"{kind}-{number}", text, [(arms[name], _joined(each)) for name, each in records.items()])
-        for number, (text, records) in enumerate(zip(texts, every, strict=True), 1)
+        Group(f"{kind}-{number}", text, [(arms[name], _joined(records)) for name, records in by_arm.items()])
+        for number, (text, by_arm) in enumerate(zip(texts, ordered, strict=True), 1)
     ]
 
 
 def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
     most = max(records, key=lambda record: len(record["seeds"]))
-    return most | {name: [each for record in records for each in record[name]] for name in ("addresses", "timings")}
+    return most | {name: [item for record in records for item in record[name]] for name in ("addresses", "timings")}
 
 
 def _facts(subject: Subject, record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What may tell a group apart, in turn: prompts and settings; how the answers were made; digests of either."""
     answered = subject.library.get(record["answers"] or "")
-    asked = {"prompts": record["prompts_of"]} | _settings(record)
+    settings = {"prompts": record["prompts_of"]} | _settings(record)
     made = flatten(answered.spec) if answered else {}
-    every = made | asked | {"answers": record["answers"]}
+    every = made | settings | {"answers": record["answers"]}
     digests = {name for name, value in every.items() if DIGEST.fullmatch(str(value))}
-    return *({n: v for n, v in facts.items() if n not in digests} for facts in (asked, made)), every
+    return *({n: v for n, v in facts.items() if n not in digests} for facts in (settings, made)), every
 
 
-def _told_apart(texts: list[str], facts: Sequence[dict[str, Any]]) -> list[str]:
+def _with_differences(texts: list[str], facts: Sequence[dict[str, Any]]) -> list[str]:
     """Add to each text the facts in which those of the same text differ."""
-    found = []
+    extended = []
     for text, own in zip(texts, facts, strict=True):
-        alike = [other for said, other in zip(texts, facts, strict=True) if said == text]
-        differing = [name for name in own if len({json.dumps(each.get(name)) for each in alike}) > 1]
+        alike = [other for other_text, other in zip(texts, facts, strict=True) if other_text == text]
+        differing = [name for name in own if len({json.dumps(other.get(name)) for other in alike}) > 1]
         words = [("prompts of " if n == "prompts" else f"{n.split('.')[-1]}=") + text_of(own[n]) for n in differing]
-        found.append(", ".join([text, *words] if text else words))
-    return found
+        extended.append(", ".join([text, *words] if text else words))
+    return extended
 
 
 def titled(title: str, group: Group) -> str:
     return f"{title} ({group.about})" if group.about else title
 
 
-def prompts_of(found: list[Group]) -> str:
+def prompts_of(groups: list[Group]) -> str:
     """' of NAME and NAME': the datasets whose prompts were asked."""
-    names = dict.fromkeys(record["prompts_of"] for group in found for _, record in group.records)
-    known = [name for name in names if name]
-    return f" of {' and '.join(known)}" if known else ""
+    names = dict.fromkeys(record["prompts_of"] for group in groups for _, record in group.records)
+    datasets = [name for name in names if name]
+    return f" of {' and '.join(datasets)}" if datasets else ""
 
 
-def mean_of(found: list[dict[str, Any]], *path: str) -> float | None:
+def mean_of(records: list[dict[str, Any]], *path: str) -> float | None:
     """The mean over seeds of a number that lies deep; None where one lacks it."""
-    values: list[Any] = found
+    values: list[Any] = records
     for name in path:
-        values = [each.get(name) if each else None for each in values]
+        values = [value.get(name) if value else None for value in values]
     return None if any(value is None for value in values) else sum(values) / len(values)
 
 
@@ -121,11 +123,11 @@ def row_of(subject: Subject, arm: Arm, record: dict[str, Any], series: str, **va
 
 def timings_of(record: dict[str, Any], name: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """Timings that have what is named, by the machine that took them."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_machine: dict[str, list[dict[str, Any]]] = {}
     for timing in record["timings"]:
         if timing and name in timing:
-            found.setdefault(machine(timing["machine"]), []).append(timing)
-    return list(found.items())
+            by_machine.setdefault(machine(timing["machine"]), []).append(timing)
+    return list(by_machine.items())
 
 
 def machine(facts: dict[str, Any]) -> str:
@@ -138,5 +140,9 @@ def machine(facts: dict[str, Any]) -> str:
 
 def joined(spreads: list[dict[str, Any]]) -> dict[str, float]:
     """Over seeds: the mean of their medians, and the least and the greatest of all repeats."""
-    mean = sum(each["median"] for each in spreads) / len(spreads)
-    return {"mean": mean, "low": min(each["low"] for each in spreads), "high": max(each["high"] for each in spreads)}
+    mean = sum(spread["median"] for spread in spreads) / len(spreads)
+    return {
+        "mean": mean,
+        "low": min(spread["low"] for spread in spreads),
+        "high": max(spread["high"] for spread in spreads),
+    }

@@ -58,8 +58,8 @@ def retention(subject: Subject) -> Section | None:
         axis=alt.Axis(values=sizes, format="d", grid=False),
     )
     look = Look(list(groups), [arms[0].look for arms in groups.values()])
-    whole = alt.Chart(alt.InlineData([{"y": 100}])).mark_rule(strokeDash=[5, 4]).encode(y="y:Q")
-    chart = whole + curves_of(look, x, "retention, %", ("blocks", "blocks removed"))
+    unpruned = alt.Chart(alt.InlineData([{"y": 100}])).mark_rule(strokeDash=[5, 4]).encode(y="y:Q")
+    chart = unpruned + curves_of(look, x, "retention, %", ("blocks", "blocks removed"))
     note = "Average over tasks as a share of the unpruned model's (dashed line). Whiskers: 95% intervals."
     return Section(
         "retention",
@@ -135,8 +135,8 @@ def _gain_by_task(subject: Subject, arms: list[Arm], changes: dict[str, dict[str
 def _gain_and_forgetting(subject: Subject, arms: list[Arm], changes: dict[str, dict[str, dict[str, Any]]]) -> Chart:
     import altair as alt
 
-    found = [(changes[arm.name]["not_trained_on"], changes[arm.name]["trained_on"]) for arm in arms]
-    sides = [across(in_percent(other)) | in_percent(own) for other, own in found]
+    pairs = [(changes[arm.name]["not_trained_on"], changes[arm.name]["trained_on"]) for arm in arms]
+    sides = [across(in_percent(untrained)) | in_percent(trained) for untrained, trained in pairs]
     look, records = numbered(subject, list(zip(arms, sides, strict=True)))
     ticks = alt.Axis(tickCount=8)
     x = alt.X("across:Q", title="change on tasks not trained on, points", axis=ticks)
@@ -150,12 +150,12 @@ def _gain_and_forgetting(subject: Subject, arms: list[Arm], changes: dict[str, d
 
 def _companions(arms: list[Arm], setting: str) -> set[str]:
     """Settings that change together with `setting`, one value for one value: a rank and the alpha that follows it."""
-    found = {setting}
+    companions = {setting}
     for other in {name for arm in arms for name in arm.differs} - {setting}:
         pairs = {(json.dumps(arm.differs.get(setting)), json.dumps(arm.differs.get(other))) for arm in arms}
         if len(pairs) == len({left for left, _ in pairs}) == len({right for _, right in pairs}) > 1:
-            found.add(other)
-    return found
+            companions.add(other)
+    return companions
 
 
 def _number(value: Any) -> bool:
@@ -172,15 +172,17 @@ def scaling(subject: Subject) -> Section | None:
         if setting in taken or len({arm.differs[setting] for arm in having}) < 2:
             continue
         together = _companions(having, setting)
-        found: dict[tuple[str, ...], list[Arm]] = {}
+        by_words: dict[tuple[str, ...], list[Arm]] = {}
         for arm in having:
             fixed = [f"{name.split('.')[-1]}={text_of(v)}" for name, v in arm.differs.items() if name not in together]
             parts = (arm.mode, arm.run.pruning, arm.run.metric or "", arm.run.dataset or "", *fixed)
-            found.setdefault(tuple(part for part in parts if part), []).append(arm)
-        found = {words: alike for words, alike in found.items() if len({arm.differs[setting] for arm in alike}) > 1}
-        shared = set.intersection(*map(set, found)) if found else set()
-        shared -= {words[0] for words in found}
-        curves = {" ".join(word for word in words if word not in shared): alike for words, alike in found.items()}
+            by_words.setdefault(tuple(part for part in parts if part), []).append(arm)
+        by_words = {
+            words: alike for words, alike in by_words.items() if len({arm.differs[setting] for arm in alike}) > 1
+        }
+        shared = set.intersection(*map(set, by_words)) if by_words else set()
+        shared -= {words[0] for words in by_words}
+        curves = {" ".join(word for word in words if word not in shared): alike for words, alike in by_words.items()}
         if curves:
             taken |= together
             charts.append(_scaling(subject, setting, curves))

@@ -32,9 +32,9 @@ def _against_saved(subject: Subject) -> list[Chart]:
     """Quality against the share of FLOPs that pruning saves."""
     import altair as alt
 
-    shown = [arm for arm in subject.retained if subject.rows[arm.name]["flops_saved"] is not None]
-    groups = by_series(shown)
-    saved = [subject.rows[arm.name]["flops_saved"] for arm in shown]
+    arms = [arm for arm in subject.retained if subject.rows[arm.name]["flops_saved"] is not None]
+    groups = by_series(arms)
+    saved = [subject.rows[arm.name]["flops_saved"] for arm in arms]
     if len(set(saved)) < 2:
         return []
     step = min(1.2, 6 / len(groups)) * (max(saved) - min(saved))
@@ -58,8 +58,10 @@ def _against_saved(subject: Subject) -> list[Chart]:
 
 def _speed_of(timings: list[dict[str, Any]]) -> dict[str, float]:
     """Decoding speed over that of the unpruned model in the same run: mean over seeds, least and greatest."""
-    took = [[each[who]["decode_seconds_per_token"]["median"] for who in ("teacher", "student")] for each in timings]
-    ratios = [teacher / student for teacher, student in took]
+    medians = [
+        [timing[model]["decode_seconds_per_token"]["median"] for model in ("teacher", "student")] for timing in timings
+    ]
+    ratios = [teacher / student for teacher, student in medians]
     return {"mean": sum(ratios) / len(ratios), "low": min(ratios), "high": max(ratios)}
 
 
@@ -69,18 +71,18 @@ def _against_speed(subject: Subject, group: Group) -> list[Chart]:
 
     by_machine: dict[str, dict[str, list[tuple[Arm, dict[str, Any], float]]]] = {}
     for arm, record in group.records:
-        known = (subject.rows[arm.name]["retention"] or {}).get("ratio_of_means")
-        for machine, timings in timings_of(record, "student") if known else ():
+        retained = (subject.rows[arm.name]["retention"] or {}).get("ratio_of_means")
+        for machine, timings in timings_of(record, "student") if retained else ():
             name = labels([arm], without_pruning=True)[0][0]
             by_machine.setdefault(machine, {}).setdefault(name, []).append((arm, record, _speed_of(timings)["mean"]))
     charts = []
     for number, (machine, series) in enumerate(by_machine.items(), 1):
         records = []
-        for name, found in series.items():
-            for arm, record, speed in sorted(found, key=lambda each: each[2]):
+        for name, points in series.items():
+            for arm, record, speed in sorted(points, key=lambda point: point[2]):
                 retention = in_percent(subject.rows[arm.name]["retention"]["ratio_of_means"])
                 records.append(row_of(subject, arm, record, name, x=speed, speed=f"{speed:.2f}", **retention))
-        look = Look(list(series), [found[0][0].look for found in series.values()])
+        look = Look(list(series), [points[0][0].look for points in series.values()])
         title = "decoding speed, as a multiple of the unpruned model's"
         x = alt.X("x:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=18), axis=alt.Axis(tickCount=8))
         chart = curves_of(look, x, "retention, %", ("speed", "times as fast"))
@@ -92,16 +94,16 @@ def _against_speed(subject: Subject, group: Group) -> list[Chart]:
 
 def _models(subject: Subject, group: Group) -> list[tuple[Arm, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """(arm, costs, shares saved, artifact's result): the unpruned model where it is an arm, then the students."""
-    found: list[tuple[Arm, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+    models: list[tuple[Arm, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     first = group.records[0][1]["results"][0]
     teacher = next((arm for arm in subject.comparison.arms if arm.mode == "teacher"), None)
     if teacher and "teacher" in first:
-        found.append((teacher, first["teacher"], {}, {}))
+        models.append((teacher, first["teacher"], {}, {}))
     for arm, record in group.records:
         result = record["results"][0]
         if "student" in result:
-            found.append((arm, result["student"], result["saved"], result))
-    return found
+            models.append((arm, result["student"], result["saved"], result))
+    return models
 
 
 def _counted(subject: Subject, group: Group) -> dict[str, Any]:
@@ -138,12 +140,18 @@ def _measured(subject: Subject, group: Group) -> list[dict[str, Any]]:
             }
             cells = {}
             for name, (key, factor) in columns.items():
-                student, teacher = (joined([each[who][key] for each in timings]) for who in ("student", "teacher"))
-                values = [factor * each for each in (student["mean"], student["low"], student["high"], teacher["mean"])]
+                student, teacher = (
+                    joined([timing[model][key] for timing in timings]) for model in ("student", "teacher")
+                )
+                values = [
+                    factor * value for value in (student["mean"], student["low"], student["high"], teacher["mean"])
+                ]
                 mean, low, high, unpruned = (f"{value:,.1f}" for value in values)
                 cells[name] = plain(mean, student["mean"], f"{low} to {high}; unpruned {unpruned}")
-            peak, other = (max(each[who]["peak_bytes"] for each in timings) for who in ("student", "teacher"))
-            cells["peak memory, MB"] = plain(f"{peak / MEGA:,.1f}", peak, f"unpruned {other / MEGA:,.1f}")
+            peak, teacher_peak = (
+                max(timing[model]["peak_bytes"] for timing in timings) for model in ("student", "teacher")
+            )
+            cells["peak memory, MB"] = plain(f"{peak / MEGA:,.1f}", peak, f"unpruned {teacher_peak / MEGA:,.1f}")
             speed = _speed_of(timings)
             cells["times as fast"] = plain(f"{speed['mean']:.2f}", speed["mean"])
             by_machine.setdefault(machine, []).append(line_of(subject, arm, cells, seeds=record["seeds"]))

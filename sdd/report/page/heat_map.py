@@ -21,15 +21,15 @@ MOST_LABELLED_BLOCKS = 14
 
 def _used_scores(subject: Subject) -> dict[str, tuple[Artifact, dict[str, dict[str, Any]]]]:
     """Scores by address, each with `pruning.json` of the pruned models that were cut by them."""
-    found: dict[str, tuple[Artifact, dict[str, dict[str, Any]]]] = {}
+    by_address: dict[str, tuple[Artifact, dict[str, dict[str, Any]]]] = {}
     bases = [subject.library.get(arm.run.base or "") for arm in subject.arms]
     upstream = [artifact for base in bases if base for artifact in subject.library.upstream(base)]
     for pruned in (artifact for artifact in upstream if artifact.stage == "pruned"):
         scores = subject.library.get(pruned.inputs.get("scores", ""))  # a repaired model has none: that below it has
         if scores and (scores.path / "scores.json").is_file():
-            cuts = found.setdefault(scores.address, (scores, {}))[1]
+            cuts = by_address.setdefault(scores.address, (scores, {}))[1]
             cuts[pruned.address] = read_cut(pruned.path / "pruning.json")
-    return found
+    return by_address
 
 
 def _scores(artifact: Artifact) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _scores(artifact: Artifact) -> dict[str, Any]:
 def redundancy(subject: Subject) -> Section | None:
     """The heat map of every criterion by which blocks were removed, with what was removed."""
     used = [(scores, _scores(scores), cuts) for scores, cuts in _used_scores(subject).values()]
-    blocks = [each for each in used if "distance" in each[1]]  # others score channels within blocks
+    blocks = [criterion for criterion in used if "distance" in criterion[1]]  # others score channels within blocks
     charts = [_heat_map(scores, content, list(cuts.values())) for scores, content, cuts in blocks[:MOST_HEAT_MAPS]]
     if not charts:
         return None

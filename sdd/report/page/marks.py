@@ -66,26 +66,26 @@ class Look:
     def __init__(self, series: list[str], arms_look: list[str], legend: bool = True) -> None:
         import altair as alt
 
-        found = looks(arms_look)
-        dashes = [[1, 0] if look.line == SOLID else list(look.line[1]) for look in found]
+        styles = looks(arms_look)
+        dashes = [[1, 0] if look.line == SOLID else list(look.line[1]) for look in styles]
 
         def scale(values: list[Any]) -> Any:
             return alt.Scale(domain=series, range=values)
 
-        kept: dict[str, Any] = {"title": None} if legend else {"legend": None}
-        self.colour = alt.Color("series:N", scale=scale([look.colour for look in found]), **kept)
-        self.shape = alt.Shape("series:N", scale=scale([look.symbol for look in found]), **kept)
+        options: dict[str, Any] = {"title": None} if legend else {"legend": None}
+        self.colour = alt.Color("series:N", scale=scale([look.colour for look in styles]), **options)
+        self.shape = alt.Shape("series:N", scale=scale([look.symbol for look in styles]), **options)
         self.dash = alt.StrokeDash("series:N", title=None, scale=scale(dashes))
 
 
-def numbered(subject: Subject, found: list[tuple[Arm, dict[str, Any]]]) -> tuple[Look, list[dict[str, Any]]]:
+def numbered(subject: Subject, points: list[tuple[Arm, dict[str, Any]]]) -> tuple[Look, list[dict[str, Any]]]:
     """Rows of arms that are told apart by the number beside each mark, and their looks."""
-    names = [f"{number}  {arm.name}" for number, (arm, _) in enumerate(found, 1)]
+    names = [f"{number}  {arm.name}" for number, (arm, _) in enumerate(points, 1)]
     records = [
         record_of(subject, arm, series=name, number=name.split()[0], **values)
-        for name, (arm, values) in zip(names, found, strict=True)
+        for name, (arm, values) in zip(names, points, strict=True)
     ]
-    return Look(names, [arm.look for arm, _ in found]), records
+    return Look(names, [arm.look for arm, _ in points]), records
 
 
 def tooltip_of(*first: tuple[str, str], form: str = ".1f") -> list[Any]:

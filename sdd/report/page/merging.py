@@ -18,7 +18,7 @@ def merging(subject: Subject) -> Section | None:
             file = merged.path / "merging.json"
             facts: dict[str, Any] = shown_json(file, {"note?": (str, None)}) if file.is_file() else {}
             settings = [f"{name}={value}" for name, value in merged.spec.items() if name != "method"]
-            students = [each for address in merged.inputs.values() if (each := subject.library.get(address))]
+            students = [student for address in merged.inputs.values() if (student := subject.library.get(address))]
             line: dict[str, Any] = {"arm": arm.name, "anchor": subject.anchors[arm.name], "look": arm.look}
             line |= {
                 "seed": run.seed,

@@ -49,24 +49,24 @@ def shortened(text: str) -> str:
 
 def by_digest(ids: Any) -> list[str]:
     """Ids in an order that has nothing to do with what they name."""
-    return sorted(ids, key=lambda each: hashlib.sha256(each.encode()).hexdigest())
+    return sorted(ids, key=lambda id: hashlib.sha256(id.encode()).hexdigest())
 
 
-def read_items(arm: Arm, task: str, wanted: set[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Samples of an arm's first seed by item id, all or those wanted."""
+def read_items(arm: Arm, task: str, chosen: set[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Samples of an arm's first seed by item id, all or those chosen."""
     rows = shown_rows(arm.run.path / "samples" / f"{task}.jsonl", arm.run.path)
-    return {str(row["id"]): row for row in rows if wanted is None or str(row["id"]) in wanted}
+    return {str(row["id"]): row for row in rows if chosen is None or str(row["id"]) in chosen}
 
 
 def answers(subject: Subject) -> Section | None:
     """Prompt, expected answer, and what each arm said, side by side."""
     comparison = subject.comparison
     chosen: dict[str, list[str]] = {}
-    read: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    samples: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for task in comparison.tasks:
         first = read_items(comparison.arms[0], task)
         chosen[task] = by_digest(first)[:MOST_PER_TASK]
-        read[task] = [read_items(arm, task, set(chosen[task])) for arm in comparison.arms]
+        samples[task] = [read_items(arm, task, set(chosen[task])) for arm in comparison.arms]
     texts = Texts()
     items: list[dict[str, Any]] = []
     per_task = 0
@@ -76,7 +76,7 @@ def answers(subject: Subject) -> Section | None:
         per_task = turn + 1
         for task in comparison.tasks:
             if turn < len(chosen[task]):
-                items.append(_item(task, chosen[task][turn], read[task], texts))
+                items.append(_item(task, chosen[task][turn], samples[task], texts))
     if not items:
         return None
     items.sort(key=lambda item: comparison.tasks.index(item["task"]))
@@ -104,10 +104,12 @@ def answers(subject: Subject) -> Section | None:
 
 def _item(task: str, item: str, arms: list[dict[str, dict[str, Any]]], texts: Texts) -> dict[str, Any]:
     """One prompt; for each arm [number of its answer, score], or None where it was not asked."""
-    asked = next(rows[item] for rows in arms if item in rows)
-    said = [[texts.number(row.get("response", "")), row["score"]] if (row := rows.get(item)) else None for rows in arms]
-    known: dict[str, Any] = {name: texts.number(asked[name]) for name in ("prompt", "answer") if name in asked}
-    return {"task": task, "id": item, **known, "said": said}
+    sample = next(rows[item] for rows in arms if item in rows)
+    responses = [
+        [texts.number(row.get("response", "")), row["score"]] if (row := rows.get(item)) else None for rows in arms
+    ]
+    numbers: dict[str, Any] = {name: texts.number(sample[name]) for name in ("prompt", "answer") if name in sample}
+    return {"task": task, "id": item, **numbers, "said": responses}
 
 
 def rewrites(subject: Subject) -> Section | None:
@@ -121,14 +123,14 @@ def rewrites(subject: Subject) -> Section | None:
         for row in shown_rows(artifact.path / "train.jsonl", artifact.path):
             check_shape(row, TRAINED, f"{artifact.path}/train.jsonl has a broken row; {AGAIN}: row")
             rows.setdefault(str(row["reason"]), {})[str(row["id"])] = row
-        shown = [
-            _row(by_id[each], written.get(each), texts)
+        examples = [
+            _row(by_id[id], written.get(id), texts)
             for by_id in rows.values()
-            for each in by_digest(by_id)[:MOST_PER_REASON]
+            for id in by_digest(by_id)[:MOST_PER_REASON]
         ]
         reasons = shown_json(artifact.path / "summary.json", SUMMARY).get("reasons", {})
         name = f"{artifact.labels.get('dataset') or 'targets'} ({artifact.address})"
-        sets.append({"name": name, "address": artifact.address, "reasons": reasons, "rows": shown})
+        sets.append({"name": name, "address": artifact.address, "reasons": reasons, "rows": examples})
     if not sets:
         return None
     lead = (
@@ -151,18 +153,18 @@ def _row(row: dict[str, Any], written: dict[str, Any] | None, texts: Texts) -> d
     """One training row by the numbers of its texts; a rejected rewrite is known only while its artifact is there."""
     kept = row["source"] == "rewrite"
     rewrite = written["rewrite"] if written else row["target"] if kept else "(its artifact is gone)"
-    named = {"prompt": row["prompt"], "reference": row["reference"], "rewrite": rewrite}
-    numbers = {name: texts.number(text) for name, text in named.items()}
+    fields = {"prompt": row["prompt"], "reference": row["reference"], "rewrite": rewrite}
+    numbers = {name: texts.number(text) for name, text in fields.items()}
     return {"id": str(row["id"]), **numbers, "kept": kept, "reason": str(row["reason"])}
 
 
 def _targets(subject: Subject) -> list[Any]:
     """Targets that were selected from rewrites, each once."""
-    found = {}
+    targets = {}
     for arm in subject.arms:
         for run in arm.runs:
             evaluated = subject.library.get(run.address)
             for artifact in subject.library.upstream(evaluated) if evaluated else []:
                 if artifact.stage == "targets" and artifact.inputs.get("rewrites") and "mode" in artifact.spec:
-                    found[artifact.address] = artifact
-    return [artifact for artifact in found.values() if (artifact.path / "train.jsonl").is_file()]
+                    targets[artifact.address] = artifact
+    return [artifact for artifact in targets.values() if (artifact.path / "train.jsonl").is_file()]

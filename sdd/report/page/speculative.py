@@ -3,7 +3,7 @@
 from typing import Any
 
 from sdd.report.contrasts import Study
-from sdd.report.page.analysed import Group, asked_of, groups, joined, prompts_of, row_of, timings_of, titled, value_of
+from sdd.report.page.analysed import Group, groups, joined, prompts_of, row_of, setting_of, timings_of, titled, value_of
 from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.marks import REFERENCE, Look, curves_of, finished, scatter_of, series_of
 from sdd.report.page.section import Chart, Section, Subject, render
@@ -23,8 +23,8 @@ def speculative(subject: Subject) -> Section | None:
     charts: list[Chart] = []
     tables: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
-    every = [each for group in groups(subject, "speculative") if (each := group.only("acceptance_rate")).records]
-    for group in every:
+    all_groups = [part for group in groups(subject, "speculative") if (part := group.only("acceptance_rate")).records]
+    for group in all_groups:
         charts += [_curve(subject, group, measure) for measure in CURVES]
         charts += _speed(subject, group)
         tables += _tables(subject, group)
@@ -33,9 +33,9 @@ def speculative(subject: Subject) -> Section | None:
         return None
     lead = (
         "The student drafts k tokens, the unpruned model verifies them in one pass and adds one of its own. Acceptance "
-        f"is counted over that model's own greedy answers to prompts{prompts_of(every)} that no student was trained "
-        "on; block efficiency is tokens a verifying pass, at most k + 1. ▲ and ▼ in differences: the 95% interval "
-        "leaves out zero."
+        f"is counted over that model's own greedy answers to prompts{prompts_of(all_groups)} that no student was "
+        "trained on; block efficiency is tokens a verifying pass, at most k + 1. ▲ and ▼ in differences: the 95% "
+        "interval leaves out zero."
     )
     body = render("table.html", tables=tables)
     for difference in differences:
@@ -56,9 +56,9 @@ def _curve(subject: Subject, group: Group, measure: str) -> Chart:
     for (arm, record), name in zip(group.records, group.series, strict=True):
         for length in _lengths(record):
             if f"{measure}@{length}" in record["measures"]:
-                known = value_of(record, f"{measure}@{length}", factor)
+                estimate = value_of(record, f"{measure}@{length}", factor)
                 x = length + min(0.05, 0.4 / len(aside)) * aside[name]
-                records.append(row_of(subject, arm, record, name, x=x, length=length, **known))
+                records.append(row_of(subject, arm, record, name, x=x, length=length, **estimate))
     values = sorted({row["length"] for row in records})
     scale = alt.Scale(domain=[values[0] - 0.5, values[-1] + 0.5], nice=False)
     x = alt.X("x:Q", title="draft length k", scale=scale, axis=alt.Axis(values=values, format="d", grid=False))
@@ -72,19 +72,23 @@ def _curve(subject: Subject, group: Group, measure: str) -> Chart:
 
 def _speeds(group: Group) -> list[dict[str, Any]]:
     """A line an arm, machine and timed draft length."""
-    found = []
+    lines = []
     for (arm, record), series in zip(group.records, group.series, strict=True):
         for machine, timings in timings_of(record, "greedy"):
-            for length in dict.fromkeys(length for each in timings for length in each["greedy"]["assisted"]):
-                timed = [each for each in timings if length in each["greedy"]["assisted"]]
-                took = {kind: [each[kind]["assisted"][length] for each in timed] for kind in ("greedy", "sampling")}
-                said = [each["predicted_speedup"][length] for each in timed]
+            for length in dict.fromkeys(length for timing in timings for length in timing["greedy"]["assisted"]):
+                timed = [timing for timing in timings if length in timing["greedy"]["assisted"]]
+                by_kind = {
+                    kind: [timing[kind]["assisted"][length] for timing in timed] for kind in ("greedy", "sampling")
+                }
+                predictions = [timing["predicted_speedup"][length] for timing in timed]
                 line: dict[str, Any] = {"arm": arm, "record": record, "series": series}
-                line |= {kind: joined([each["speedup"] for each in runs]) for kind, runs in took.items()}
-                line |= {name: sum(each[name] for each in said) / len(said) for name in PREDICTED}
-                identical = min(each["identical"] for each in took["greedy"])
-                found.append({**line, "machine": machine, "length": length, "identical": identical})
-    return found
+                line |= {kind: joined([run["speedup"] for run in runs]) for kind, runs in by_kind.items()}
+                line |= {
+                    name: sum(prediction[name] for prediction in predictions) / len(predictions) for name in PREDICTED
+                }
+                identical = min(run["identical"] for run in by_kind["greedy"])
+                lines.append({**line, "machine": machine, "length": length, "identical": identical})
+    return lines
 
 
 PREDICTED = {
@@ -102,8 +106,8 @@ def _speed(subject: Subject, group: Group) -> list[Chart]:
         return []
     records = []
     for line in lines:
-        told = {"across": line["counted_with_verification"], "length": line["length"], "machine": line["machine"]}
-        records.append(row_of(subject, line["arm"], line["record"], line["series"], **line["greedy"], **told))
+        fields = {"across": line["counted_with_verification"], "length": line["length"], "machine": line["machine"]}
+        records.append(row_of(subject, line["arm"], line["record"], line["series"], **line["greedy"], **fields))
     ends = [row[name] for row in records for name in ("across", "low", "high")] + [1.0]
     scale = alt.Scale(domain=[0.95 * min(ends), 1.05 * max(ends)], nice=False)
     predicted, measured = "predicted speed-up", "measured speed-up"
@@ -138,7 +142,7 @@ def _tables(subject: Subject, group: Group) -> list[dict[str, Any]]:
         for length in _lengths(record):
             cells[f"block efficiency, k = {length}"] = cell(measures[f"block_efficiency@{length}"], 2, 1)
         lines.append(line_of(subject, arm, cells, seeds=record["seeds"]))
-    found = [table(titled("Acceptance", group), lines)]
+    tables = [table(titled("Acceptance", group), lines)]
     by_machine: dict[str, list[dict[str, Any]]] = {}
     for line in _speeds(group):
         cells = {f"predicted {words}": plain(f"{line[name]:.2f}", line[name]) for name, words in PREDICTED.items()}
@@ -147,21 +151,25 @@ def _tables(subject: Subject, group: Group) -> list[dict[str, Any]]:
         timed = line_of(subject, line["arm"], cells, f"k = {line['length']}", line["record"]["seeds"])
         by_machine.setdefault(line["machine"], []).append(timed)
     for machine, timed_lines in by_machine.items():
-        found.append(table(titled(f"Speed-up on {machine}", group), timed_lines))
-    return found
+        tables.append(table(titled(f"Speed-up on {machine}", group), timed_lines))
+    return tables
 
 
 def _differences(subject: Subject, group: Group) -> list[dict[str, Any]]:
     """Arms with equal settings, on the same seeds and prompts."""
-    asked = asked_of(group.records[0][1])
+    setting = setting_of(group.records[0][1])
     by: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in subject.analyses["contrasts"]:
-        if row["kind"] == "speculative" and asked_of(row) == asked and (row["a"], row["b"]) in _equal(subject.study):
+        if (
+            row["kind"] == "speculative"
+            and setting_of(row) == setting
+            and (row["a"], row["b"]) in _equal(subject.study)
+        ):
             by.setdefault((row["a"], row["b"]), []).append(row)
     lines = []
     for (a, b), rows in list(by.items())[:MOST_CONTRASTS]:
         cells = {}
-        rows = [row for row in rows if len(row["seeds"]) == max(len(each["seeds"]) for each in rows)]
+        rows = [row for row in rows if len(row["seeds"]) == max(len(other["seeds"]) for other in rows)]
         for row in rows:
             name, _, length = row["measure"].partition("@")
             if name in ("acceptance_rate", "sampling_acceptance"):
@@ -169,8 +177,8 @@ def _differences(subject: Subject, group: Group) -> list[dict[str, Any]]:
             elif name == "block_efficiency":
                 cells[f"block efficiency, k = {length}"] = cell(row, 2, 1, signed=True)
         seeds = ", ".join(map(str, rows[0]["seeds"])) or "–"
-        both = subject.anchors[a], subject.anchors[b]
-        lines.append({"a": a, "b": b, "anchors": both, "seeds": seeds, "cells": cells})
+        anchors = subject.anchors[a], subject.anchors[b]
+        lines.append({"a": a, "b": b, "anchors": anchors, "seeds": seeds, "cells": cells})
     title = titled("Paired differences in acceptance", group)
     return [{"title": title, "lines": lines, "columns": columns(lines)}] if lines else []
 

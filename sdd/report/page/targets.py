@@ -15,13 +15,13 @@ Surprises = tuple[Arm, dict[str, Any], list[dict[str, Any]]]
 
 def of_arms(groups: list[Group]) -> list[Surprises]:
     """Once an arm, whatever prompts its student was asked."""
-    found: dict[str, Surprises] = {}
+    by_arm: dict[str, Surprises] = {}
     for group in groups:
         for arm, record in group.records:
-            targets = [each["targets"] for each in record["results"] if "targets" in each]
+            targets = [result["targets"] for result in record["results"] if "targets" in result]
             if targets:
-                found.setdefault(arm.name, (arm, record, targets))
-    return list(found.values())
+                by_arm.setdefault(arm.name, (arm, record, targets))
+    return list(by_arm.values())
 
 
 def chart(subject: Subject, surprises: list[Surprises]) -> list[Chart]:
@@ -31,12 +31,12 @@ def chart(subject: Subject, surprises: list[Surprises]) -> list[Chart]:
     records = []
     names = labels([arm for arm, _, _ in surprises])[0]
     for (arm, record, targets), label in zip(surprises, names, strict=True):
-        rows = "rewritten" if all("rewritten" in each for each in targets) else "all"
+        rows = "rewritten" if all("rewritten" in summary for summary in targets) else "all"
         nll = {name: mean_of(targets, rows, name, "nll") for name in ("reference", "target")}
-        known = [value for value in nll.values() if value is not None]
+        means = [value for value in nll.values() if value is not None]
         chosen = (("reference", "gold"), ("target", "rewritten")) if rows == "rewritten" else (("target", "gold"),)
         for name, series in chosen:
-            values = {"mean": nll[name], "low": min(known), "high": max(known), "rows": rows, "label": label}
+            values = {"mean": nll[name], "low": min(means), "high": max(means), "rows": rows, "label": label}
             records.append(row_of(subject, arm, record, series, **values))
     if not records:
         return []
@@ -65,14 +65,14 @@ def tables(subject: Subject, surprises: list[Surprises]) -> list[dict[str, Any]]
                     span = f"{tokens['p5']:.0f} to {tokens['p95']:.0f}"
                     cells[f"tokens, {words} of {rows}"] = plain(f"{tokens['mean']:.1f}", tokens["mean"], span)
         lines.append(line_of(subject, arm, cells, seeds=record["seeds"]))
-        counts: dict[str, float] = {}
-        for each in targets:
-            for name, count in each["reasons"].items():
-                counts[name] = counts.get(name, 0) + count / len(targets)
-        whole = sum(counts.values())
+        by_reason: dict[str, float] = {}
+        for summary in targets:
+            for name, count in summary["reasons"].items():
+                by_reason[name] = by_reason.get(name, 0) + count / len(targets)
+        total = sum(by_reason.values())
         shares = {
-            name.replace("_", " "): plain(f"{count:.0f}", count, f"{100 * count / whole:.1f}%")
-            for name, count in sorted(counts.items(), key=lambda each: (each[0] != "ok", -each[1]))
+            name.replace("_", " "): plain(f"{count:.0f}", count, f"{100 * count / total:.1f}%")
+            for name, count in sorted(by_reason.items(), key=lambda item: (item[0] != "ok", -item[1]))
         }
         reasons.append(line_of(subject, arm, shares, seeds=record["seeds"]))
     if not lines:

@@ -26,9 +26,9 @@ def dimensions(arm: Arm) -> dict[str, str | None]:
 
 def choices(subject: Subject) -> dict[str, list[str]]:
     """The values of each dimension of which the study has several, in the order of the arms."""
-    every = [dimensions(arm) for arm in subject.arms]
-    found = {name: list(dict.fromkeys(each[name] for each in every if each[name])) for name in DIMENSIONS}
-    return {name: [str(value) for value in values] for name, values in found.items() if len(values) > 1}
+    rows = [dimensions(arm) for arm in subject.arms]
+    by_dimension = {name: list(dict.fromkeys(row[name] for row in rows if row[name])) for name in DIMENSIONS}
+    return {name: [str(value) for value in values] for name, values in by_dimension.items() if len(values) > 1}
 
 
 def _config(subject: Subject, arm: Arm) -> list[dict[str, Any]]:
@@ -132,8 +132,8 @@ def differences(subject: Subject) -> Section | None:
     titles = {"trained_on": "trained on", "not_trained_on": "not trained on"}
     lines = []
     for (a, b), by in list(pairs.items())[:MOST_CONTRASTS]:
-        shown = ("average", "trained_on", "not_trained_on", "retention")
-        cells = {titles.get(name, name): cell(by.get(name), signed=True) for name in shown}
+        measures = ("average", "trained_on", "not_trained_on", "retention")
+        cells = {titles.get(name, name): cell(by.get(name), signed=True) for name in measures}
         cells["nll"] = cell(by.get("nll"), 3, 1, signed=True)
         seeds = spans(by["average"]["seeds"]) or "–"
         lines.append(
