@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdd.cli.app import config_folder
 from sdd.config import check_values
 from sdd.config.allowed import ALLOWED_PLUGINS, build, check_targets
-from sdd.config.parts import PLACES, SWEEP_END, class_of
+from sdd.config.parts import PLACES, SWEEP_END, maker_of
 from sdd.models.chats import REWRITE_TEMPLATE
 
 CONF = REPOSITORY / "conf"
@@ -98,7 +98,7 @@ def assert_bound(path: tuple, node: dict) -> None:
         given = {key: given[key] for key in PASSED[path[0]] if given.get(key) is not None}
         if not given["hub"]["repository"]:
             del given["hub"]
-    inspect.signature(class_of(name) if name in PLACES else get_object(name)).bind(**given, **ADDED.get(path[0], {}))
+    inspect.signature(maker_of(name) if name in PLACES else get_object(name)).bind(**given, **ADDED.get(path[0], {}))
 
 
 def test_configs_in_use_are_those_of_the_checkout() -> None:

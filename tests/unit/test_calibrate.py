@@ -15,7 +15,7 @@ from sdd.models import checkpoints
 class Recorder:
     """A criterion that only takes notes."""
 
-    name, needs = "recorder", "texts"
+    name = "recorder"
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[int, ...], int]] = []
