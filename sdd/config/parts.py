@@ -71,8 +71,8 @@ def maker_of(id: str) -> Callable[..., Any]:
     return maker
 
 
-def class_of(id: str) -> type:
-    """The class that an id stands for, where it is no function."""
+def class_of(id: str) -> type[Any]:
+    """The class that an id stands for, where it is no function; of which kind, its caller says by an annotation."""
     found = maker_of(id)
     assert isinstance(found, type), f"{id} stands for the function {found}"
     return found
