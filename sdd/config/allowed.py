@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
-from sdd.config.parts import PLACES, TARGETS, class_of
+from sdd.config.parts import PLACES, TARGETS, maker_of
 from sdd.errors import UserError
 
 ALLOWED_PLUGINS = frozenset(
@@ -166,10 +166,10 @@ def build(node: Any, *args: Any, **values: Any) -> Any:
     name = node.get("_target_")
     if name not in PLACES:
         raise UserError(f"_target_={name} is not one of this project's parts; refused")
-    part = class_of(name)
+    maker = maker_of(name)
     arguments = {key: value for key, value in node.items() if key != "_target_"} | values
     try:
-        inspect.signature(part).bind(*args, **arguments)
+        inspect.signature(maker).bind(*args, **arguments)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
-    return part(*args, **arguments)
+    return maker(*args, **arguments)

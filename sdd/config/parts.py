@@ -5,6 +5,7 @@ else, so that a class that moves keeps its artifacts, and old manifests can be r
 the time when each class was first named.)
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +17,7 @@ _CRITERIA = {
     "sdd.block_weights.Magnitude": "sdd.importance.weights",
     "sdd.block_weights.Taylor": "sdd.importance.weights",
     "sdd.removal.Perplexity": "sdd.importance.removal",
-    "sdd.removal.Iterative": "sdd.importance.removal",
+    "sdd.removal.Iterative": "sdd.importance.removal:iterative",
     "sdd.channels.SDM": "sdd.importance.channels",
     "sdd.channels.TaylorWidth": "sdd.importance.channels",
     "sdd.channels.ActivationWidth": "sdd.importance.channels",
@@ -60,12 +61,20 @@ TARGETS: dict[tuple[str, ...], frozenset[str]] = {
 """Under each key of the config, the ids that may stand there; under any other, none."""
 
 PLACES = _CRITERIA | _TEXTS | _ROWS | _MIXTURES | _ENGINES | _LOGGERS
-"""Id -> the module in which the class of that name lies."""
+"""Id -> the module in which the class of that name lies; after a colon, the function that chooses among classes."""
 
 
-def class_of(id: str) -> type:
-    """The class that an id stands for; a `KeyError` where it stands for none."""
-    found: type = getattr(import_module(PLACES[id]), id.rpartition(".")[2])
+def maker_of(id: str) -> Callable[..., Any]:
+    """The class or function that an id stands for; a `KeyError` where it stands for none."""
+    module, _, function = PLACES[id].partition(":")
+    maker: Callable[..., Any] = getattr(import_module(module), function or id.rpartition(".")[2])
+    return maker
+
+
+def class_of(id: str) -> type[Any]:
+    """The class that an id stands for, where it is no function; of which kind, its caller says by an annotation."""
+    found = maker_of(id)
+    assert isinstance(found, type), f"{id} stands for the function {found}"
     return found
 
 

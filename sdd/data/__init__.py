@@ -1,6 +1,8 @@
 """Where texts and fine-tuning rows come from. A source knows its content's digest; the digest is what recipes name."""
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,3 +15,13 @@ class Example:
     answer: str | None = None
     gold: str | None = None
     group: str | None = None
+
+
+def own_settings(source: Any, base: type) -> dict[str, Any]:
+    """What the constructor of a subclass of `base` was told besides, where it differs from its default.
+
+    For `spec`, so that nothing a source is told is missing in keys: it keeps each of its settings under its name.
+    """
+    defaults = {name: each.default for name, each in signature(type(source)).parameters.items()}
+    own = {name: getattr(source, name) for name in defaults if name not in signature(base).parameters}
+    return {name: value for name, value in own.items() if value != defaults[name]}

@@ -24,24 +24,21 @@ class LocalRows(Rows):
         unknown = sorted(set(fields or ()) - set(FIELDS))
         if unknown:
             raise UserError(f"dataset.fields.{unknown[0]} is no field of a row; choose from {', '.join(FIELDS)}")
-        self.fields = {name: name for name in FIELDS} | (fields or {})
-        self.named = dict(fields or {})
+        self.fields = dict(fields) if fields else None
+        self.names = {name: name for name in FIELDS} | (fields or {})
         super().__init__(path, num_rows, seed, families)
 
     def _needed(self) -> tuple[str, ...]:
         """The two that a row is made of, and every field that was named."""
-        return tuple(dict.fromkeys([self.fields["prompt"], self.fields["reference"], *self.named.values()]))
+        return tuple(dict.fromkeys([self.names["prompt"], self.names["reference"], *(self.fields or {}).values()]))
 
     def example(self, row: dict[str, Any], id: str, place: str) -> Example:
-        row_id, answer = row.get(self.fields["id"]), row.get(self.fields["answer"])
+        row_id, answer = row.get(self.names["id"]), row.get(self.names["answer"])
         if not isinstance(row_id, str | int | float | None):
-            raise UserError(f"{place}: the field {self.fields['id']!r} is neither a text nor a number")
+            raise UserError(f"{place}: the field {self.names['id']!r} is neither a text nor a number")
         return Example(
             id=str(id if row_id is None else row_id),
-            prompt=text_of(row, self.fields["prompt"], place),
-            reference=text_of(row, self.fields["reference"], place),
+            prompt=text_of(row, self.names["prompt"], place),
+            reference=text_of(row, self.names["reference"], place),
             answer=None if answer is None else str(answer),
         )
-
-    def spec(self) -> dict[str, Any]:
-        return super().spec() | ({"fields": self.named} if self.named else {})

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdd.data import Example
+from sdd.data import Example, own_settings
 from sdd.data.files import data_files, files_digest, read_rows
 from sdd.data.hub import Repository, fetched_rows, stream
 from sdd.errors import UserError
@@ -122,11 +122,12 @@ class Rows(ABC):
         return {self.spec()["digest"]: files[0] if len(files) == 1 else self.path}
 
     def spec(self) -> dict[str, Any]:
-        """What recipes say of these rows; the seed counts only if there is a sample.
+        """What recipes say of these rows; the seed counts only if there is a sample, a subclass's settings if given.
 
         `digest` is the file's sha256, or stands for the repository's files at a commit.
         """
-        drawn = {"num_rows": self.num_rows, "seed": None if self.num_rows is None else self.seed}
+        seed = None if self.num_rows is None else self.seed
+        drawn = {"num_rows": self.num_rows, "seed": seed, **own_settings(self, Rows)}
         if self.repository is not None:
             return {"digest": self.repository.digest, "hub": self.repository.spec(), **drawn}
         assert self.path is not None

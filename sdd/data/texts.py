@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from sdd.config.parts import id_of
-from sdd.data import Example
+from sdd.data import Example, own_settings
 from sdd.data.files import data_files, read_rows, text_of
 from sdd.data.hub import Repository, fetched_rows, streamed_rows
 from sdd.errors import UserError
@@ -92,6 +92,7 @@ class CorpusTexts:
             "hub": self.repository.spec(),
             "num_texts": self.num_texts,
             "seed": self.seed,
+            **own_settings(self, CorpusTexts),
         }
         return {"texts": digest_of(source), "source": source}
 

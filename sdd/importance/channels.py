@@ -12,6 +12,8 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdd.importance.criteria import BlindChannels, ChannelCriterion, OfTexts, TextChannels, WeightChannels
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,18 +47,10 @@ def kept_channels(importance: Sequence[float], width: int) -> list[int]:
     return sorted(order[:width])
 
 
-class ChannelCriterion:
-    """What scores MLP channels. `needs` says what it looks at: "nothing", "weights" or "texts"."""
-
-    name: str
-    needs: str
-
-
-class RandomWidth(ChannelCriterion):
+class RandomWidth(BlindChannels):
     """Channels in a random order, another one in every block: the control."""
 
     name = "random_width"
-    needs = "nothing"
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -70,11 +64,10 @@ class RandomWidth(ChannelCriterion):
         return found
 
 
-class MagnitudeWidth(ChannelCriterion):
+class MagnitudeWidth(WeightChannels):
     """Weight magnitude of gate, up and down together."""
 
     name = "magnitude_width"
-    needs = "weights"
 
     def read(self, checkpoint: Checkpoint) -> list[Tensor]:
         """The importance of every block's channels, from stored weights; one block in memory at a time."""
@@ -94,11 +87,10 @@ class MagnitudeWidth(ChannelCriterion):
         ]
 
 
-class ActivationWidth(ChannelCriterion):
+class ActivationWidth(TextChannels):
     """What the channels carry: the L2 norm over texts of their mean absolute activation over tokens."""
 
     name = "activation_width"
-    needs = "texts"
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import mean_activations
@@ -106,11 +98,10 @@ class ActivationWidth(ChannelCriterion):
         return [activation_norm(means) for means in mean_activations(model, rows, max_tokens)]
 
 
-class TaylorWidth(ChannelCriterion):
+class TaylorWidth(TextChannels):
     """Stage 1 of SDMPrune alone: first-order importance under cross-entropy."""
 
     name = "taylor_width"
-    needs = "texts"
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import channel_importance
@@ -118,7 +109,7 @@ class TaylorWidth(ChannelCriterion):
         return channel_importance(model, rows, max_tokens)
 
 
-class SDM(ChannelCriterion):
+class SDM(ChannelCriterion, OfTexts):
     """Both stages: a small cut by stage 1, then the importance under the loss that holds to the uncut model.
 
     `first_cut` is that cut's share of the channels: 4.0 to 3.9 times the hidden size in the paper. `alpha` and
@@ -126,7 +117,6 @@ class SDM(ChannelCriterion):
     """
 
     name = "sdm"
-    needs = "texts"
 
     def __init__(self, first_cut: float = 0.025, alpha: float | None = None, temperature: float | None = None) -> None:
         self.first_cut, self.alpha, self.temperature = first_cut, alpha, temperature

@@ -14,6 +14,7 @@ pass measures all blocks at once.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.forward.batches import length_batches, padded, show_texts
 from sdd.forward.bypass import Bypass, Row, likelihoods
+from sdd.importance.criteria import ModelCriterion, OfRows, OfTexts
 from sdd.importance.states import Angular, window_sums
 from sdd.models import checkpoints
 
@@ -91,11 +93,10 @@ def without_each(
     return whole, each
 
 
-class Perplexity:
+class Perplexity(ModelCriterion, OfTexts):
     """Rise of log-perplexity when a block alone is left out, in nats per token: the log of the factor it rises by."""
 
     name = "perplexity"
-    needs = "texts"
 
     def start(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -118,39 +119,21 @@ class Perplexity:
         }
 
 
-UNITS = {"angular": "angle / pi", "perplexity": "nats per token", "task": "share of answers lost"}
-
-
-class Iterative:
+class _Iterative(ModelCriterion):
     """Remove the block that scores lowest, measure what is left again, `depth` times (at most all blocks but one).
-
-    `by="angular"`: the mean angle between the states that enter and leave the block at the last token of the texts.
-    `by="perplexity"`: the rise of log-perplexity on the texts when the block goes too, in nats per token. `by="task"`:
-    the share of fine-tuning rows whose final answer is lost when the block goes too, an answer being right if each of
-    its tokens is the likeliest after the task and what the reference says before it; among blocks that cost the same,
-    the rise of the whole reference's log-perplexity decides. Rows are scored in place, not generated: one pass each.
 
     `steps` holds each removal with the scores of all blocks that were left then, relative to the model at that step.
     `distance` is of the first step: its scores, and their sums over windows.
     """
 
-    def __init__(self, by: str = "angular", depth: int = 10) -> None:
-        if by not in UNITS:
-            raise UserError(f"metric.by={by} is unknown; choose one of {', '.join(UNITS)}")
-        self.by, self.depth = by, depth
-        self.name = "iterative" if by == "angular" else "greedy"
-        self.needs = "rows" if by == "task" else "texts"
+    unit: str
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
 
     def start(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.steps: list[dict[str, Any]] = []
-
-    def runs(self, num_blocks: int) -> tuple[float, float]:
-        left = range(num_blocks, num_blocks - min(self.depth, num_blocks - 1), -1)
-        if self.by == "angular":
-            return float(sum(left)), 0.0
-        blocks, heads = zip(*map(_runs, left), strict=True)
-        return sum(blocks), sum(heads)
 
     def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
         removed: list[int] = []
@@ -163,30 +146,94 @@ class Iterative:
                 step[name] = [found[b][index] if b in found else None for b in range(self.num_blocks)]
             self.steps.append(step)
 
+    @abstractmethod
     def _step(
         self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
     ) -> dict[int, tuple[float, ...]]:
         """Of each block that is left: what its removal costs, and what decides between equals."""
-        if self.by == "angular":
-            angular = Angular()
-            angular.start(self.num_blocks)
-            with Bypass(model).letting_through(dict.fromkeys(removed)):
-                show_texts(model, angular, [row.ids for row in rows], batch_size)
-            angles = angular.scores()["distance"]["1"]
-            return {block: (angle,) for block, angle in enumerate(angles) if block not in removed}
-        whole, each = without_each(model, rows, removed, batch_size)
-        rises = {block: quality.log_perplexity - whole.log_perplexity for block, quality in each.items()}
-        if self.by == "perplexity":
-            return {block: (rise,) for block, rise in rises.items()}
-        return {block: (whole.accuracy - quality.accuracy, rises[block]) for block, quality in each.items()}
 
     def scores(self) -> dict[str, Any]:
         return {
             "distance": window_sums(self.steps[0]["scores"]),
             "order": [step["removed"] for step in self.steps],
             "steps": self.steps,
-            "unit": UNITS[self.by],
+            "unit": self.unit,
         }
+
+    def _left(self, num_blocks: int) -> range:
+        """How many blocks are left at each step."""
+        return range(num_blocks, num_blocks - min(self.depth, num_blocks - 1), -1)
+
+
+class ByAngle(_Iterative, OfTexts):
+    """By the mean angle between the states that enter and leave a block at the last token of the texts."""
+
+    name, unit = "iterative", "angle / pi"
+
+    def runs(self, num_blocks: int) -> tuple[float, float]:
+        return float(sum(self._left(num_blocks))), 0.0
+
+    def _step(
+        self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
+    ) -> dict[int, tuple[float, ...]]:
+        angular = Angular()
+        angular.start(self.num_blocks)
+        with Bypass(model).letting_through(dict.fromkeys(removed)):
+            show_texts(model, angular, [row.ids for row in rows], batch_size)
+        angles = angular.scores()["distance"]["1"]
+        return {block: (angle,) for block, angle in enumerate(angles) if block not in removed}
+
+
+class _Greedy(_Iterative):
+    """By what the removal of each block costs."""
+
+    name = "greedy"
+
+    def runs(self, num_blocks: int) -> tuple[float, float]:
+        blocks, heads = zip(*map(_runs, self._left(num_blocks)), strict=True)
+        return sum(blocks), sum(heads)
+
+    def _step(
+        self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
+    ) -> dict[int, tuple[float, ...]]:
+        whole, each = without_each(model, rows, removed, batch_size)
+        return {block: self._cost(whole, quality) for block, quality in each.items()}
+
+    @abstractmethod
+    def _cost(self, whole: Quality, without: Quality) -> tuple[float, ...]: ...
+
+
+class ByPerplexity(_Greedy, OfTexts):
+    """By the rise of log-perplexity on the texts when the block goes too, in nats per token."""
+
+    unit = "nats per token"
+
+    def _cost(self, whole: Quality, without: Quality) -> tuple[float, ...]:
+        return (without.log_perplexity - whole.log_perplexity,)
+
+
+class ByTask(_Greedy, OfRows):
+    """By the share of fine-tuning rows whose final answer is lost when the block goes too.
+
+    An answer is right if each of its tokens is the likeliest after the task and what the reference says before it;
+    among blocks that cost the same, the rise of the whole reference's log-perplexity decides. Rows are scored in place,
+    not generated: one pass each.
+    """
+
+    unit = "share of answers lost"
+
+    def _cost(self, whole: Quality, without: Quality) -> tuple[float, ...]:
+        return whole.accuracy - without.accuracy, without.log_perplexity - whole.log_perplexity
+
+
+BY: dict[str, type[_Iterative]] = {"angular": ByAngle, "perplexity": ByPerplexity, "task": ByTask}
+
+
+def iterative(by: str = "angular", depth: int = 10) -> ModelCriterion:
+    """The criterion that removes blocks one by one: what it goes by decides what it is shown."""
+    if by not in BY:
+        raise UserError(f"metric.by={by} is unknown; choose one of {', '.join(BY)}")
+    return BY[by](depth)
 
 
 def _runs(blocks: int) -> tuple[float, float]:

@@ -3,8 +3,8 @@
 Angular distance (Gromov et al. 2024, arXiv 2403.17887, as in arXiv 2410.09982): d(l, n) is the mean over texts of
 arccos(cos(h_l, h_{l+n})) / pi at the last real token, h_l entering block l, h_L leaving the last block before the final
 norm. Block Influence (ShortGPT, arXiv 2403.03853): BI_l = 1 - mean over real tokens of cos(h_l, h_{l+1}).
-The controls look at nothing. Loading, batching and hooks live in `calibrate`; knows nothing of Hydra or the store.
-Criteria that look at weights are in `block_weights`, those that remove blocks and measure again in `removal`.
+The controls look at nothing. Batching and hooks live in `sdd.forward`; knows nothing of Hydra or the store.
+Criteria that look at weights are in `weights`, those that remove blocks and measure again in `removal`.
 A criterion's name and parameters are known without torch, which only computing imports: a dry run has no need of it.
 """
 
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
+
+from sdd.importance.criteria import Blind, BlockCriterion, StateCriterion
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from sdd.forward.bypass import Row
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -48,40 +46,6 @@ def window_sums(values: list[float]) -> dict[str, list[float]]:
     return {str(n): [math.fsum(values[start : start + n]) for start in range(blocks - n + 1)] for n in range(1, blocks)}
 
 
-class Criterion(Protocol):
-    """What scores blocks. `needs` says what it looks at: "nothing", "weights", "texts", or fine-tuning "rows"."""
-
-    name: str
-    needs: str
-
-    def start(self, num_blocks: int) -> None: ...
-
-    def scores(self) -> dict[str, Any]: ...
-
-
-class StateCriterion(Criterion, Protocol):
-    """One that is told of each block's states as texts pass."""
-
-    def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None: ...
-
-    def finish_batch(self) -> None: ...
-
-
-class WeightCriterion(Criterion, Protocol):
-    """One that reads the checkpoint's tensors."""
-
-    def read(self, folder: Path) -> None: ...
-
-
-@runtime_checkable
-class ModelCriterion(Criterion, Protocol):
-    """One that runs the model itself; `runs` says how often a text passes through a block, and through the head."""
-
-    def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None: ...
-
-    def runs(self, num_blocks: int) -> tuple[float, float]: ...
-
-
 def last_real(hidden: Tensor, mask: Tensor) -> Tensor:
     """The state of each row's last real token, padding on either side: (B, T, D), (B, T) -> (B, D)."""
     import torch
@@ -91,11 +55,10 @@ def last_real(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-class Angular:
+class Angular(StateCriterion):
     """Angular distance for every block size and start from one pass; keeps last-token states of one batch."""
 
     name = "angular"
-    needs = "texts"
 
     def start(self, num_blocks: int) -> None:
         import torch
@@ -123,11 +86,10 @@ class Angular:
         return {"distance": {str(n): (total / self.texts).tolist() for n, total in self.sums.items()}}
 
 
-class BlockInfluence:
+class BlockInfluence(StateCriterion):
     """Block Influence over all real tokens; `contiguous` takes the cheapest window instead of the lowest blocks."""
 
     name = "block_influence"
-    needs = "texts"
 
     def __init__(self, contiguous: bool = False) -> None:
         self.contiguous = contiguous
@@ -152,16 +114,14 @@ class BlockInfluence:
         return table | {"order": sorted(range(len(values)), key=lambda block: (values[block], block))}
 
 
-class _Blind:
-    """A control that looks at nothing."""
-
-    needs = "nothing"
+class _Control(BlockCriterion, Blind):
+    """A control: it looks at nothing."""
 
     def start(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
 
 
-class Random(_Blind):
+class Random(_Control):
     """Blocks in a random order: the control that every criterion has to beat."""
 
     name = "random"
@@ -176,7 +136,7 @@ class Random(_Blind):
         return {"distance": window_sums(rank), "order": order}
 
 
-class Last(_Blind):
+class Last(_Control):
     """The last blocks first; with `keep_final`, those before the last one, which goes only when no other is left."""
 
     def __init__(self, keep_final: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sdd.architectures import BLOCK_NAME, STORED_BUFFERS
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.bypass import LOGITS, Row, forwards
+from sdd.importance.criteria import BlockCriterion, ModelCriterion, OfTexts, WeightCriterion
 from sdd.importance.states import window_sums
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
@@ -39,7 +40,7 @@ def taylor(weight: Tensor, gradient: Tensor) -> float:
     return float((gradient.float() * weight.float()).abs().sum(dtype=torch.float64))
 
 
-class _Summed:
+class _Summed(BlockCriterion):
     """A criterion that adds up a number per block over its weights; the smallest goes first."""
 
     def start(self, num_blocks: int) -> None:
@@ -50,11 +51,10 @@ class _Summed:
         return {"distance": window_sums(self.sums), "order": order}
 
 
-class Magnitude(_Summed):
+class Magnitude(_Summed, WeightCriterion):
     """Sum of |w| over all parameters of a block, norms and biases included, as the checkpoint stores them."""
 
     name = "magnitude"
-    needs = "weights"
 
     def read(self, checkpoint: Checkpoint) -> None:
         """Add up the checkpoint's tensors, one in memory at a time; no model is made."""
@@ -69,7 +69,7 @@ class Magnitude(_Summed):
                         self.sums[int(match["index"])] += magnitude(file.get_tensor(name))
 
 
-class Taylor(_Summed):
+class Taylor(_Summed, ModelCriterion, OfTexts):
     """Sum over all parameters of a block of |g * w|, g being the gradient of one loss: that of all texts together.
 
     The loss is cross-entropy in nats, averaged over all predicted tokens of the `num_texts` texts (10 in the paper; a
@@ -81,7 +81,6 @@ class Taylor(_Summed):
     """
 
     name = "taylor"
-    needs = "texts"
 
     def __init__(self, num_texts: int = 10) -> None:
         self.num_texts = num_texts

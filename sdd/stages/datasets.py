@@ -12,12 +12,14 @@ from sdd.stages.runtime import Runtime
 
 CHUNK_ROWS = 128
 """Rows of one chunk of answers: what a killed run loses at most."""
+NO_SETTINGS = ("digest", "weight", "path")
+"""What a recipe may say of rows beside their constructor's settings; a path is this machine's, and never a recipe's."""
 
 
 def read_examples(runtime: Runtime, spec: dict[str, Any]) -> list[Example]:
     """The dataset rows that a recipe names, checked against its digest."""
     if "parts" in spec:
-        node = {"_target_": spec["_target_"], "num_rows": spec["num_rows"]}
+        node = {key: value for key, value in spec.items() if key not in (*NO_SETTINGS, "parts")}
         parts = {name: partial(_source, runtime, part) for name, part in spec["parts"].items()}
         source = build(node, parts=parts, weights={name: part["weight"] for name, part in spec["parts"].items()})
     else:
@@ -29,9 +31,7 @@ def read_examples(runtime: Runtime, spec: dict[str, Any]) -> list[Example]:
 
 
 def _source(runtime: Runtime, spec: dict[str, Any], num_rows: int | None) -> Any:
-    node: dict[str, Any] = {key: spec[key] for key in ("_target_", "families", "fields", "hub") if key in spec}
-    if spec.get("seed") is not None:
-        node["seed"] = spec["seed"]
+    node = {key: value for key, value in spec.items() if key not in NO_SETTINGS and value is not None}
     if "families" not in spec and "hub" not in spec:
         node["path"] = str(runtime.source(spec["digest"], "dataset"))
     return build(node, num_rows=num_rows)

@@ -35,13 +35,12 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Embedded(Spec):
-    """The embedded suite's tasks by digest; `model` where the unpruned model is evaluated, else the input `model`."""
+class Asked(Spec):
+    """How a model is asked, whatever the tasks; `model` where it is the unpruned one, else the input `model`.
 
-    suite: str
-    tasks: dict[str, str]
-    split: str
-    seed: int
+    The first of its subclasses' bases, so that their tasks come before it in a manifest.
+    """
+
     limit: int | None
     chat_template: Any
     system_prompt: str | None
@@ -52,7 +51,17 @@ class Embedded(Spec):
 
 
 @dataclass(frozen=True)
-class Stock(Spec):
+class EmbeddedTasks(Spec):
+    """The embedded suite's tasks by digest, and which of their items."""
+
+    suite: str
+    tasks: dict[str, str]
+    split: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class StockTasks(Spec):
     """lm-eval's tasks by digest, as they were `asked` for, and their rows: files by digest, or commits of the hub."""
 
     suite: str
@@ -60,13 +69,16 @@ class Stock(Spec):
     data: dict[str, Any]
     asked: list[str]
     num_fewshot: int | None
-    limit: int | None
-    chat_template: Any
-    system_prompt: str | None
-    dtype: str
-    max_new_tokens: int | None
-    lm_eval: str
-    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Embedded(Asked, EmbeddedTasks):
+    """The embedded suite on one model."""
+
+
+@dataclass(frozen=True)
+class Stock(Asked, StockTasks):
+    """lm-eval's tasks on one model."""
 
 
 def read_spec(recipe: Recipe) -> Embedded | Stock:

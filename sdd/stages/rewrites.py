@@ -14,6 +14,7 @@ from sdd.errors import UserError
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
+from sdd.rewriting.engines import Engine
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.datasets import CHUNK_ROWS, for_row, read_examples, selection_for
 from sdd.stages.runtime import Runtime
@@ -68,11 +69,12 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     return Estimate(found.seconds * (engine.get("tries") or 1), found.memory, found.disk)
 
 
-def _engine(kind: str) -> str:
-    """The id of the engine that has this kind in a key."""
+def _engine(kind: str) -> type[Engine]:
+    """The engine that has this kind in a key."""
     for id in sorted(TARGETS["engine",]):
-        if class_of(id).kind == kind:  # type: ignore[attr-defined]
-            return id
+        engine: type[Engine] = class_of(id)
+        if engine.kind == kind:
+            return engine
     raise UserError(f"the recipe names an engine {printable(kind)}, which is not one of this project's")
 
 
@@ -81,7 +83,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     spec = Rewrites.read(recipe.spec)
     examples = read_examples(runtime, spec.dataset)
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
-    engine = class_of(_engine(spec.engine["kind"]))(**settings)
+    engine = _engine(spec.engine["kind"])(**settings)
     templates = [for_row(spec.template, example.id) for example in examples]
     order = sorted(
         range(len(examples)),

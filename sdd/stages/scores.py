@@ -1,7 +1,7 @@
 """Stage `scores`: how important every block, or every MLP channel, is by one criterion."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,22 @@ from sdd.config import plain
 from sdd.config.allowed import build as build_part
 from sdd.errors import UserError
 from sdd.forward.bypass import Row, task_row
-from sdd.importance.channels import SDM, ChannelCriterion, TaylorWidth
-from sdd.importance.states import ModelCriterion
+from sdd.importance.channels import SDM, TaylorWidth
+from sdd.importance.criteria import (
+    Blind,
+    BlindChannels,
+    BlockCriterion,
+    ChannelCriterion,
+    Criterion,
+    ModelCriterion,
+    OfRows,
+    OfTexts,
+    OfWeights,
+    StateCriterion,
+    TextChannels,
+    WeightChannels,
+    WeightCriterion,
+)
 from sdd.models.checkpoints import Checkpoint, check_logits
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
@@ -78,13 +92,20 @@ class RowScores(Spec):
     chat_template: str | None = None
 
 
-SPECS: dict[str, type[Spec]] = {
-    "nothing": BlindScores,
-    "weights": WeightScores,
-    "texts": TextScores,
-    "rows": RowScores,
+Scores = BlindScores | WeightScores | TextScores | RowScores
+
+SPECS: dict[type[Criterion], type[Scores]] = {
+    Blind: BlindScores,
+    OfWeights: WeightScores,
+    OfTexts: TextScores,
+    OfRows: RowScores,
 }
 """By what a criterion looks at."""
+
+
+def read_spec(recipe: Recipe, criterion: Criterion) -> Scores:
+    (spec,) = (spec for kind, spec in SPECS.items() if isinstance(criterion, kind))
+    return spec.read(recipe.spec)
 
 
 # ---- what is asked for --------------------------------------------------------------------------------------------
@@ -97,11 +118,11 @@ def recipe(study: Study) -> Recipe:
     metric = plain(config.metric)
     criterion = build_part(metric)
     labels = {"metric": criterion.name}
-    if criterion.needs == "nothing":
+    if isinstance(criterion, Blind):
         return study.recipe("scores", BlindScores(metric, models.num_blocks), {}, labels)
-    if criterion.needs == "weights":
+    if isinstance(criterion, OfWeights):
         return study.recipe("scores", WeightScores(metric, models.digest), {}, labels)
-    if criterion.needs == "rows":
+    if isinstance(criterion, OfRows):
         spec = RowScores(
             metric=metric,
             model=models.digest,
@@ -124,14 +145,14 @@ def channels_recipe(study: Study, depth: Recipe | None) -> Recipe:
     criterion = build_part(node)
     labels, inputs = {"metric": criterion.name}, {} if depth is None else {"pruned": depth}
     own = None if depth else models.digest
-    if criterion.needs == "nothing":
+    if isinstance(criterion, Blind):
         blocks, width = models.num_blocks - study.blocks_removed, int(models.sizes["intermediate_size"])
         return study.recipe("scores", BlindScores(node, blocks, width), {}, labels)
     if isinstance(criterion, SDM | TaylorWidth) and config.model.dtype == "float16":
         raise UserError(
             f"metric={criterion.name} takes gradients, which float16 rounds to zero; set model.dtype=bfloat16"
         )
-    if criterion.needs == "weights":
+    if isinstance(criterion, OfWeights):
         return study.recipe("scores", WeightScores(node, own), inputs, labels)
     labels |= calibration.labels
     if not isinstance(criterion, SDM):
@@ -175,7 +196,7 @@ def check_metric(study: Study, node: str, channels: bool) -> None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     criterion = build_part(recipe.spec["metric"])
-    spec = SPECS[criterion.needs].read(recipe.spec)
+    spec = read_spec(recipe, criterion)
     if isinstance(spec, BlindScores):
         return Estimate(1.0, 1e8, 1e5)
     trainer, whole = sizes.config.trainer, sizes.shape.blocks
@@ -206,39 +227,46 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     """`scores.json` and a figure, after as many passes over the texts as the criterion takes; of channels, also
     `channels.safetensors`."""
     criterion = build_part(recipe.spec["metric"])
-    spec = SPECS[criterion.needs].read(recipe.spec)
+    spec = read_spec(recipe, criterion)
     if isinstance(criterion, ChannelCriterion):
         _build_channels(runtime, spec, inputs, folder, criterion)
     else:
         _build_blocks(runtime, spec, folder, criterion)
 
 
-def _build_blocks(runtime: Runtime, spec: Any, folder: Path, criterion: Any) -> None:
+def _build_blocks(runtime: Runtime, spec: Scores, folder: Path, criterion: BlockCriterion) -> None:
     num_texts = 0
     if isinstance(spec, BlindScores):
         blocks = spec.num_blocks
         criterion.start(blocks)
     else:
-        source = runtime.checkpoint(spec.model)
+        source = runtime.checkpoint(str(spec.model))
         blocks = source.num_blocks
         if blocks > 1:
             check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
         criterion.start(blocks)
-    if isinstance(spec, WeightScores):
-        criterion.read(source)
-    elif isinstance(spec, TextScores | RowScores):
-        from sdd.forward.batches import show_texts
-
-        rows = _task_rows(runtime, spec) if isinstance(spec, RowScores) else _text_rows(runtime, spec)
-        num_texts = len(rows)
-        model = source.model(spec.dtype, runtime.device, runtime.attention)
-        if isinstance(criterion, ModelCriterion):
-            criterion.measure(model, rows, runtime.inference_batch_size)
+        if isinstance(criterion, WeightCriterion):
+            criterion.read(source)
         else:
-            show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
+            assert isinstance(spec, TextScores | RowScores), f"{criterion.name} reads no weights"
+            num_texts = _show(runtime, spec, source, criterion)
     scores = {"metric": criterion.name, "num_blocks": blocks, "num_texts": num_texts, **criterion.scores()}
     write_json(folder / "scores.json", scores)
     heat_map(scores, folder / "scores.png")
+
+
+def _show(runtime: Runtime, spec: TextScores | RowScores, source: Checkpoint, criterion: BlockCriterion) -> int:
+    """Let the criterion look at the model; -> how many texts or rows it was shown."""
+    from sdd.forward.batches import show_texts
+
+    rows = _task_rows(runtime, spec) if isinstance(spec, RowScores) else _text_rows(runtime, spec)
+    model = source.model(spec.dtype, runtime.device, runtime.attention)
+    if isinstance(criterion, ModelCriterion):
+        criterion.measure(model, rows, runtime.inference_batch_size)
+    else:
+        assert isinstance(criterion, StateCriterion), f"{criterion.name} is told of no states"
+        show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
+    return len(rows)
 
 
 def _text_rows(runtime: Runtime, spec: TextScores) -> list[Row]:
@@ -266,16 +294,21 @@ def _task_rows(runtime: Runtime, spec: RowScores) -> list[Row]:
     return short
 
 
-def _build_channels(runtime: Runtime, spec: Any, inputs: Mapping[str, Path], folder: Path, criterion: Any) -> None:
+def _build_channels(
+    runtime: Runtime, spec: Scores, inputs: Mapping[str, Path], folder: Path, criterion: ChannelCriterion
+) -> None:
     """Where blocks went first, the input `pruned` is scored."""
     import torch
     from safetensors.torch import save_file
 
     rows: list[list[int]] = []
-    if isinstance(spec, BlindScores):
+    found: Sequence[Any]
+    if isinstance(criterion, BlindChannels):
+        assert isinstance(spec, BlindScores) and spec.intermediate_size is not None
         found = criterion.draw(spec.num_blocks, spec.intermediate_size)
     else:
-        source = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(spec.model)
+        assert not isinstance(spec, BlindScores | RowScores), f"{criterion.name} looks at weights or texts"
+        source = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
         check_narrowable(source, sizes_of(source).mlp.width - 1)
         if isinstance(spec, TextScores):
             from sdd.forward.batches import tokenize_texts
@@ -283,6 +316,7 @@ def _build_channels(runtime: Runtime, spec: Any, inputs: Mapping[str, Path], fol
             rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
             found = _measured(runtime, spec, inputs, source, criterion, rows)
         else:
+            assert isinstance(criterion, WeightChannels), f"{criterion.name} reads no weights"
             found = criterion.read(source)
     vectors = {str(block): torch.as_tensor(vector).float().contiguous() for block, vector in enumerate(found)}
     save_file(vectors, folder / CHANNELS)
@@ -304,9 +338,9 @@ def _measured(
     spec: TextScores,
     inputs: Mapping[str, Path],
     source: Checkpoint,
-    criterion: Any,
+    criterion: ChannelCriterion,
     rows: list[list[int]],
-) -> Any:
+) -> list[Any]:
     """Importance from passes over the texts; the second stage of SDMPrune has the first one's and a teacher."""
 
     def opened(checkpoint: Checkpoint) -> Any:
@@ -316,6 +350,7 @@ def _measured(
 
     model = opened(source)
     if not isinstance(criterion, SDM):
+        assert isinstance(criterion, TextChannels), f"{criterion.name} is shown no texts"
         return criterion.measure(model, rows, runtime.micro_batch_tokens)
     teacher = opened(runtime.checkpoint(str(spec.model))) if "pruned" in inputs else None
     return criterion.measure(model, rows, runtime.micro_batch_tokens, read_channels(inputs["first"]), teacher)

@@ -7,10 +7,12 @@ from omegaconf import DictConfig
 
 from sdd.config.allowed import build
 from sdd.store import canonical
-from sdd.study.rows import Rows, given, hub_of
+from sdd.study.rows import Rows, part_node
 
 FROM_DATASET = "sdd.data.texts.DatasetTexts"
 """The calibration texts that are made of the fine-tuning rows."""
+OF_RECIPES = ("max_length",)
+"""Settings of the node that no constructor of texts is told."""
 LOCAL_TEXTS = "sdd.data.texts.LocalTexts"
 
 
@@ -29,11 +31,10 @@ class Calibration:
     @cached_property
     def source(self) -> Any:
         calibration = self.config.calibration
-        node = {"_target_": calibration._target_}
+        node = part_node(calibration, OF_RECIPES)
         if calibration._target_ == FROM_DATASET:
             return build(node, num_texts=self.num_texts, dataset=self.rows.source, dataset_spec=self.rows.spec)
-        drawn = given(hub=hub_of(calibration.hub), seed=calibration.seed)
-        return build(node, path=calibration.path, num_texts=self.num_texts, **drawn)
+        return build(node, num_texts=self.num_texts)
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -51,4 +52,4 @@ class Calibration:
         calibration = self.config.calibration
         if calibration.path is None or calibration._target_ == LOCAL_TEXTS:
             return {}
-        return {"calibration": canonical({"_target_": calibration._target_, **given(seed=calibration.seed)})}
+        return {"calibration": canonical(part_node(calibration, (*OF_RECIPES, "path", "hub", "num_texts")))}

@@ -1,5 +1,6 @@
 """The rows that a config names: where they come from, what recipes say of them, what of a dataset's settings counts."""
 
+from collections.abc import Collection
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ def hub_of(node: DictConfig) -> dict[str, Any] | None:
     return plain(node) if node.repository else None
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """The values that are set: a part whose constructor does not know a setting refuses it only if it was given."""
-    return {key: value for key, value in values.items() if value is not None}
+OF_RECIPES = ("name", "answer_rule", "template", "leak_phrases", "weight", "system_prompt", "parts")
+"""Settings of a dataset's node that no constructor of rows is told."""
+
+
+def part_node(node: DictConfig, beside: Collection[str]) -> dict[str, Any]:
+    """A config's node as its part is built from it: every setting that is given, but those `beside` the part.
+
+    A constructor refuses what it does not know, so that no setting is lost unsaid.
+    """
+    values = plain(node) | {"hub": hub_of(node.hub)}
+    return {key: value for key, value in values.items() if key not in beside and value is not None}
 
 
 def source_of(dataset: DictConfig) -> Any:
@@ -26,22 +35,14 @@ def source_of(dataset: DictConfig) -> Any:
     if not dataset.parts:
         return _rows(dataset, dataset.seed, dataset.num_rows)
     return build(
-        {"_target_": dataset._target_},
+        part_node(dataset, (*OF_RECIPES, "seed")),  # by the seed each part draws its own
         parts={name: partial(_rows, part, dataset.seed) for name, part in dataset.parts.items()},
         weights={name: part.weight for name, part in dataset.parts.items()},
-        num_rows=dataset.num_rows,
     )
 
 
 def _rows(rows: DictConfig, seed: int, num_rows: int | None) -> Any:
-    return build(
-        {"_target_": rows._target_},
-        path=rows.path,
-        num_rows=num_rows,
-        seed=seed,
-        families=None if rows.families is None else list(rows.families),
-        **given(hub=hub_of(rows.hub), fields=None if rows.fields is None else dict(rows.fields)),
-    )
+    return build(part_node(rows, OF_RECIPES), seed=seed, num_rows=num_rows)
 
 
 class Rows:

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from sdd.cli.app import config_folder
 from sdd.config import check_values
 from sdd.config.allowed import ALLOWED_PLUGINS, build, check_targets
-from sdd.config.parts import PLACES, SWEEP_END, class_of
+from sdd.config.parts import PLACES, SWEEP_END, maker_of
 from sdd.models.chats import REWRITE_TEMPLATE
+from sdd.study import calibration, rows
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(
@@ -43,11 +44,8 @@ GROUPS = {
     *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),
     *("repair", "analysis", "trainer", "logger", "experiment"),
 }
-PASSED = {
-    "dataset": {"path", "num_rows", "seed", "families", "hub"},
-    "calibration": {"path", "num_texts", "seed", "hub"},
-}
-"""What the constructors of these two are given, where it is set; the rest of their settings belongs to the recipe."""
+LEFT_OUT = {"dataset": rows.OF_RECIPES, "calibration": calibration.OF_RECIPES}
+"""Settings of these two that their constructors are not told."""
 MADE_OF_OTHERS = {"sdd.data.mixture.Mixture", "sdd.data.texts.DatasetTexts"}
 """What is given sources instead of settings."""
 ADDED = {"logger": {"id": "a", "name": "n", "save_dir": "d", "config": {}}}
@@ -94,11 +92,11 @@ def assert_bound(path: tuple, node: dict) -> None:
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     if name in MADE_OF_OTHERS:
         return
-    if path[0] in PASSED:
-        given = {key: given[key] for key in PASSED[path[0]] if given.get(key) is not None}
+    if path[0] in LEFT_OUT:
+        given = {key: value for key, value in given.items() if key not in LEFT_OUT[path[0]] and value is not None}
         if not given["hub"]["repository"]:
             del given["hub"]
-    inspect.signature(class_of(name) if name in PLACES else get_object(name)).bind(**given, **ADDED.get(path[0], {}))
+    inspect.signature(maker_of(name) if name in PLACES else get_object(name)).bind(**given, **ADDED.get(path[0], {}))
 
 
 def test_configs_in_use_are_those_of_the_checkout() -> None:

@@ -16,7 +16,7 @@ from sdd.models.checkpoints import Checkpoint
 class Recorder:
     """A criterion that only takes notes."""
 
-    name, needs = "recorder", "texts"
+    name = "recorder"
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[int, ...], int]] = []

@@ -2,16 +2,25 @@
 
 import gzip
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from sdd.config import schema
+from sdd.config.parts import PLACES
+from sdd.data import Example
 from sdd.data.files import read_rows
 from sdd.data.local import LocalRows
+from sdd.data.rows import Rows
 from sdd.data.texts import LocalTexts
 from sdd.data.tiny import TinyTasks, TinyTexts
 from sdd.errors import UserError
+from sdd.stages.datasets import read_examples
+from sdd.stages.runtime import Runtime
+from sdd.study import rows as study
 
 ROW = {"prompt": "2 + 2?", "reference": "four"}
 
@@ -203,3 +212,90 @@ def test_embedded_texts_are_conversations_cut_inside_the_answer() -> None:
         answers.append(answer)
     endings = {answer.split()[-1] for answer in answers}
     assert len(endings) > 16, "texts that all end alike would be measured at one token"
+
+
+# ---- settings of a class's own ----------------------------------------------------------------------------------
+
+
+class LongRows(Rows):
+    """Rows whose prompt has at least so many characters."""
+
+    columns = ("prompt", "reference")
+
+    def __init__(
+        self,
+        path: str | None = None,
+        num_rows: int | None = None,
+        seed: int = 0,
+        families: list[str] | None = None,
+        hub: dict[str, Any] | None = None,
+        least: int = 0,
+    ) -> None:
+        super().__init__(path, num_rows, seed, families, hub)
+        self.least = least
+
+    def example(self, row: dict[str, Any], id: str, place: str) -> Example | None:
+        return Example(id, row["prompt"], row["reference"]) if len(row["prompt"]) >= self.least else None
+
+
+@dataclass
+class LongPart(schema.Part):
+    least: int | None = None
+
+
+@dataclass
+class LongDataset(schema.Dataset):
+    least: int | None = None
+    parts: dict[str, LongPart] = field(default_factory=dict)
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A node of `LongRows`, which has an id and, in the schema, a setting of its own."""
+    monkeypatch.setitem(PLACES, "sdd.data.LongRows", __name__)
+    rows = [{"prompt": "p" * n, "reference": "r"} for n in range(1, 9)]
+    return {"_target_": "sdd.data.LongRows", "name": "long", "path": written(tmp_path / "long.jsonl", *rows)}
+
+
+def asked(**node: Any) -> tuple[study.Rows, Runtime]:
+    rows = study.Rows(OmegaConf.structured(LongDataset(**node)), {})
+    return rows, Runtime(sources=rows.sources if rows.spec else {})
+
+
+def test_a_setting_of_a_class_of_its_own_is_in_the_key_and_read_back(long_rows: dict[str, Any]) -> None:
+    rows, runtime = asked(**long_rows, least=6)
+    assert rows.spec["least"] == 6
+    assert rows.examples is not None
+    assert [len(example.prompt) for example in rows.examples] == [6, 7, 8]
+    assert read_examples(runtime, rows.spec) == rows.examples
+    assert "least" not in asked(**long_rows)[0].spec, "what is off adds nothing to an address"
+
+
+def test_a_setting_of_a_part_of_a_mixture_is_in_the_key_and_read_back(long_rows: dict[str, Any]) -> None:
+    parts = {"a": LongPart(**long_rows, least=6), "b": LongPart(**long_rows)}
+    rows, runtime = asked(_target_="sdd.data.mixture.Mixture", name="both", parts=parts, num_rows=4)
+    assert [part.get("least") for part in rows.spec["parts"].values()] == [6, None]
+    assert rows.examples is not None
+    assert all(len(example.prompt) >= 6 for example in rows.examples if example.id.startswith("a/"))
+    assert read_examples(runtime, rows.spec) == rows.examples
+
+
+def test_a_setting_that_a_class_does_not_know_is_refused(long_rows: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"sdd\.data\.local\.LocalRows: got an unexpected keyword argument 'least'"):
+        asked(**long_rows | {"_target_": "sdd.data.local.LocalRows"}, least=6)
+    rows, runtime = asked(**long_rows)
+    with pytest.raises(UserError, match=r"sdd\.data\.LongRows: got an unexpected keyword argument 'most'"):
+        read_examples(runtime, rows.spec | {"most": 6})
+    assert read_examples(runtime, rows.spec | {"path": "/etc/passwd"}) == rows.examples, "a recipe names no path"
+    parts = {name: LongPart(**long_rows) for name in "ab"}
+    with pytest.raises(UserError, match=r"sdd\.data\.mixture\.Mixture: got an unexpected keyword argument 'least'"):
+        asked(_target_="sdd.data.mixture.Mixture", name="both", parts=parts, num_rows=4, least=6)
+
+
+def test_a_setting_that_a_class_does_not_keep_is_no_key(long_rows: dict[str, Any], monkeypatch: Any) -> None:
+    def forgetful(self: Any, path: Any = None, num_rows: Any = None, seed: int = 0, least: int = 0) -> None:
+        Rows.__init__(self, path)
+
+    monkeypatch.setattr(LongRows, "__init__", forgetful)
+    with pytest.raises(AttributeError, match="least"):
+        asked(**long_rows, least=6)

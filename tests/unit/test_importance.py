@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdd.config.parts import TARGETS, maker_of
 from sdd.forward.batches import show_texts, tokenize_texts
+from sdd.importance.criteria import Blind, BlockCriterion, ChannelCriterion, OfRows
+from sdd.importance.removal import iterative
 from sdd.importance.states import (
     Angular,
     BlockInfluence,
@@ -21,6 +24,7 @@ from sdd.importance.states import (
 )
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
+from sdd.stages.scores import SPECS
 
 BLOCKS = 4
 
@@ -273,8 +277,19 @@ def test_the_final_block_is_kept_to_the_end() -> None:
 
 @pytest.mark.parametrize("criterion", [Random(), Last(), Last(keep_final=True)])
 def test_controls_look_at_nothing(criterion: Any) -> None:
-    assert criterion.needs == "nothing"
+    assert isinstance(criterion, Blind)
     assert not hasattr(criterion, "observe")
+
+
+def test_what_a_criterion_looks_at_is_its_type() -> None:
+    """Each is of one kind, and so has one kind of key; what goes by the task is shown rows, its likes texts."""
+    criteria = [maker_of(id)() for id in sorted(TARGETS["metric",])]
+    criteria += [iterative(by) for by in ("angular", "perplexity", "task")]
+    assert len(criteria) == 16
+    for criterion in criteria:
+        assert isinstance(criterion, BlockCriterion) != isinstance(criterion, ChannelCriterion)
+        assert len([kind for kind in SPECS if isinstance(criterion, kind)]) == 1, criterion.name
+    assert [isinstance(criterion, OfRows) for criterion in criteria[-3:]] == [False, False, True]
 
 
 def test_chosen_blocks_of_a_table_and_of_an_order() -> None:

@@ -162,7 +162,7 @@ def test_named_fields(tmp_path: Path) -> None:
             LocalRows(str(path), fields=fields | {"reference": "solution"}).examples()
     with pytest.raises(UserError, match=r"dataset\.fields\.answr is no field of a row"):
         LocalRows(str(path), fields={"answr": "label"})
-    assert "fields" not in LocalRows(str(path)).__dict__["named"]
+    assert LocalRows(str(path)).fields is None
 
 
 # ---- mixtures ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from sdd.errors import UserError
 from sdd.forward.batches import tokenize_texts
 from sdd.forward.bypass import Bypass, Row, likelihoods, task_row
-from sdd.importance.removal import Iterative, Perplexity, without_each
+from sdd.importance.removal import Perplexity, iterative, without_each
 from sdd.importance.states import chosen_blocks
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
@@ -155,7 +155,7 @@ def test_perplexity_is_the_rise_when_a_block_alone_goes(
 def test_greedy_measures_what_is_left_again(
     tiny_llama: Path, rows: list[Row], nats_without: Callable[..., float]
 ) -> None:
-    scores = measured(Iterative("perplexity"), Checkpoint(tiny_llama).model("float32"), rows)
+    scores = measured(iterative("perplexity"), Checkpoint(tiny_llama).model("float32"), rows)
     removed: list[int] = []
     for step in scores["steps"]:
         before, left = nats_without(*sorted(removed)), [b for b in range(BLOCKS) if b not in removed]
@@ -173,7 +173,7 @@ def test_greedy_measures_what_is_left_again(
 @pytest.mark.parametrize("by", ["angular", "perplexity", "task"])
 def test_blocks_that_do_nothing_go_first_and_depth_ends_it(by: str, tiny_llama: Path, rows: list[Row]) -> None:
     model = silence(Checkpoint(tiny_llama).model("float32"), 1, 3)
-    scores = measured(Iterative(by, depth=2), model, rows)
+    scores = measured(iterative(by, depth=2), model, rows)
     assert len(scores["steps"]) == 2
     if by == "task":  # of a random model nothing is right, so that likelihood alone decides, and others may help
         assert scores["steps"][0]["scores"] == [0.0] * BLOCKS
@@ -196,7 +196,7 @@ def test_a_task_counts_answers_before_likelihood(monkeypatch: pytest.MonkeyPatch
     whole = removal.Quality(10.0, 10, 4, 8)
     each = {0: removal.Quality(5.0, 10, 3, 8), 1: removal.Quality(30.0, 10, 4, 8), 2: removal.Quality(20.0, 10, 4, 8)}
     monkeypatch.setattr(removal, "without_each", lambda *_: (whole, each))
-    criterion = Iterative("task", depth=1)
+    criterion = iterative("task", depth=1)
     criterion.start(3)
     criterion.measure(None, [], 1)
     (step,) = criterion.scores()["steps"]
@@ -205,7 +205,7 @@ def test_a_task_counts_answers_before_likelihood(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_measure_is_named() -> None:
     with pytest.raises(UserError, match=r"metric\.by=accuracy is unknown; choose one of angular, perplexity, task"):
-        Iterative(by="accuracy")
+        iterative(by="accuracy")
 
 
 def test_likelihoods_that_are_no_numbers_are_refused(tiny_llama: Path, rows: list[Row]) -> None:
@@ -219,5 +219,5 @@ def test_likelihoods_that_are_no_numbers_are_refused(tiny_llama: Path, rows: lis
 def test_runs_are_the_passes_that_are_made() -> None:
     """One pass of 3 blocks and 0, 1, 2 blocks behind each that goes; then 2 blocks the same way."""
     assert Perplexity().runs(3) == (3 + 3, 4)
-    assert Iterative("perplexity").runs(3) == (3 + 3 + 2 + 1, 4 + 3)
-    assert Iterative("angular", depth=1).runs(3) == (3, 0)
+    assert iterative("perplexity").runs(3) == (3 + 3 + 2 + 1, 4 + 3)
+    assert iterative("angular", depth=1).runs(3) == (3, 0)
