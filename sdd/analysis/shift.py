@@ -24,17 +24,11 @@ EMBEDDER_MODULES = ("Transformer", "Pooling", "Normalize")
 EMBEDDER_FILES = ("*.json", "*.txt", "*.safetensors", "*/config.json")
 
 
-def forward_kl(p_logits: Any, q_logits: Any) -> Any:
-    """KL(p || q) in nats: (N, V), (N, V) -> (N,), in float32, at least 0."""
-    import torch
-
-    log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (p_logits, q_logits))
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
-
-
 def token_kl(teacher: Any, student: Any, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
     """KL(teacher || student) at every token of every row's answer, in nats."""
-    return per_token(lambda tokens, p, q: forward_kl(p, q), rows, batch_size, teacher, student)
+    from sdd.forward.losses import forward_kl
+
+    return per_token(lambda tokens, p, q: forward_kl(q, p), rows, batch_size, teacher, student)
 
 
 def token_nll(model: Any, rows: Sequence[Row], batch_size: int) -> list[list[float]]:

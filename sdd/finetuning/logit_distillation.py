@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdd.finetuning.module import TrainingRow, padded, target_states
+from sdd.finetuning.module import TrainingRow, labelled, target_states
 from sdd.forward import chunks
 from sdd.forward.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
 from sdd.models.checkpoints import head_logits
@@ -27,7 +27,7 @@ class LogitDistillation:
     ce_share: float = 0.0
 
     def __call__(self, model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
-        ids, mask, labels = padded(rows, device)
+        ids, mask, labels = labelled(rows, device)
         at = labels[:, 1:] != -100
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             taught = target_states(self.teacher, ids, mask, at)

@@ -21,6 +21,7 @@ from torch import Tensor
 from sdd.errors import UserError
 from sdd.finetuning.adapters import causal_lm
 from sdd.forward import chunks
+from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
 from sdd.models.checkpoints import decoder, head_logits
 
@@ -61,7 +62,7 @@ def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[li
 
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
     """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
-    cut: list[list[TrainingRow]] = []
+    cut: list[list[TrainingRow]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
     for row in sorted(rows, key=lambda r: len(r.ids)):
         if cut and (len(cut[-1]) + 1) * len(row.ids) <= max_tokens:
             cut[-1].append(row)
@@ -70,23 +71,17 @@ def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[Tra
     return cut
 
 
-def padded(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def labelled(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, attention mask and labels (-100 off the target), each (B, T); pads are never targets."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, -100)
-    for at, row in enumerate(rows):
-        length = len(row.ids)
-        ids[at, :length] = torch.tensor(row.ids)
-        mask[at, :length] = 1
-        labels[at, row.prompt_length : length] = ids[at, row.prompt_length : length]
-    return ids.to(device), mask.to(device), labels.to(device)
+    ids, mask = padded([row.ids for row in rows], device)
+    starts = torch.tensor([row.prompt_length for row in rows], device=device)
+    targets = mask.bool() & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
+    return ids, mask, ids.where(targets, -100)
 
 
 def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, int]:
     """Summed cross-entropy over the rows' target tokens, and their number; logits at target positions only."""
-    ids, mask, labels = padded(rows, device)
+    ids, mask, labels = labelled(rows, device)
     at = labels[:, 1:] != -100
     states, targets = target_states(model, ids, mask, at), labels[:, 1:][at]
 

@@ -4,6 +4,7 @@ Texts are batched by length, so that little padding is computed; the criterion s
 states as they pass. Knows nothing of what the criterion computes.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -34,17 +35,17 @@ def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list
     return batches
 
 
-def padded(rows: list[list[int]], device: Any = "cpu") -> tuple[Any, Any]:
+def padded(rows: Sequence[list[int]], device: Any = "cpu") -> tuple[Any, Any]:
     """Right-padded ids and attention mask of rows of token ids, both (B, T)."""
     import torch
 
     longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row, device=device)
+        ids[at, : len(row)] = torch.tensor(row)
         mask[at, : len(row)] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 class Observer(Protocol):

@@ -32,16 +32,26 @@ def distillation_slope(student: Tensor, soft: Tensor | None, targets: Tensor, al
     return slope.scatter_add_(1, targets[:, None], hard)
 
 
+def _divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """The terms of KL(teacher || student), both softened: (N, V), (N, V) -> (N, V), float32."""
+    assert logits.shape == teacher_logits.shape, f"student {logits.shape}, teacher {teacher_logits.shape}"
+    student, teacher = ((each.float() / temperature).log_softmax(-1) for each in (logits, teacher_logits))
+    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True)
+
+
+def forward_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of each token in nats, in float32, at least 0: (N, V), (N, V) -> (N,)."""
+    return _divergence(logits, teacher_logits, 1.0).sum(-1).clamp_min(0.0)
+
+
 def forward_kl_sum(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Summed KL(teacher || student) in nats, in float32: (N, V), (N, V) -> (). Zero at equality and for N = 0.
 
     Both are softened by `temperature`, and the sum is multiplied by its square, so that gradients keep their size
     (Hinton et al. 2015, arXiv 1503.02531, section 2).
     """
-    assert logits.shape == teacher_logits.shape, f"student {logits.shape}, teacher {teacher_logits.shape}"
-    student, teacher = ((each.float() / temperature).log_softmax(-1) for each in (logits, teacher_logits))
-    kl = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    return kl * temperature**2
+    # One sum over all terms, not of `forward_kl`: by tokens first it is rounded otherwise, and so is what is trained.
+    return _divergence(logits, teacher_logits, temperature).sum() * temperature**2
 
 
 def summed_in_chunks(loss: Callable[..., Tensor], *parts: Tensor, chunk: int) -> Tensor:

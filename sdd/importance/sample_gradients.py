@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdd.architectures import MLP, mlp_layers, mlp_of
-from sdd.forward.batches import length_batches
+from sdd.forward.batches import length_batches, padded
 from sdd.forward.losses import distillation_slope, softened
 from sdd.models.checkpoints import blocks, decoder, head_logits
 
@@ -70,7 +70,8 @@ def channel_importance(
     try:
         with tqdm(total=len(rows), desc="importance", unit="text") as progress:
             for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
-                ids, lengths = _padded([rows[index] for index in batch], model.device)
+                ids, _ = padded([rows[index] for index in batch], model.device)
+                lengths = [len(rows[index]) for index in batch]
                 soft = None if teacher is None else _states(teacher, ids)
                 for index, recorder in enumerate(recorders):
                     recorder.begin(lengths, None if distillation is None else distillation.masked[index])
@@ -89,16 +90,8 @@ def channel_importance(
     return [recorder.total.cpu() for recorder in recorders]
 
 
-def _padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, list[int]]:
-    """Ids padded on the right, (B, T), and lengths. A causal model's real tokens do not see what comes after them."""
-    lengths = [len(row) for row in rows]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-    return ids.to(device), lengths
-
-
 def _forward(model: Any, ids: Tensor) -> Tensor:
+    """Final states of rows padded on the right, whose real tokens do not see what comes after them: no mask."""
     found: Tensor = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     return found
 
@@ -232,7 +225,7 @@ def mean_activations(model: Any, rows: Sequence[list[int]], max_tokens: int) -> 
     try:
         with tqdm(total=len(rows), desc="activations", unit="text") as progress:
             for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
-                ids, _ = _padded([rows[index] for index in batch], model.device)
+                ids, _ = padded([rows[index] for index in batch], model.device)
                 _states(model, ids)
                 progress.update(len(batch))
     finally:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sdd.forward.losses import forward_kl_sum, summed_in_chunks, target_loss_sum
+from sdd.forward.losses import forward_kl, forward_kl_sum, summed_in_chunks, target_loss_sum
 
 
 def test_a_sum_in_nats_by_hand() -> None:
@@ -45,6 +45,16 @@ def test_divergence_by_hand() -> None:
     assert forward_kl_sum(student, teacher).item() == pytest.approx(forward, rel=1e-5)
     assert forward_kl_sum(teacher, student).item() == pytest.approx(reverse, rel=1e-5)
     assert abs(forward - reverse) > 0.01
+
+
+def test_divergence_of_each_token_by_hand() -> None:
+    p = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    q = torch.log(torch.tensor([[0.25, 0.75], [0.25, 0.75]]))
+    expected = 0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)
+    assert forward_kl(q, p).tolist() == pytest.approx([expected, 0.0], abs=1e-7)
+    assert forward_kl(q - 3.0, p + 5.0).tolist() == pytest.approx([expected, 0.0], abs=1e-6)
+    assert float(forward_kl(p, q)[0]) != pytest.approx(expected, abs=1e-3)
+    assert float(forward_kl(q, p).sum()) == pytest.approx(float(forward_kl_sum(q, p)), abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

@@ -15,9 +15,9 @@ from sdd.finetuning.module import (
     Optimisation,
     StudentModule,
     TrainingRow,
+    labelled,
     loss_sum,
     micro_batches,
-    padded,
     step_rows,
     target_tokens,
 )
@@ -41,7 +41,7 @@ def model(tiny_llama: Path) -> Any:
 
 def own_loss(model: Any, rows: Sequence[TrainingRow]) -> torch.Tensor:
     """The mean over target tokens that the model computes itself from `labels`."""
-    ids, mask, labels = padded(rows)
+    ids, mask, labels = labelled(rows)
     loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     return loss
 
@@ -84,7 +84,7 @@ def test_micro_batches_hold_every_row_within_bounds(max_tokens: int, rows: list[
 
 
 def test_labels_stand_on_the_target_alone() -> None:
-    ids, mask, labels = padded([TrainingRow([1, 5, 6, 7], 2), TrainingRow([1, 8], 1), TrainingRow([1, 9, 9], 3)])
+    ids, mask, labels = labelled([TrainingRow([1, 5, 6, 7], 2), TrainingRow([1, 8], 1), TrainingRow([1, 9, 9], 3)])
     assert ids.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0], [1, 9, 9, 0]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert labels.tolist() == [[-100, -100, 6, 7], [-100, 8, -100, -100], [-100] * 4]
@@ -135,7 +135,7 @@ def teacher(sharded_llama: Path) -> Any:
 
 def direct_loss(model: Any, teacher: Any, rows: Sequence[TrainingRow], temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) summed over target tokens, from both models' own logits of every position."""
-    ids, mask, labels = padded(rows)
+    ids, mask, labels = labelled(rows)
     at = labels[:, 1:] != -100
     p, q = (
         (each(input_ids=ids, attention_mask=mask).logits[:, :-1][at] / temperature).softmax(-1)

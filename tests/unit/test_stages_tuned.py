@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdd.errors import UserError
-from sdd.finetuning.module import StudentModule, padded
+from sdd.finetuning.module import StudentModule, labelled
 from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import build as build_tuned
 from sdd.stages.tuned import split_rows, tokenized
@@ -69,7 +69,7 @@ def test_the_loss_is_taken_on_the_answer_and_its_end(tokenizer: Any) -> None:
     rows = [{"prompt": task.prompt, "target": task.gold} for task in tasks]
     kept, too_long = tokenized(tokenizer, rows, None, 256)
     assert too_long == 0
-    ids, mask, labels = padded(kept)
+    ids, mask, labels = labelled(kept)
     for at, task in enumerate(tasks):
         whole = tokenizer.decode(ids[at][mask[at].bool()])
         assert whole == f"<|begin|><|user|>{task.prompt}<|end|><|assistant|>{task.gold}<|end|>"

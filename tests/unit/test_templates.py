@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdd.errors import UserError
-from sdd.finetuning.module import TrainingRow, padded
+from sdd.finetuning.module import TrainingRow, labelled
 from sdd.models.chats import (
     PLAIN_TEMPLATE,
     accepted,
@@ -392,7 +392,7 @@ def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(
         ids.count(ids[-1]) == (family.prompt if system is None else family.system).count(said(tokenizer, ids[-1:])) + 1
     )
     longer = TrainingRow([*ids, *ids], length)
-    _, mask, labels = padded([TrainingRow(ids, length), longer])
+    _, mask, labels = labelled([TrainingRow(ids, length), longer])
     assert labels[0][labels[0] != -100].tolist() == ids[length:]
     assert int((labels[0] != -100).sum()) == len(ids) - length
     assert labels[0][mask[0] == 0].unique().tolist() == [-100], "a pad is never a target"
