@@ -46,7 +46,13 @@ class Engine(Protocol):
     def spec(self) -> dict[str, Any]: ...
 
     def open(
-        self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, device: str, batch_size: int
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        system_prompt: str | None,
+        device: str,
+        batch_size: int,
+        attention: str | None = None,
     ) -> None: ...
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
@@ -86,8 +92,16 @@ class HFEngine:
             **(sampling if self.temperature > 0 else {"temperature": 0.0}),
         }
 
-    def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, device: str, batch_size: int) -> None:
-        self.take(checkpoint.model(dtype, device), checkpoint.tokenizer(), system_prompt, batch_size)
+    def open(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        system_prompt: str | None,
+        device: str,
+        batch_size: int,
+        attention: str | None = None,
+    ) -> None:
+        self.take(checkpoint.model(dtype, device, attention), checkpoint.tokenizer(), system_prompt, batch_size)
 
     def take(self, model: Any, tokenizer: Any, system_prompt: str | None, batch_size: int) -> None:
         """Use a model that is open already."""

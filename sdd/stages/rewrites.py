@@ -102,8 +102,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             if not path.is_file():
                 if not opened:
                     teacher = runtime.checkpoint(spec.teacher, "teacher")
-                    batch_size = runtime.inference_batch_size
-                    engine.open(teacher, spec.dtype, spec.system_prompt, runtime.device, batch_size)
+                    how = runtime.device, runtime.inference_batch_size, runtime.attention
+                    engine.open(teacher, spec.dtype, spec.system_prompt, *how)
                     opened = True
                 chosen = [examples[i] for i in chunk]
                 selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
