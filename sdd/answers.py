@@ -5,13 +5,20 @@ Rules: `final` wants the answer on the last line in one of the known forms ("The
 the last "####", else that of the last "answer is", else the last number; `boxed` takes what the last \boxed{} holds,
 else the last stated form; `choice` takes the letter of a multiple-choice answer; `none` extracts nothing.
 
+A number is read with what belongs to its value ("3/4", "2 1/2", "5 million", "9 squared"). Two values for one answer
+("6 or 7", "6-7", "between 6 and 7") are none for `number` and `gsm8k`; the rules that take an answer as it is written
+keep both, and that is equal to neither.
+
 Equality is by value where both are numbers (separators, currency, units, percent signs, fractions and LaTeX spellings
-are clothes), member by member for tuples, else by the words. It never evaluates an expression. Knows nothing of models
-or datasets.
+are clothes), member by member for tuples, else by the words. What stands behind a number is left aside only if it is a
+known unit or things that are counted ("12 red apples"). It never evaluates an expression. Knows nothing of models or
+datasets.
 """
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 
 from sdd.errors import UserError
 
@@ -23,7 +30,34 @@ LONGEST = 1000
 _FORM = re.compile(
     r"(?:the answer is:?[ ]*(?P<said>.+?)\.?|####[ ]*(?P<marked>.+?)|\bans:[ ]*(?P<short>.+?))[ ]*$", re.I
 )
-_NUMBER = re.compile(r"[-−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_TEEN = r"(?:thir|four|fif|six|seven|eigh|nine)teen"
+_TY = r"(?:twen|thir|for|fif|six|seven|eigh|nine)t"
+_COUNT = rf"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|{_TEEN}|{_TY}y(?:-\w{{3,5}})?)"
+_ORDINAL = rf"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|{_TEEN}|{_TY}ie|hundred|thousand|\w{{1,5}}illion)th"
+_PART = rf"(?:half|halves|thirds|quarters?|{_ORDINAL}s)"
+_FACTOR = rf"(?:(?:{'|'.join(_SCALES)})s?|{_PART}|tens|score|gross|squared|cubed|factorial)"
+_DIGITS = r"(?:\d++(?:,\d++)*+(?:\.\d++)?+|(?<!\w)\.\d++)"
+_NUMBER = re.compile(
+    r"(?:\b(?:twice|double|triple|half|third|quarter|minus|negative|not|root|sqrt)(?: of| an?| the)*+[^\w\s]*+\s?"
+    r"|√)?"
+    r"(?<![\d^_])(?<!\^\{)"  # no exponent, no index
+    r"(?:(?<![\w.)\]}%])(?<!\d\s)[-−–](?: (?=\d+/))?)?[$€£]?"  # a dash behind a number or a word is no sign
+    rf"(?:\d++ \d++/\d++|{_DIGITS}(?:\s?/\s?{_DIGITS})?+)"
+    r"(?:e[-+]?\d++(?!\w)|\s?(?:\\times|\\cdot|[*×x])\s?10\^\{?[-−]?\d++\}?|\^\{?[-−\w]++\}?|[²³])?+(?:\s?(?:\\?pi(?!\w)|π))?+"
+    rf"(?:[\s-]{_FACTOR}(?![\w-])"
+    rf"|(?:\s[a-z]{{1,20}}+)?\s(?:or|and|to|point)\s(?:an?\s)?(?:{_FACTOR}|{_COUNT}|third|{_ORDINAL}|more|less|fewer)(?![\w-]))*+",
+    re.I,
+)
+"""A number, with the words and signs around it that make another value of it."""
+_WORD = re.compile(r"[^\W\d_]+|[^\w\s]")
+_CLOTHES = frozenset("\\${}()*€£\"'")
+_HEDGE = re.compile(r"maybe|perhaps|possibly|probably|about|around|approximately|roughly|almost|nearly|even|either")
+_RANGE = frozenset({"or", "to", "through", *"-–—−/"})
+_LIST = _RANGE | {"and", "times", "cdot", "plus", "minus", "sqrt", *"&,;:+x×^√~"}
+"""What makes two numbers one answer of two values: anywhere, and where the answer is due."""
+_OR_BOX = re.compile(r"box(?:ed)?\s?\{([^{}]*)\}[\s$,]*or[\s$]*$")
+_ALTERNATIVE = re.compile(r"\bor\s+(?=\\?[A-Za-z]\w*+\s*+=)")
 _ANSWER_IS = re.compile(r"answer\**\s*(?:is|:|=)+(?P<said>.+?)(?:\.\s|$)", re.I | re.M)
 _CHOICE = re.compile(
     r"(?i:answer|option|choice)\**+\s*+(?i:is|:)*+\s*+(?:\\text\{)?[*$({\[]*(?:(?P<letter>[A-J])(?![\w'])|(?<=\()(?P<small>[a-j])\))"
@@ -42,21 +76,54 @@ def _stated_anywhere(lines: list[str]) -> str | None:
     return next((found for line in reversed(lines) if (found := _stated(line)) is not None), None)
 
 
+def _joined(between: str, joints: frozenset[str]) -> bool:
+    """Whether two numbers with this between them are one answer of two values."""
+    if len(between) > 50:
+        return False
+    words = [word for word in _WORD.findall(between.casefold()) if word not in _CLOTHES]
+    firm = [word for word in words if not _HEDGE.fullmatch(word)]
+    if firm and firm[-1] in joints:
+        return len(firm) <= 3 and not any(word.startswith("round") for word in firm)
+    is_bare = not firm or (len(firm) == 1 and _is_unit(firm[0]) and not _PLACED.fullmatch(firm[0]))
+    return is_bare and (firm != words or joints >= _LIST)  # "6 maybe 7" and, where the answer is due, "6 ft 7 in"
+
+
+def _numbers(text: str, joints: frozenset[str]) -> Iterator[str | None]:
+    """The numbers in a text, each once with those that it is joined to; None where these are of different values."""
+    text = _FRACTION.sub(r" \g<over>/\g<under>", _VULGARS.sub(lambda match: _VULGAR[match[0]], text))
+    matches = list(_NUMBER.finditer(text))
+    values: dict[str, None] = {}
+    for at, match in enumerate(matches):
+        after = matches[at + 1] if at + 1 < len(matches) else None
+        values[match[0].strip()] = None
+        is_between = "between" in text[max(0, match.start() - 10) : match.start()].casefold()
+        if after is None or not _joined(text[match.end() : after.start()], joints | {"and"} if is_between else joints):
+            first = next(iter(values))
+            yield first if len(values) == 1 or all(equal(value, first) for value in values) else None
+            values = {}
+
+
 def _last_number(text: str) -> str | None:
-    numbers: list[str] = _NUMBER.findall(text)
-    return numbers[-1].rstrip(",") if numbers else None
+    return next(reversed(list(_numbers(text, _RANGE))), None)
 
 
-def _claimed_number(text: str) -> str | None:
-    """The number that a statement like "5 + 3 = 8 apples for 2 days" claims: the first after its last equals sign."""
-    match = _NUMBER.search(text.rsplit("=", 1)[-1])
-    return match[0].rstrip(",") if match else None
+def _claims(text: str) -> list[str | None]:
+    """The number that a statement like "5 + 3 = 8 apples for 2 days" claims: the first after its last equals sign.
+
+    None where it claims several in one; there may be more than one in "x = 5 or x = 6", and there may be none.
+    """
+    statements = [statement.rsplit("=", 1)[-1] for statement in _ALTERNATIVE.split(text)]
+    return [number for statement in statements for number in islice(_numbers(statement, _LIST), 1)]
 
 
 def _gsm8k(text: str) -> str | None:
-    claims = [text.rsplit("####", 1)[1].split("\n", 1)[0]] if "####" in text else []
-    claims += [match["said"] for match in reversed(list(_ANSWER_IS.finditer(text)))]
-    return next((found for claim in claims if (found := _claimed_number(claim)) is not None), _last_number(text))
+    statements = [text.rsplit("####", 1)[1].split("\n", 1)[0]] if "####" in text else []
+    statements += [match["said"] for match in reversed(list(_ANSWER_IS.finditer(text)))]
+    for statement in statements:
+        if claims := _claims(statement):
+            first = claims[0]
+            return first if all(first and claim and equal(claim, first) for claim in claims) else None
+    return _last_number(text)
 
 
 def _boxed(text: str) -> str | None:
@@ -64,6 +131,7 @@ def _boxed(text: str) -> str | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
+    other = _OR_BOX.search(text[max(0, start - 80) : start])
     rest = text[start:].split("box", 1)[1].removeprefix("ed").lstrip()
     if not rest.startswith("{"):
         return rest.split("$")[0].split()[0].rstrip(".,") if rest.split("$")[0].strip() else None
@@ -71,20 +139,25 @@ def _boxed(text: str) -> str | None:
     for match in re.finditer(r"\\.|[{}]", rest, re.S):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0 and match[0] == "}":
-            return rest[1 : match.start()].strip() or None
+            box = rest[1 : match.start()].strip()
+            return f"{other[1]} or {box}" if other and not equal(other[1], box) else box or None
     return None
 
 
+def _is_only(letter: str, rest: str) -> bool:
+    """Whether no other letter stands beside this one, as in "B or C"."""
+    other = re.match(r"\W{0,4}(?:or|and|/|&)\W{0,4}([B-HJ](?![\w'])|[AI](?![\w']|\s[a-z]))", rest)
+    return other is None or other[1] == letter.upper()
+
+
 def _choice(text: str, lines: list[str]) -> str | None:
-    boxed = _boxed(text)
-    stated = _stated(lines[-1])
-    for candidate in (boxed, stated, lines[-1].strip()):
-        if candidate and (match := _LONE_LETTER.match(_undressed(candidate))):
-            return match["letter"]
+    for candidate in (_boxed(text), _stated(lines[-1]), lines[-1].strip()):
+        if candidate and (match := _LONE_LETTER.match(undressed := _undressed(candidate))):
+            return match["letter"] if _is_only(match["letter"], undressed[match.end("letter") :]) else None
     for match in reversed(list(_CHOICE.finditer(text))):
-        letter = match["letter"] or match["small"]
-        if not (letter in "AI" and re.match(r"\s+(?!because|since|as\b)[a-z]", text[match.end() :])):  # "is A house"
-            return letter.upper()
+        letter, rest = match["letter"] or match["small"], text[match.end() : match.end() + 20]
+        if not (letter in "AI" and re.match(r"\s+(?!because|since|as\b|or\b|and\b)[a-z]", rest)):  # "is A house"
+            return letter.upper() if _is_only(letter, rest) else None
     return None
 
 
@@ -109,7 +182,8 @@ def extract(text: str, rule: str) -> str | None:
 # ---- equality ---------------------------------------------------------------------------------------------------
 
 _VULGAR = {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_VULGARS = re.compile(f"[{''.join(_VULGAR)}]")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*+\{\s*+(?P<over>-?[\d.,]++)\s*+\}\s*+\{\s*+(?P<under>[\d.,]++)\s*+\}")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _SPELLINGS = (
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr)(?![A-Za-z])"), ""),
@@ -121,20 +195,48 @@ _SPELLINGS = (
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*\{([^{}]+)\}\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"\\frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}"), r" \1/\2"),
+    (_FRACTION, r" \g<over>/\g<under>"),
     (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°"), ""),
-    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|×"), "*"),
+    (re.compile(r"(?<=\d)\s?([ap])\.?m\b\.?", re.I), r" \1m"),
     (re.compile(r"\\([%$#&_])"), r"\1"),
 )
 _VALUE = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+\.?)"
 _NUMERIC = re.compile(
     rf"[$€£¥]?\s*(?P<sign>[-+]?)\s*[$€£¥]?\s*(?:(?P<whole>\d+)\s+(?=\d+/))?(?P<value>{_VALUE})(?:\s*/\s*(?P<under>{_VALUE}))?"
-    r"(?:\s*\*\s*10\^\{?(?P<power>-?\d+)\}?|[eE](?P<exponent>[-+]?\d+))?"
+    r"(?:\s*[*x]\s*10\^\{?(?P<power>-?\d+)\}?|[eE](?P<exponent>[-+]?\d+))?"
     r"(?P<unit>\s*[A-Za-z%€£$¥](?:[^\d+*=<>\\{}^]|\^\{?[23]\}?|[²³])*)?"
 )
-_ALGEBRA = re.compile(r"(?![cghlmsACFJKLMNVW])[A-Za-z](?![A-Za-z])|pi(?![A-Za-z])|sqrt")
-"""A symbol right behind a number, as in 2x or 8pi: no unit, unless it is one of the letters that stand for units."""
+_UNIT = re.compile(
+    r"""(?: % | percent | pct | point | unit | piece | pc | time | [$€£¥] | usd | eur | gbp | dollar | buck | cent |
+    penny | pence | pound | euro | yen | rupee | peso | franc | second | sec | minute | min | hour | hr | day |
+    week | wk | month | year | yr | decade | century | o'clock | [cmk]?m | (?:milli|centi|kilo)?met(?:re|er) |
+    in | inch | foot | feet | ft | yard | yd | mile | mi | [mk]?g | (?:milli|kilo)?gram | ounce | oz | lb | ton
+    | tonne | [mcd]?l | (?:milli)?lit(?:re|er) | gallon | gal | quart | pint | cup | tsp | tbsp | teaspoon |
+    tablespoon | square | sq | cubic | cu | acre | hectare | mph | kph | kmh | knot | degree | celsius |
+    fahrenheit | kelvin | radian | rad | k?hz | k?wh? | watt | volt | ohm | joule | newton | k?cal | calorie |
+    bit | byte | [kmg]b | st | nd | rd | th )s?""",
+    re.I | re.X,
+)
+_LETTERS = frozenset("cghlmsACFJLNVW")
+"""Units of one letter. Not among them: K and M, which may be thousands and millions."""
+_UNIT_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['’-])*|[%$€£¥]")
+_PLURAL = re.compile(r"\w{3,}(?<![su])s|\w*(?:men|people|children|teeth|mice|geese|fish|sheep|deer)", re.I)
+_THING = re.compile(rf"(?!(?:third|{_ORDINAL})$)\w{{3,}}", re.I)
+_PLACED = re.compile(
+    "%|percent|each|left|total|altogether|remaining|overall|old|tall|long|wide|deep|high|away|more|worth|"
+    "(?P<more>per|of|an?|every|for|in|at|on)",
+    re.I,
+)
+"""What may stand behind a unit, or in its place ("5 each", "5 a day"): alone, and with more behind it."""
+_CHANGING = re.compile(
+    rf"{_COUNT}|{_FACTOR}|twice|thrice|double|triple|or|not|no|wait|actually|than|less|fewer"
+    "|minus|plus|over|under|above|below"
+    "|binary|octal|hex|hexadecimal|base|[ap]m|pi|sqrt|sin|cos|tan|log|ln|exp",
+    re.I,
+)
+"""Words that make another value of a number, or another answer."""
 _OPERATOR = re.compile(r"\s*([-+*/=^<>,(){}\[\]])\s*")
 _NAMED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|\\in)\s*(?P<value>[^=]+)")
 _FEWEST_DECIMALS = 6
@@ -145,7 +247,7 @@ def _undressed(text: str) -> str:
     """The answer without delimiters, LaTeX spellings of plain things, and trailing punctuation."""
     text = text.strip().replace("−", "-").replace("⁄", "/")
     text = re.sub(r"^[–—]", "-", text)
-    text = re.sub("[" + "".join(_VULGAR) + "]", lambda match: _VULGAR[match[0]], text)
+    text = _VULGARS.sub(lambda match: _VULGAR[match[0]], text)
     before = None
     while before != text:
         before, text = text, text.strip().rstrip(".,;:").rstrip()
@@ -166,14 +268,40 @@ def _decimal(text: str) -> Fraction:
     return Fraction(text.replace(",", "").rstrip(".") or "0")
 
 
+def _is_unit(word: str) -> bool:
+    return word in _LETTERS if len(word) == 1 and word.isalpha() else _UNIT.fullmatch(word) is not None
+
+
+def _factor(text: str, is_one: bool) -> int | None:
+    """What the words behind a number multiply it by; None if they are neither a unit nor things that are counted.
+
+    `is_one` is for a value to which a singular belongs: "1 apple", "1/2 apple". A clause behind the unit may say
+    what it will ("7 eggs, I think"), but no other value.
+    """
+    text, *clause = re.split(r"[,;:(]|[.!?]\s+(?=[A-Z])", text.replace("(s)", "s"), maxsplit=1)
+    words = _UNIT_WORD.findall(text.replace("/", " per "))
+    factor = 1
+    while words and (scale := _SCALES.get(words[0].casefold().removesuffix("s"))):
+        factor, words = factor * scale, words[1:]
+    if len(words) > 1 and words[-1] in ("squared", "cubed"):
+        words.pop()
+    if any(_CHANGING.fullmatch(word) for word in [*words, *_UNIT_WORD.findall(" ".join(clause))]):
+        return None
+    if not words or (len(words) == 1 and _is_unit(words[0])):
+        return factor
+    end = next((at for at, word in enumerate(words) if _PLACED.fullmatch(word)), len(words))
+    thing, last = words[:end], _PLACED.fullmatch(words[-1])
+    if (last and last["more"] not in (None, "in")) or "times" in words[:-1] or len(thing) > 4:
+        return None
+    if thing and not (_is_unit(thing[-1]) or _PLURAL.fullmatch(thing[-1]) or (is_one and _THING.fullmatch(thing[-1]))):
+        return None
+    return factor
+
+
 def _number(text: str) -> tuple[Fraction, int | None] | None:
     """(value, decimal places or None for a fraction) of an undressed answer; None if it is no number."""
     match = _NUMERIC.fullmatch(text)
     if match is None:
-        return None
-    unit = (match["unit"] or "").strip()
-    glued = bool(match["unit"]) and not match["unit"][0].isspace()
-    if glued and _ALGEBRA.match(unit):
         return None
     value, places = _decimal(match["value"]), len(match["value"].partition(".")[2])
     if match["under"]:
@@ -184,7 +312,13 @@ def _number(text: str) -> tuple[Fraction, int | None] | None:
     power = int(match["power"] or match["exponent"] or 0)
     if abs(power) > 1000:
         return None
-    value *= Fraction(10) ** power * _SCALES.get(unit.split(" ")[0].casefold() if unit else "", 1)
+    unit = match["unit"] or ""
+    factor = _factor(unit, abs(value) <= 1)
+    if factor is None or (
+        len(unit.strip()) == 1 and unit.strip().isalpha() and text[0] in "$€£¥"
+    ):  # $5m is five million
+        return None
+    value *= Fraction(10) ** power * factor
     return (-value if match["sign"] == "-" else value), None if match["under"] else places
 
 

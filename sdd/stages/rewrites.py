@@ -42,7 +42,8 @@ class Rewrites(Spec):
 
 def recipe(study: Study) -> Recipe:
     """The version rises by 1 where the teacher's checkpoint ships settings that steer generation, which were once
-    obeyed, and by 2 where rewrites are sampled, whose noise was once drawn from another generator."""
+    obeyed; by 2 where rewrites are sampled, whose noise was once drawn from another generator; by 4 where one of
+    several tries is kept by its final answer, which was once read otherwise."""
     config, models, rows = study.config, study.models, study.rows
     engine = build_part(config.engine)
     spec = Rewrites(
@@ -56,6 +57,7 @@ def recipe(study: Study) -> Recipe:
         selection=rows.selection if engine.tries > 1 else None,
     )
     raised = models.steers(models.teacher_digest) + 2 * (config.engine.get("temperature", 0) > 0)
+    raised += 4 * (engine.tries > 1 and rows.judged_anew)
     return study.recipe("rewrites", spec, {}, rows.labels, raised)
 
 

@@ -38,6 +38,7 @@ class Targets(Spec):
 
 
 def recipe(study: Study) -> Recipe:
+    """The version rises by 1 where final answers are compared that were once read otherwise."""
     finetune, rows = study.config.finetune, study.rows
     if finetune.mode == "none":
         raise UserError("finetune=none has no targets; choose finetune=sft or finetune=self_distill")
@@ -48,7 +49,8 @@ def recipe(study: Study) -> Recipe:
         return study.recipe("targets", Targets(mode.name, dataset=rows.spec), {}, rows.labels)
     shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
     spec = Targets(mode.name, **rows.selection, select=finetune.select, **shares)
-    return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels)
+    raised = rows.judged_anew and bool(finetune.select or finetune.noise_share)
+    return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels, raised)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:

@@ -11,6 +11,9 @@ from sdd.config import plain
 from sdd.config.allowed import build
 from sdd.data import Example
 
+EMBEDDED = "sdd.data.tiny.TinyTasks"
+"""The id of the embedded tasks."""
+
 
 def hub_of(node: DictConfig) -> dict[str, Any] | None:
     """A config's `hub` node as plain values; None where it names no repository."""
@@ -83,3 +86,12 @@ class Rows:
     def selection(self) -> dict[str, Any]:
         """How rewrites are judged."""
         return {"rule": self.setting("answer_rule"), "leak_phrases": self.setting("leak_phrases")}
+
+    @property
+    def judged_anew(self) -> bool:
+        """Whether final answers are compared that were once read otherwise: "6 or 7", "9 squared", "3/5".
+
+        Those of the embedded tasks are bare numbers and words, which are read as ever.
+        """
+        parts = list(self.node.parts.values()) or [self.node]
+        return any(part.answer_rule != "none" and part._target_ != EMBEDDED for part in parts)

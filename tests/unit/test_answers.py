@@ -283,6 +283,189 @@ def test_not_same(a: str, b: str) -> None:
     assert not equal(b, a)
 
 
+# ---- what belongs to the value, and what is no answer -----------------------------------------------------------
+
+READ = [
+    # fractions are whole
+    ("#### 3/4", "gsm8k", "3/4"),
+    ("#### 3 / 5", "gsm8k", "3 / 5"),
+    ("#### -3/4 of a pie", "gsm8k", "-3/4"),
+    ("#### 2 1/2 hours", "gsm8k", "2 1/2"),
+    ("The answer is $\\frac{3}{4}$.", "gsm8k", "3/4"),
+    ("So the answer is 2½ cups.", "gsm8k", "2 1/2"),
+    ("It is 1/2 + 1/4 = 3/4 in all.", "number", "3/4"),
+    # what changes a value stays with it
+    ("#### 5 million", "gsm8k", "5 million"),
+    ("#### 9 squared", "gsm8k", "9 squared"),
+    ("#### 2 thirds of it", "gsm8k", "2 thirds"),
+    ("#### 2 and a half", "gsm8k", "2 and a half"),
+    ("#### 10^2", "gsm8k", "10^2"),
+    ("#### 3 x 10^4", "gsm8k", "3 x 10^4"),
+    ("#### twice 9", "gsm8k", "twice 9"),
+    ("#### half of 18", "gsm8k", "half of 18"),
+    ("The answer is 8\\pi.", "gsm8k", "8\\pi"),
+    ("#### 6 or seven", "gsm8k", "6 or seven"),
+    ("#### 76 sixth graders", "gsm8k", "76"),
+    ("#### 12 cm^2", "gsm8k", "12"),
+    ("Its area is 12 cm^2.", "number", "12"),
+    # two values for one answer
+    ("#### 6 or 7", "gsm8k", None),
+    ("#### either 6 apples or 7 apples", "gsm8k", None),
+    ("#### between 6 and 7", "gsm8k", None),
+    ("#### 6 to 7", "gsm8k", None),
+    ("#### 6-7", "gsm8k", None),
+    ("#### 6 – 7", "gsm8k", None),
+    ("#### $6-$7", "gsm8k", None),
+    ("#### 6, maybe 7", "gsm8k", None),
+    ("#### 6 or maybe even 7", "gsm8k", None),
+    ("#### 6 and 7", "gsm8k", None),
+    ("#### 6, 7", "gsm8k", None),
+    ("#### 12 34", "gsm8k", None),
+    ("#### 2 hours 30 minutes", "gsm8k", None),
+    ("#### 5 - 12", "gsm8k", None),
+    ("#### 3 * 4", "gsm8k", None),
+    ("#### 3:4", "gsm8k", None),
+    ("The answer is x = 5 or x = 6.", "gsm8k", None),
+    ("The answer is 3 + 3 = 6 or 7.\nIt is 6.", "gsm8k", None),
+    ("It takes 6 or 7", "number", None),
+    ("It takes 6 to 7 days", "number", None),
+    ("It is 10-12.", "number", None),
+    ("It is between 6 and 7.", "number", None),
+    ("It is somewhere in 10–12", "gsm8k", None),
+    ("The answer is B or C.", "choice", None),
+    ("The answer is (B) or (C).", "choice", None),
+    ("B) or C)", "choice", None),
+    (r"\boxed{6} or \boxed{7}", "boxed", "6 or 7"),
+    (r"$\boxed{6}$ or $\boxed{6.0}$", "boxed", "6.0"),
+    # one value all the same
+    ("#### either 6 or 6", "gsm8k", "6"),
+    ("#### 6 or 6.0", "gsm8k", "6"),
+    ("The answer is x = 5 or y = 5.", "gsm8k", "5"),
+    ("#### about 6?", "gsm8k", "6"),
+    ("#### 6 or so", "gsm8k", "6"),
+    ("#### 8 in 2 days", "gsm8k", "8"),
+    ("#### 8 apples each 2 days", "gsm8k", "8"),
+    ("#### 18 (9 * 2 = 18)", "gsm8k", "18"),
+    ("Step 2: 15 apples", "number", "15"),
+    ("It is 14.28, which rounds down to 14%.", "number", "14"),
+    ("It is 13.6, rounded to 14.", "number", "14"),
+    ("The answer is B or B.", "choice", "B"),
+    ("The answer is B and I am sure.", "choice", "B"),
+    ("The answer is A or B, no: the answer is C.", "choice", "C"),
+    # signs
+    ("#### -12", "gsm8k", "-12"),
+    ("The answer is x = -12.", "gsm8k", "-12"),
+    ("The answer is 5 - 12 = -7.", "gsm8k", "-7"),
+    ("It fell from 5 by 12: 5 - 12 = -7.", "number", "-7"),
+    ("It fell to –12", "number", "–12"),
+    ("They have COVID-19", "number", "19"),
+    ("#### $-3", "gsm8k", "-3"),
+    ("#### (-3)", "gsm8k", "-3"),
+]
+
+
+@pytest.mark.parametrize(("text", "rule", "expected"), READ)
+def test_a_value_is_read_whole_or_not_at_all(text: str, rule: str, expected: str | None) -> None:
+    assert extract(text, rule) == expected
+
+
+UNITS = [
+    ("18 dollars", "18"),
+    ("5 apples", "5"),
+    ("5 red apples", "5"),
+    ("12 chocolate chip cookies", "12"),
+    ("5 people", "5"),
+    ("7 more apples", "7"),
+    ("7 days left", "7"),
+    ("5 apples each", "5"),
+    ("5 each", "5"),
+    ("5 a day", "5"),
+    ("3 slices of pizza", "3"),
+    ("1 apple", "1"),
+    ("1/2 apple", "0.5"),
+    ("3/4 of the cake", "0.75"),
+    ("50 percent", "50%"),
+    ("50% of people", "50"),
+    ("60 km/h", "60"),
+    ("9.8 m/s^2", "9.8"),
+    ("5 lbs.", "5"),
+    ("12 sq. ft.", "12"),
+    ("12 cm squared", "12"),
+    ("5 in", "5"),
+    ("8 years old", "8"),
+    ("5th", "5"),
+    ("76 sixth graders", "76"),
+    ("7 eggs, I think", "7"),
+    ("18 dollars. I hope it is correct", "18"),
+    ("2 dozen", "24"),
+    ("2 dozen eggs", "24"),
+    ("4 hundred", "400"),
+    ("5 hundred thousand", "500000"),
+    ("$2.5 million dollars", "2500000"),
+    ("3 x 10^4", "30000"),
+    ("8pm", "8 p.m."),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), UNITS)
+def test_a_unit_is_left_aside_and_a_factor_is_not(a: str, b: str) -> None:
+    assert equal(a, b)
+    assert equal(b, a)
+
+
+NO_UNITS = [
+    ("9 squared", "9"),
+    ("2 cubed", "2"),
+    ("2 thirds", "2"),
+    ("3 quarters", "3"),
+    ("3 fifths", "3"),
+    ("5 thousandths", "5"),
+    ("2 dozen", "2"),
+    ("5 million", "5"),
+    ("4 hundred", "4"),
+    ("4 tens", "4"),
+    ("4 hundred fifty", "400"),
+    ("2 and a half", "2"),
+    ("1 half", "1"),
+    ("1 third", "1"),
+    ("9 twice", "9"),
+    ("half of 9", "9"),
+    ("twice 9", "9"),
+    ("6 or 7", "6"),
+    ("6 or 7", "7"),
+    ("6-7", "6"),
+    ("10-12", "-12"),
+    ("10-12", "10"),
+    ("between 6 and 7", "6"),
+    ("6 or seven", "6"),
+    ("6, not seven", "6"),
+    ("6 minus one", "6"),
+    ("5 fewer", "5"),
+    ("5 below zero", "5"),
+    ("5 below", "5"),
+    ("5 less than x", "5"),
+    ("6 times the apples", "6"),
+    ("2 x", "2"),
+    ("5K", "5"),
+    ("$5M", "5"),
+    ("$5m", "5"),
+    ("$5 bn", "5"),
+    ("8 am", "8 pm"),
+    ("101 in binary", "101"),
+    ("3. Pizza", "3"),
+    ("2010 Spain", "2010"),
+    ("5 and counting", "5"),
+    ("2cos", "2"),
+    ("1log", "1"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), NO_UNITS)
+def test_what_is_no_unit_is_not_left_aside(a: str, b: str) -> None:
+    assert not equal(a, b)
+    assert not equal(b, a)
+
+
 INSTRUCT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "instruct"
 files_at_hand = pytest.mark.skipif(not INSTRUCT.is_dir(), reason="the public data files are not beside the checkout")
 

@@ -256,6 +256,16 @@ ANSWERS = {
     "marks": "#### " * (LONG // 10) + "\t",
     "boxes": "\\boxed{" * LONG,
     "dollars": "$" * LONG,
+    "alternatives": "#### " + "6 or " * (LONG // 5),
+    "equations": "answer is " + "or x = " * (LONG // 7),
+    "claims": "answer is 6 or 7 x " * (LONG // 20),
+    "fractions": "1 1/1 " * (LONG // 6),
+    "begun fractions": "\\frac{1}{" * (LONG // 9),
+    "ranges": "1-" * LONG,
+    "parts": "6" + " and a half" * (LONG // 10),
+    "begun parts": "half of the " * (LONG // 10),
+    "exponents": "1e" * LONG + "1^" * LONG,
+    "alternative boxes": "\\boxed{1} or " * (LONG // 12),
 }
 
 
