@@ -16,34 +16,44 @@ WAYS = {
     "gold": "fine-tuned on right answers in the unpruned model's own style, which only a made-up task has",
     "merged": "merged from two students",
 }
-MOST = 12
-"""Sentences about differences; the tables have all."""
+MOST = 8
+"""Sentences about fine-tuned arms, and as many about differences; the tables have all."""
 
 
 def findings(study: Study) -> list[str]:
     """Sentences: models before fine-tuning, each way of getting quality back, differences, and on what this rests."""
     comparison = study.comparisons[0]
     rows = {row["arm"]: row for row in study.rows}
+    tuned = [arm for arm in comparison.arms if arm.tuned]
     sentences = []
     if (teacher := comparison.teacher) is not None:
         sentences.append(f"The unpruned model scores {percent(rows[teacher.name]['average'])} percent.")
-    sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.mode == "pruned"]
-    sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.tuned]
-    names = {arm.name: arm for arm in comparison.arms}
-    differences = [
-        _difference(names[a], names[b], by)
-        for (a, b), by in pairs_of(study.contrasts).items()
-        if a in names and b in names and names[a].tuned and names[b].tuned
-    ]
+    sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.mode == "pruned"][:MOST]
+    sentences += [_kept(arm, rows[arm.name]) for arm in tuned[:MOST]]
+    if len(tuned) > MOST:
+        means = [100 * rows[arm.name]["average"]["mean"] for arm in tuned]
+        sentences.append(
+            f"All {len(tuned)} fine-tuned arms score between {min(means):.1f} and {max(means):.1f} percent."
+        )
+    differences = _differences(study, {arm.name: arm for arm in tuned})
     sentences += differences[:MOST]
     if len(differences) > MOST:
-        sentences.append(f"{len(differences) - MOST} more differences are in the tables.")
-    seeds = [len(arm.seeds) for arm in comparison.arms if arm.tuned]
+        sentences.append(f"{len(differences) - MOST} more differences between ways of fine-tuning are in the tables.")
+    seeds = [len(arm.seeds) for arm in tuned]
     fewest, most = min(seeds, default=0), max(seeds, default=0)
     runs = f", {fewest if fewest == most else f'{fewest} to {most}'} seeds an arm" if seeds else ""
     rests = evaluation_of(comparison) + runs
     sentences.append(f"This rests on one unpruned model and {rests}; brackets are 95% intervals over seeds and items.")
     return sentences
+
+
+def _differences(study: Study, arms: dict[str, Arm]) -> list[str]:
+    """Between ways of fine-tuning; what a setting does within one is a matter of the tables."""
+    return [
+        _difference(arms[a], arms[b], by)
+        for (a, b), by in pairs_of(study.contrasts).items()
+        if a in arms and b in arms and arms[a].look != arms[b].look
+    ]
 
 
 def _cut(arm: Arm) -> str:
