@@ -281,10 +281,8 @@ def _refit(
     change = moments.change(penalty).cpu()
     deltas = [change[:activations].T, *change[activations:]]
     new_tensors = [(old.double() + delta).to(old.dtype) for old, delta in zip(stored, deltas, strict=True)]
-    rounded_deltas = [
-        (tensor.double() - old.double()).to(device) for tensor, old in zip(new_tensors, stored, strict=True)
-    ]
-    step = torch.cat([rounded_deltas[0].T, *(delta[None] for delta in rounded_deltas[1:])])
+    rounded = [(tensor.double() - old.double()).to(device) for tensor, old in zip(new_tensors, stored, strict=True)]
+    step = torch.cat([rounded[0].T, *(delta[None] for delta in rounded[1:])])
     explained = float((step * (2 * moments.cross - moments.gram @ step)).sum())
     held_before, held_after = Error(), Error()
     for x, output, target in passes.tokens(cut, name, rows[1]):
