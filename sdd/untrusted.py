@@ -79,86 +79,86 @@ def expanded(path: str) -> Path:
         return Path(path)
 
 
-def check_regular(path: Path, what: str) -> os.stat_result:
-    """The status of a regular file, links followed; `what` opens the line that refuses a pipe, a device, a folder."""
+def check_regular(path: Path, label: str) -> os.stat_result:
+    """The status of a regular file, links followed; `label` opens the line that refuses a pipe, a device, a folder."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no name of a file"
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"{label}: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{what}: not a regular file")
+        raise UserError(f"{label}: not a regular file")
     return status
 
 
-def check_inside(path: Path, folder: Path, what: str) -> None:
+def check_inside(path: Path, folder: Path, label: str) -> None:
     """Refuse a link that leads out of `folder`."""
     try:
         inside = path.resolve(strict=True).is_relative_to(folder.resolve(strict=True))
     except (OSError, RuntimeError):
-        raise UserError(f"{what}: a link that leads nowhere") from None
+        raise UserError(f"{label}: a link that leads nowhere") from None
     if not inside:
-        raise UserError(f"{what}: a link to a file outside its folder, which is not followed")
+        raise UserError(f"{label}: a link to a file outside its folder, which is not followed")
 
 
-def read_text(path: Path, what: str, at_most: int = SMALL_FILE) -> str:
+def read_text(path: Path, label: str, at_most: int = SMALL_FILE) -> str:
     """A regular UTF-8 file of at most `at_most` bytes."""
-    size = check_regular(path, what).st_size
+    size = check_regular(path, label).st_size
     if size > at_most:
-        raise UserError(f"{what}: {size:,} bytes, more than the {at_most:,} that are read")
+        raise UserError(f"{label}: {size:,} bytes, more than the {at_most:,} that are read")
     try:
         with path.open("rb") as file:
             return file.read(at_most + 1).decode()
     except UnicodeDecodeError:
-        raise UserError(f"{what}: not UTF-8 text") from None
+        raise UserError(f"{label}: not UTF-8 text") from None
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, label: str) -> Any:
     """JSON; too deep, too large a number and plain nonsense are refused alike."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise UserError(f"{what}: JSON that is nested too deeply") from None
+        raise UserError(f"{label}: JSON that is nested too deeply") from None
     except ValueError:
-        raise UserError(f"{what}: not valid JSON") from None
+        raise UserError(f"{label}: not valid JSON") from None
 
 
-def strict_json(text: str, what: str, advice: str = "") -> Any:
+def strict_json(text: str, label: str, advice: str = "") -> Any:
     """JSON without NaN and infinities."""
 
     def refuse(name: str) -> None:
-        raise UserError(f"{what} holds {name}, which is no number{advice}")
+        raise UserError(f"{label} holds {name}, which is no number{advice}")
 
     try:
         return json.loads(text, parse_constant=refuse)
     except RecursionError:
-        raise UserError(f"{what}: JSON that is nested too deeply{advice}") from None
+        raise UserError(f"{label}: JSON that is nested too deeply{advice}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{what} is not valid JSON (line {error.lineno}){advice}") from None
+        raise UserError(f"{label} is not valid JSON (line {error.lineno}){advice}") from None
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{what}: not valid JSON{advice}") from None
+        raise UserError(f"{label}: not valid JSON{advice}") from None
 
 
-def read_json(path: Path, what: str, at_most: int = SMALL_FILE) -> dict[str, Any]:
+def read_json(path: Path, label: str, at_most: int = SMALL_FILE) -> dict[str, Any]:
     """A JSON object from a regular file."""
-    value = parse_json(read_text(path, what, at_most), what)
+    value = parse_json(read_text(path, label, at_most), label)
     if not isinstance(value, dict):
-        raise UserError(f"{what}: not a JSON object")
+        raise UserError(f"{label}: not a JSON object")
     return value
 
 
-def read_rows(path: Path, what: str, at_most: int = LARGE_FILE) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, label: str, at_most: int = LARGE_FILE) -> Iterator[dict[str, Any]]:
     """The JSON objects of a regular file, one a line; lines without any are left out."""
-    size = check_regular(path, what).st_size
+    size = check_regular(path, label).st_size
     if size > at_most:
-        raise UserError(f"{what}: {size:,} bytes, more than the {at_most:,} that are read")
+        raise UserError(f"{label}: {size:,} bytes, more than the {at_most:,} that are read")
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_ROW + 1):
             number += 1
-            where = f"{what}, line {number}"
+            where = f"{label}, line {number}"
             if len(line) > LONGEST_ROW:
                 raise UserError(f"{where}: more than {LONGEST_ROW:,} bytes")
             try:
@@ -172,7 +172,7 @@ def read_rows(path: Path, what: str, at_most: int = LARGE_FILE) -> Iterator[dict
                 yield row
 
 
-def check_shape(value: Any, shape: Any, what: str) -> None:
+def check_shape(value: Any, shape: Any, label: str) -> None:
     """Refuse a value that is not of a shape.
 
     A shape is `str`, `bool`, `int`, `float` (any finite number), None, `ANY`, a tuple of alternatives, `[shape]` for a
@@ -180,26 +180,26 @@ def check_shape(value: Any, shape: Any, what: str) -> None:
     question mark may be missing, and with others that are not looked at.
     """
     if shape is ANY:
-        _check_depth(value, what)
+        _check_depth(value, label)
     elif isinstance(shape, tuple):
-        if not any(_is_like(value, one) for one in shape):
-            raise UserError(f"{what}: not {' or '.join(map(_named, shape))}")
-        check_shape(value, next(one for one in shape if _is_like(value, one)), what)
+        if not any(_is_like(value, alternative) for alternative in shape):
+            raise UserError(f"{label}: not {' or '.join(map(_named, shape))}")
+        check_shape(value, next(alternative for alternative in shape if _is_like(value, alternative)), label)
     elif not _is_like(value, shape):
-        raise UserError(f"{what}: not {_named(shape)}")
+        raise UserError(f"{label}: not {_named(shape)}")
     elif isinstance(shape, list):
         for number, item in enumerate(value):
-            check_shape(item, shape[0], f"{what}[{number}]")
+            check_shape(item, shape[0], f"{label}[{number}]")
     elif isinstance(shape, dict) and str in shape:
         for name, item in value.items():
-            check_shape(item, shape[str], f"{what}: {name[:80]}")
+            check_shape(item, shape[str], f"{label}: {name[:80]}")
     elif isinstance(shape, dict):
         for key, inner in shape.items():
             name = key.removesuffix("?")
             if name in value:
-                check_shape(value[name], inner, f"{what}: {name}")
+                check_shape(value[name], inner, f"{label}: {name}")
             elif name == key:
-                raise UserError(f"{what}: without {name}")
+                raise UserError(f"{label}: without {name}")
 
 
 def _is_like(value: Any, shape: Any) -> bool:
@@ -217,17 +217,17 @@ def _named(shape: Any) -> str:
     return "a list" if isinstance(shape, list) else "an object" if isinstance(shape, dict) else names[shape]
 
 
-def _check_depth(value: Any, what: str) -> None:
+def _check_depth(value: Any, label: str) -> None:
     level = [value]
     for _ in range(DEEPEST):
-        if any(isinstance(one, float) and not math.isfinite(one) for one in level):
-            raise UserError(f"{what}: not a finite number")
+        if any(isinstance(node, float) and not math.isfinite(node) for node in level):
+            raise UserError(f"{label}: not a finite number")
         level = [
-            item
-            for one in level
-            if isinstance(one, dict | list)
-            for item in (one.values() if isinstance(one, dict) else one)
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
         ]
         if not level:
             return
-    raise UserError(f"{what}: nested more than {DEEPEST} levels")
+    raise UserError(f"{label}: nested more than {DEEPEST} levels")

@@ -47,10 +47,10 @@ def check_kind(config: dict[str, Any], where: str) -> None:
     check_values(config, where)
 
 
-def attention_for(config: Any, asked: str | None) -> str | None:
+def attention_for(config: Any, attention: str | None) -> str | None:
     """The attention to run a config with: SDPA has no soft cap, and would leave out Gemma 2's without a word."""
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped and asked in (None, "sdpa") else asked
+    return "eager" if capped and attention in (None, "sdpa") else attention
 
 
 def stock_config(config: dict[str, Any], where: str) -> Any:
@@ -79,16 +79,16 @@ def explicit_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """
     derived = stock_config(config, where).to_dict()
     blocks = config["num_hidden_layers"]
-    found = dict(config)
+    explicit = dict(config)
     for key, value in derived.items():
-        named = key in BLOCK_NUMBERS and isinstance(value, list)
-        if config.get(key) is None and (named or _is_per_block(key, value, blocks)):
-            found[key] = value
+        names_blocks = key in BLOCK_NUMBERS and isinstance(value, list)
+        if config.get(key) is None and (names_blocks or _is_per_block(key, value, blocks)):
+            explicit[key] = value
     if (step := derived.get("decoder_sparse_step", 1)) > 1:
         dense = {block for block in range(blocks) if (block + 1) % step}
-        found["mlp_only_layers"] = sorted(dense | set(found.get("mlp_only_layers") or ()))
-        found["decoder_sparse_step"] = 1
-    return found
+        explicit["mlp_only_layers"] = sorted(dense | set(explicit.get("mlp_only_layers") or ()))
+        explicit["decoder_sparse_step"] = 1
+    return explicit
 
 
 def cut_config(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:

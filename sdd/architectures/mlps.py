@@ -42,20 +42,20 @@ def find_mlp(shapes: Mapping[str, tuple[int, ...]], where: str) -> MLP:
 
     Mixtures of experts have several, or matrices of three dimensions, and no width that is one number.
     """
-    found = []
+    mlps = []
     for into, out, stacks in MLPS:
         for name, shape in shapes.items():
             parent, layer = _split(name.removesuffix(".weight"))
-            names = tuple(parent + one for one in into)
+            names = tuple(parent + linear for linear in into)
             fitting = name.endswith(".weight") and layer == out and len(shape) == 2
-            if fitting and all(shapes.get(f"{one}.weight") == (stacks * shape[1], shape[0]) for one in names):
-                found.append(MLP(names, parent + out, stacks, shape[1], shape[0]))
+            if fitting and all(shapes.get(f"{linear}.weight") == (stacks * shape[1], shape[0]) for linear in names):
+                mlps.append(MLP(names, parent + out, stacks, shape[1], shape[0]))
     # Gate and up together hold the plain form's two names as well.
-    found = [mlp for mlp in found if not any(set(mlp.into) < set(other.into) for other in found)]
-    if len(found) != 1 or any("expert" in name for name in shapes):
+    mlps = [mlp for mlp in mlps if not any(set(mlp.into) < set(other.into) for other in mlps)]
+    if len(mlps) != 1 or any("expert" in name for name in shapes):
         kind = "a mixture of experts" if any("expert" in name for name in shapes) else "linear layers of other names"
         raise UserError(f"{where}: its MLP is not known here ({kind}), so no channel can be removed; prune blocks")
-    return found[0]
+    return mlps[0]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -77,8 +77,8 @@ def check_width(
         check_shapes(whole, stored, where)
     narrow = skeleton(config | {"intermediate_size": width}, where)
     expected = {name: mlp_shape(mlp, name, shape, width) for name, shape in block_shapes(whole)}
-    if other := differing(expected, dict(block_shapes(narrow))):
-        raise UserError(f"{where}: stock code makes other blocks of a narrower MLP ({other}); not pruned")
+    if difference := differing(expected, dict(block_shapes(narrow))):
+        raise UserError(f"{where}: stock code makes other blocks of a narrower MLP ({difference}); not pruned")
 
 
 def block_shapes(model: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -14,9 +14,9 @@ def down_projection(block: Any) -> str | None:
     """
     import torch
 
-    named = (name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear))
-    found = [name for name in named if name.count(".") == 1 and name.endswith(DOWN)]
-    return found[0] if len(found) == 1 else None
+    linears = (name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear))
+    projections = [name for name in linears if name.count(".") == 1 and name.endswith(DOWN)]
+    return projections[0] if len(projections) == 1 else None
 
 
 def refittable(config: dict[str, Any], where: str) -> dict[int, str]:
@@ -27,18 +27,18 @@ def refittable(config: dict[str, Any], where: str) -> dict[int, str]:
     `config` is explicit.
     """
     blocks = block_list(skeleton(config, where))
-    known: dict[str, bool] = {}
-    found = {}
+    verdicts: dict[str, bool] = {}
+    projections = {}
     for index, block in enumerate(blocks):
         name = down_projection(block)
         if name is None:
             continue
         kind = repr(sorted(facts(block).items()))
-        if kind not in known:
-            known[kind] = _adds_as_it_is(skeleton(cut_config(config, [index]), where), name)
-        if known[kind]:
-            found[index] = name
-    return found
+        if kind not in verdicts:
+            verdicts[kind] = _adds_as_it_is(skeleton(cut_config(config, [index]), where), name)
+        if verdicts[kind]:
+            projections[index] = name
+    return projections
 
 
 def _make_zeros(module: Any) -> None:
@@ -58,16 +58,16 @@ def _adds_as_it_is(model: Any, name: str) -> bool:
 
     body, (block,) = model.get_decoder(), block_list(model)
     width = block.get_submodule(name).out_features
-    for part in body.children():
-        if part is not model.get_input_embeddings():
-            for module in part.modules():
+    for child in body.children():
+        if child is not model.get_input_embeddings():
+            for module in child.modules():
                 _make_zeros(module)
     draw = torch.Generator().manual_seed(0)
     states, added = (torch.randn(1, 3, width, generator=draw) for _ in range(2))
-    left: list[Any] = []
+    outputs: list[Any] = []
 
     def keep(module: Any, arguments: Any, output: Any) -> None:
-        left.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def add(module: Any, arguments: Any, output: Any) -> Any:
         return output + added
@@ -80,4 +80,4 @@ def _adds_as_it_is(model: Any, name: str) -> bool:
             body(inputs_embeds=states, use_cache=False)
     except Exception:
         return False  # more than states goes in, or not these come out: a block of no kind known here
-    return bool(torch.allclose(left[1] - left[0], added, atol=1e-4))
+    return bool(torch.allclose(outputs[1] - outputs[0], added, atol=1e-4))

@@ -66,7 +66,7 @@ def _within(most: int) -> Iterator[None]:
 
     builder, count = threading.get_ident(), itertools.count()
 
-    def counted(module: Any, name: str, part: Any) -> None:
+    def counted(module: Any, name: str, child: Any) -> None:
         if threading.get_ident() == builder and next(count) > most:
             raise ValueError(f"it would have more than {most:,} parts")
 
@@ -88,21 +88,21 @@ def check_shapes(model: Any, stored: Mapping[str, tuple[int, ...]], where: str) 
     def plain(name: str) -> str:
         return HEADS[0] if name in HEADS else name.removeprefix(f"{model.base_model_prefix}.")
 
-    expected = {plain(name): tuple(part.shape) for name, part in model.named_parameters()}
-    found = {plain(name): shape for name, shape in stored.items() if not STORED_BUFFERS.search(name)}
+    expected = {plain(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored_shapes = {plain(name): shape for name, shape in stored.items() if not STORED_BUFFERS.search(name)}
     tied = {plain(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
-    other = "the two are not of one model, fetch it again"
+    advice = "the two are not of one model, fetch it again"
     for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            made = f"{name} is stored as {list(found[name])}, config.json makes it {list(shape)}"
-            raise UserError(f"{where}: {made}; {other}")
-    missing = {name: shape for name, shape in expected.items() if name not in found and name not in tied}
+        if name in stored_shapes and stored_shapes[name] != shape:
+            mismatch = f"{name} is stored as {list(stored_shapes[name])}, config.json makes it {list(shape)}"
+            raise UserError(f"{where}: {mismatch}; {advice}")
+    missing = {name: shape for name, shape in expected.items() if name not in stored_shapes and name not in tied}
     if missing and get_checkpoint_conversion_mapping(model.config.model_type) is not None:
-        left = {name: shape for name, shape in found.items() if name not in expected and name not in tied}
-        if _numbers_by_block(missing) == _numbers_by_block(left):
+        unexpected = {name: shape for name, shape in stored_shapes.items() if name not in expected and name not in tied}
+        if _numbers_by_block(missing) == _numbers_by_block(unexpected):
             return
     if missing:
-        raise UserError(f"{where}: {next(iter(missing))} is not stored as config.json makes it; {other}")
+        raise UserError(f"{where}: {next(iter(missing))} is not stored as config.json makes it; {advice}")
 
 
 def _numbers_by_block(shapes: Mapping[str, tuple[int, ...]]) -> Counter[str]:
@@ -128,13 +128,13 @@ def check_cut(
     name = type(whole).__name__
     before, after = block_list(whole), block_list(smaller)
     for index, block in enumerate(kept):
-        if other := differing(facts(before[block]), facts(after[index])):
+        if difference := differing(facts(before[block]), facts(after[index])):
             raise UserError(
-                f"{where}: {name} would make another block of block {block} at place {index} ({other}), and its "
+                f"{where}: {name} would make another block of block {block} at place {index} ({difference}), and its "
                 "config cannot say otherwise; not pruned"
             )
-    if other := differing(_surroundings(whole), _surroundings(smaller)):
-        raise UserError(f"{where}: {name} has more that depends on the number of blocks ({other}); not pruned")
+    if difference := differing(_surroundings(whole), _surroundings(smaller)):
+        raise UserError(f"{where}: {name} has more that depends on the number of blocks ({difference}); not pruned")
 
 
 def facts(block: Any) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _surroundings(model: Any) -> dict[str, Any]:
-    named = model.named_parameters()
-    return {name: tuple(parameter.shape) for name, parameter in named if not BLOCK_NAME.match(name)}
+    parameters = model.named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters if not BLOCK_NAME.match(name)}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -59,26 +59,26 @@ def check_values(config: dict[str, Any], where: str) -> None:
     _walk(config, where, 0, [MOST_VALUES])
 
 
-def _refused(where: str, key: str, value: Any, wanted: str) -> UserError:
-    return UserError(f"{where}: config.json does not open ({key[:60]}={str(value)[:60]} is not {wanted})")
+def _refused(where: str, key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"{where}: config.json does not open ({key[:60]}={str(value)[:60]} is not {expected})")
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _walk(node: Any, where: str, depth: int, left: list[int]) -> None:
-    """All entries, however deep; `left` counts down what may still come."""
+def _walk(node: Any, where: str, depth: int, budget: list[int]) -> None:
+    """All entries, however deep; `budget` counts down what may still come."""
     if depth > DEEPEST:
         raise UserError(f"{where}: config.json does not open (nested more than {DEEPEST} deep)")
     for key, value in node.items() if isinstance(node, dict) else (("", element) for element in node):
-        left[0] -= 1
-        if left[0] < 0:
+        budget[0] -= 1
+        if budget[0] < 0:
             raise UserError(f"{where}: config.json does not open (more than {MOST_VALUES:,} values)")
         if isinstance(node, dict):
             _check_entry(key, value, where)
         if isinstance(value, dict | list):
-            _walk(value, where, depth + 1, left)
+            _walk(value, where, depth + 1, budget)
         elif isinstance(value, str):
             if len(value) > LONGEST_TEXT:
                 raise _refused(where, key, value, f"at most {LONGEST_TEXT:,} characters")
@@ -98,12 +98,12 @@ def _check_entry(key: str, value: Any, where: str) -> None:
     elif key == "quantization_config":
         raise UserError(f"{where}: a part of it is quantised (quantization_config in config.json); not supported")
     else:
-        counts = COUNTS.fullmatch(key) is not None and not LENGTHS.fullmatch(key)
-        most = COUNTED if counts else SIZE if LENGTHS.fullmatch(key) else LARGEST
+        is_count = COUNTS.fullmatch(key) is not None and not LENGTHS.fullmatch(key)
+        most = COUNTED if is_count else SIZE if LENGTHS.fullmatch(key) else LARGEST
         if key in OPTIONAL:
             most = OPTIONAL[key]
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and (counts or most == SIZE) and not -1 <= number <= most:
+            if isinstance(number, int | float) and (is_count or most == SIZE) and not -1 <= number <= most:
                 raise _refused(where, key, "a number", f"from 0 to {most:,}")
 
 
@@ -116,9 +116,9 @@ def _check_implementation(key: str, value: Any, where: str) -> None:
     if isinstance(value, bool) and key.endswith("_autoset"):  # a note that older releases left
         return
     allowed = EXPERTS if "expert" in key else IMPLEMENTATIONS
-    for one in value.values() if isinstance(value, dict) else [value]:
-        if not (one is None or (isinstance(one, str) and one in allowed)):
+    for implementation in value.values() if isinstance(value, dict) else [value]:
+        if not (implementation is None or (isinstance(implementation, str) and implementation in allowed)):
             raise UserError(
-                f"{where}: needs an attention kernel from a hub (config.json: {key[:60]}={str(one)[:60]}), "
+                f"{where}: needs an attention kernel from a hub (config.json: {key[:60]}={str(implementation)[:60]}), "
                 f"which is never run; take it out, or choose from {', '.join(map(str, allowed[1:]))}"
             )

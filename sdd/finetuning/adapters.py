@@ -47,9 +47,9 @@ def check_adapter(folder: Path, name: str) -> dict[str, Any]:
     """The config of an adapter as this project writes it; refused in one line before PEFT opens any other."""
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     for path in files:
-        what = f"{name}: {path.name}"
-        check_regular(path, what)
-        check_inside(path, folder, what)
+        label = f"{name}: {path.name}"
+        check_regular(path, label)
+        check_inside(path, folder, label)
     config = read_json(files[0], f"{name}: adapter_config.json", LARGEST_CONFIG)
     for key, value in config.items():
         if key in CHOSEN:
@@ -66,16 +66,19 @@ def check_adapter(folder: Path, name: str) -> dict[str, Any]:
     stored = {key: tensor.shape for key, tensor in read_headers(files[1:]).items()}
     for key, shape in stored.items():
         rank = {".lora_A.weight": shape[:1], ".lora_B.weight": shape[1:]}
-        if any(key.endswith(end) and (len(shape) != 2 or not _is_rank(found, config)) for end, found in rank.items()):
+        if any(
+            key.endswith(suffix) and (len(shape) != 2 or not _is_rank(extent, config))
+            for suffix, extent in rank.items()
+        ):
             raise UserError(
                 f"{name}: {key} of its adapter is no matrix of rank {config['r']}; retrain, or fetch it again"
             )
     return config
 
 
-def _is_rank(found: tuple[int, ...], config: dict[str, Any]) -> bool:
+def _is_rank(extent: tuple[int, ...], config: dict[str, Any]) -> bool:
     """Whether an extent is the rank; experts have their own, one behind the other."""
-    return found == (config["r"],) or bool(config.get("rank_pattern") or config.get("target_parameters"))
+    return extent == (config["r"],) or bool(config.get("rank_pattern") or config.get("target_parameters"))
 
 
 def _is_none(value: Any) -> bool:
@@ -87,13 +90,13 @@ def _is_number(value: Any, most: float) -> bool:
 
 
 def _are_names(value: Any) -> bool:
-    named = isinstance(value, list) and len(value) <= 10_000
-    return named and all(isinstance(name, str) and NAMES.fullmatch(name) for name in value)
+    is_list = isinstance(value, list) and len(value) <= 10_000
+    return is_list and all(isinstance(name, str) and NAMES.fullmatch(name) for name in value)
 
 
 def _are_patterns(value: Any) -> bool:
-    plain = isinstance(value, dict) and len(value) <= 100
-    return plain and all(PATTERN.fullmatch(key) and _is_number(number, 1e6) for key, number in value.items())
+    is_table = isinstance(value, dict) and len(value) <= 100
+    return is_table and all(PATTERN.fullmatch(key) and _is_number(number, 1e6) for key, number in value.items())
 
 
 def _are_blocks(value: Any) -> bool:
@@ -122,11 +125,11 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 def beside_cut(kept: list[int], removed: list[int], reach: int) -> list[int]:
     """Places, in the pruned model, of the `reach` blocks on either side of every gap; a cut end has one side."""
     ends = [-1, *kept, len(kept) + len(removed)]
-    chosen: set[int] = set()
+    places: set[int] = set()
     for place in range(len(kept) + 1):
         if ends[place + 1] - ends[place] > 1:
-            chosen |= set(range(max(0, place - reach), min(len(kept), place + reach)))
-    return sorted(chosen)
+            places |= set(range(max(0, place - reach), min(len(kept), place + reach)))
+    return sorted(places)
 
 
 def adapted(model: Any, adapter: dict[str, Any], places: list[int] | None) -> Any:
@@ -172,8 +175,8 @@ def _linear_names(model: Any) -> list[str]:
     """PEFT takes `all-linear` for all blocks only; for some of them, the layers go by name."""
     import torch
 
-    named = (pair for block in blocks(model) for pair in block.named_modules())
-    return sorted({name.rsplit(".", 1)[-1] for name, module in named if isinstance(module, torch.nn.Linear)})
+    modules = (pair for block in blocks(model) for pair in block.named_modules())
+    return sorted({name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, torch.nn.Linear)})
 
 
 def _head_and_norms(model: Any) -> Any:
@@ -204,8 +207,8 @@ def _is_norm(module: Any) -> bool:
 
 def linear_layers(checkpoint: Checkpoint) -> set[str]:
     """The names of a checkpoint's modules with a two-dimensional weight; experts, which stock code stacks, left out."""
-    found = {name for name, shape in checkpoint.shapes.items() if len(shape) == 2}
-    return {name.removesuffix(".weight") for name in found if name.endswith(".weight") and ".experts." not in name}
+    matrices = {name for name, shape in checkpoint.shapes.items() if len(shape) == 2}
+    return {name.removesuffix(".weight") for name in matrices if name.endswith(".weight") and ".experts." not in name}
 
 
 def causal_lm(student: Any) -> Any:
@@ -222,10 +225,10 @@ def save_student(student: Any, folder: Path, base: Checkpoint, base_name: str) -
     if not isinstance(student, PeftModel):
         save_model(student, folder / "checkpoint", base)
         return
-    saved = student.peft_config["default"]
-    saved.base_model_name_or_path = base_name
-    if not isinstance(saved.target_modules, str):
-        saved.target_modules = sorted(saved.target_modules)  # a set, written in another order by every process
+    config = student.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, written in another order by every process
     # "auto" would look the base's vocabulary up under that name, on the hub.
     student.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
@@ -247,8 +250,8 @@ def merged(base: Any, adapter: Path, dtype: str | None = None) -> Any:
         if copied and name.endswith(copied):
             module.float()
     try:
-        with view(adapter, [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]) as shown:
-            student = PeftModel.from_pretrained(base, str(shown))
+        with view(adapter, [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]) as folder:
+            student = PeftModel.from_pretrained(base, str(folder))
         for layer in [module for module in student.modules() if isinstance(module, BaseTunerLayer)]:
             layer.get_base_layer().float()
             layer.merge()

@@ -30,14 +30,14 @@ class LogitDistillation:
         ids, mask, labels = labelled(rows, device)
         at = labels[:, 1:] != -100
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            taught = target_states(self.teacher, ids, mask, at)
+            teacher_states = target_states(self.teacher, ids, mask, at)
 
-        def loss(hidden: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+        def loss(hidden: Tensor, teacher_states: Tensor, targets: Tensor) -> Tensor:
             logits = head_logits(model, hidden)
             with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-                teacher_logits = head_logits(self.teacher, taught)
+                teacher_logits = head_logits(self.teacher, teacher_states)
             kl = (1 - self.ce_share) * forward_kl_sum(logits, teacher_logits, self.temperature)
             return kl + self.ce_share * target_loss_sum(logits, targets) if self.ce_share else kl
 
-        parts = target_states(model, ids, mask, at), taught, labels[:, 1:][at]
-        return summed_in_chunks(loss, *parts, chunk=chunks.CHUNK_TOKENS), int(at.sum())
+        tensors = target_states(model, ids, mask, at), teacher_states, labels[:, 1:][at]
+        return summed_in_chunks(loss, *tensors, chunk=chunks.CHUNK_TOKENS), int(at.sum())

@@ -62,13 +62,13 @@ def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[li
 
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
     """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
-    cut: list[list[TrainingRow]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
+    batches: list[list[TrainingRow]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
     for row in sorted(rows, key=lambda r: len(r.ids)):
-        if cut and (len(cut[-1]) + 1) * len(row.ids) <= max_tokens:
-            cut[-1].append(row)
+        if batches and (len(batches[-1]) + 1) * len(row.ids) <= max_tokens:
+            batches[-1].append(row)
         else:
-            cut.append([row])
-    return cut
+            batches.append([row])
+    return batches
 
 
 def labelled(rows: Sequence[TrainingRow], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +200,8 @@ class StudentModule(pl.LightningModule):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            done = (step - warmup) / max(1, settings.steps - warmup)
-            return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
+            progress = (step - warmup) / max(1, settings.steps - warmup)
+            return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, progress)))))
 
         return {
             "optimizer": optimizer,
@@ -254,11 +254,11 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tensor.shape for name, tensor in found["state_dict"].items()}
-        moments = {at: state["exp_avg"].shape for at, state in found["optimizer_states"][0]["state"].items()}
-        steps = [row["step"] for row in found["history"]]
-        run, step = found["run"], found["global_step"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        moments = {index: state["exp_avg"].shape for index, state in checkpoint["optimizer_states"][0]["state"].items()}
+        steps = [row["step"] for row in checkpoint["history"]]
+        run, step = checkpoint["run"], checkpoint["global_step"]
     except UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
     except (OSError, MemoryError):  # of the machine, not of the file, which is kept
@@ -268,9 +268,9 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
             raise
         return None
     expected = {name: parameter.shape for name, parameter in module.trained().items()}
-    taken = steps == list(range(1, step + 1)) and step <= len(module.plan)
-    known = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
-    return found if taken and known else None
+    in_plan = steps == list(range(1, step + 1)) and step <= len(module.plan)
+    own_run = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
+    return checkpoint if in_plan and own_run else None
 
 
 def _seed_of(seed: int, step: int) -> int:

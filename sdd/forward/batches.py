@@ -42,9 +42,9 @@ def padded(rows: Sequence[list[int]], device: Any = "cpu") -> tuple[Any, Any]:
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-        mask[at, : len(row)] = 1
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
     return ids.to(device), mask.to(device)
 
 
@@ -69,8 +69,8 @@ def show_texts(
     mask = torch.empty(0)
     entering: list[Any] = [None]
 
-    def before(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        entering[0] = arguments[0] if arguments else named["hidden_states"]
+    def before(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        entering[0] = arguments[0] if arguments else keywords["hidden_states"]
 
     def after(block: int) -> Any:
         def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:

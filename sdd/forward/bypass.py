@@ -48,15 +48,15 @@ def task_row(tokenizer: Any, prompt: str, reference: str, answer: str | None, sy
 
 
 @contextmanager
-def forwards(layers: Any, replaced: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+def forwards(layers: Any, functions: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
     """While open, the forward of each block named is another function; its hooks and attributes stay."""
     try:
-        for block, function in replaced.items():
+        for block, function in functions.items():
             assert "forward" not in vars(layers[block]), f"block {block} is replaced already"
             layers[block].forward = function
         yield
     finally:
-        for block in replaced:
+        for block in functions:
             vars(layers[block]).pop("forward", None)
 
 
@@ -68,7 +68,7 @@ class Bypass:
 
         self.layers = checkpoints.blocks(model)
         kinds: list[bool] = []
-        handle = self.layers[0].register_forward_hook(lambda _, given, out: kinds.append(isinstance(out, tuple)))
+        handle = self.layers[0].register_forward_hook(lambda _, arguments, out: kinds.append(isinstance(out, tuple)))
         try:
             with torch.no_grad():
                 checkpoints.decoder(model)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
@@ -77,18 +77,18 @@ class Bypass:
         self.in_tuples = kinds[0]
 
     @contextmanager
-    def letting_through(self, passed: Mapping[int, Tensor | None]) -> Iterator[None]:
+    def letting_through(self, states: Mapping[int, Tensor | None]) -> Iterator[None]:
         """While open, each block named gives the state it is named with, or with None, the one that enters it."""
 
         def function(state: Tensor | None) -> Callable[..., Any]:
-            def forward(*arguments: Any, **named: Any) -> Any:
-                entering = arguments[0] if arguments else named["hidden_states"]
+            def forward(*arguments: Any, **keywords: Any) -> Any:
+                entering = arguments[0] if arguments else keywords["hidden_states"]
                 leaving = entering if state is None else state
                 return (leaving,) if self.in_tuples else leaving
 
             return forward
 
-        with forwards(self.layers, {block: function(state) for block, state in passed.items()}):
+        with forwards(self.layers, {block: function(state) for block, state in states.items()}):
             yield
 
     @contextmanager
@@ -97,8 +97,8 @@ class Bypass:
         states: dict[int, Tensor] = {}
 
         def hook(block: int) -> Any:
-            def before(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-                states[block] = arguments[0] if arguments else named["hidden_states"]
+            def before(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+                states[block] = arguments[0] if arguments else keywords["hidden_states"]
 
             return before
 
@@ -124,12 +124,12 @@ def likelihoods(model: Any, hidden: Tensor, rows: Sequence[Row]) -> tuple[float,
     row_at, token_at = torch.tensor(places, device=device).T
     targets = torch.tensor([rows[at].ids[t] for at, t in places], device=device)
     spans = [row.answer or (row.first, len(row.ids)) for row in rows]
-    counts = torch.tensor([spans[at][0] <= t < spans[at][1] for at, t in places], device=device)
+    in_answer = torch.tensor([spans[at][0] <= t < spans[at][1] for at, t in places], device=device)
     nats, missed = 0.0, torch.zeros(len(rows), dtype=torch.long, device=device)
     step = max(1, LOGITS // model.config.vocab_size)
     for at in range(0, len(places), step):
-        here = slice(at, at + step)
-        logits = checkpoints.head_logits(model, hidden[row_at[here], token_at[here] - 1])
-        nats += float(target_loss_sum(logits, targets[here]))
-        missed.index_add_(0, row_at[here], ((logits.argmax(-1) != targets[here]) & counts[here]).long())
+        chunk = slice(at, at + step)
+        logits = checkpoints.head_logits(model, hidden[row_at[chunk], token_at[chunk] - 1])
+        nats += float(target_loss_sum(logits, targets[chunk]))
+        missed.index_add_(0, row_at[chunk], ((logits.argmax(-1) != targets[chunk]) & in_answer[chunk]).long())
     return nats, len(places), int((missed == 0).sum()), len(rows)

@@ -35,7 +35,7 @@ def distillation_slope(student: Tensor, soft: Tensor | None, targets: Tensor, al
 def _divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """The terms of KL(teacher || student), both softened: (N, V), (N, V) -> (N, V), float32."""
     assert logits.shape == teacher_logits.shape, f"student {logits.shape}, teacher {teacher_logits.shape}"
-    student, teacher = ((each.float() / temperature).log_softmax(-1) for each in (logits, teacher_logits))
+    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, teacher_logits))
     return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True)
 
 
@@ -54,11 +54,11 @@ def forward_kl_sum(logits: Tensor, teacher_logits: Tensor, temperature: float = 
     return _divergence(logits, teacher_logits, temperature).sum() * temperature**2
 
 
-def summed_in_chunks(loss: Callable[..., Tensor], *parts: Tensor, chunk: int) -> Tensor:
-    """Sum of `loss(*parts)` over chunks of at most `chunk` of the parts' first axis, all of one length N >= 0: -> ().
+def summed_in_chunks(loss: Callable[..., Tensor], *tensors: Tensor, chunk: int) -> Tensor:
+    """Sum of `loss(*tensors)` over chunks of at most `chunk` of their first axis, all of one length N >= 0: -> ().
 
     What `loss` makes on the way, such as logits, is dropped after each chunk and made again in the backward pass.
     """
-    pieces = zip(*(part.split(chunk) for part in parts), strict=True)
+    pieces = zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
     losses = [checkpoint(loss, *piece, use_reentrant=False) for piece in pieces]
     return torch.stack(losses).sum()

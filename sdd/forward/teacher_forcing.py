@@ -43,17 +43,17 @@ def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int
     """
     import torch
 
-    found: list[list[float]] = [[] for _ in rows]
+    values: list[list[float]] = [[] for _ in rows]
     for shown in zip(*(answer_states(model, rows, batch_size) for model in students), strict=True):
         index = shown[0][0]
         assert all(other == index for other, _ in shown), "both models are shown the same row"
         tokens = torch.tensor(rows[index][1], device=shown[0][1].device)
         for start in range(0, len(tokens), CHUNK):
-            part = slice(start, start + CHUNK)
+            chunk = slice(start, start + CHUNK)
             with torch.no_grad():
                 logits = [
-                    checkpoints.head_logits(model, states[part]).float()
+                    checkpoints.head_logits(model, states[chunk]).float()
                     for model, (_, states) in zip(students, shown, strict=True)
                 ]
-                found[index] += [float(value) for value in function(tokens[part], *logits).tolist()]
-    return found
+                values[index] += [float(value) for value in function(tokens[chunk], *logits).tolist()]
+    return values

@@ -56,12 +56,12 @@ class RandomWidth(BlindChannels):
         self.seed = seed
 
     def draw(self, num_blocks: int, width: int) -> list[list[float]]:
-        found = []
+        importance = []
         for block in range(num_blocks):
             ranks = list(range(width))
             random.Random(f"channels {self.seed} {block}").shuffle(ranks)
-            found.append([float(rank) for rank in ranks])
-        return found
+            importance.append([float(rank) for rank in ranks])
+        return importance
 
 
 class MagnitudeWidth(WeightChannels):
@@ -81,7 +81,8 @@ class MagnitudeWidth(WeightChannels):
 
         return [
             glu_magnitude(
-                [part for layer in mlp.into for part in tensor(block, layer).chunk(mlp.stacks)], tensor(block, mlp.out)
+                [matrix for layer in mlp.into for matrix in tensor(block, layer).chunk(mlp.stacks)],
+                tensor(block, mlp.out),
             )
             for block in range(sizes.num_blocks)
         ]
@@ -133,14 +134,14 @@ class SDM(ChannelCriterion, OfTexts):
         """The channels of the small cut, at least one a block, as boolean vectors."""
         import torch
 
-        found = []
+        masks = []
         for importance in first:
             width = len(importance)
             removed = min(width - 1, max(1, round(self.first_cut * width)))
             mask = torch.ones(width, dtype=torch.bool)
             mask[kept_channels(importance.tolist(), width - removed)] = False
-            found.append(mask)
-        return found
+            masks.append(mask)
+        return masks
 
     def measure(
         self, model: Any, rows: list[list[int]], max_tokens: int, first: Sequence[Tensor], teacher: Any = None
@@ -149,5 +150,5 @@ class SDM(ChannelCriterion, OfTexts):
         from sdd.importance.sample_gradients import Distillation, channel_importance
 
         assert self.alpha is not None and self.temperature is not None, "resolved before the work begins"
-        how = Distillation(self.alpha, self.temperature, self.masked(first), teacher)
-        return channel_importance(model, rows, max_tokens, how)
+        distillation = Distillation(self.alpha, self.temperature, self.masked(first), teacher)
+        return channel_importance(model, rows, max_tokens, distillation)

@@ -66,31 +66,31 @@ def without_each(
 
     bypass, body = Bypass(model), checkpoints.decoder(model)
     kept = [block for block in range(len(checkpoints.blocks(model))) if block not in removed]
-    whole, each = Quality(), {block: Quality() for block in kept}
+    whole, qualities = Quality(), {block: Quality() for block in kept}
     device = next(model.parameters()).device
     with (
         torch.no_grad(),
         tqdm(total=len(rows) * (len(kept) + 1), desc=f"removal {len(removed) + 1}", unit="text") as progress,
     ):
         for batch in length_batches([len(row.ids) for row in rows], batch_size, max_tokens):
-            shown = [rows[index] for index in batch]
-            ids, mask = padded([row.ids for row in shown], device)
-            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            batch_rows = [rows[index] for index in batch]
+            ids, mask = padded([row.ids for row in batch_rows], device)
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             with bypass.letting_through(dict.fromkeys(removed)), bypass.catching(kept) as states:
-                hidden = body(**given).last_hidden_state
-            whole.add(*likelihoods(model, hidden, shown))
+                hidden = body(**inputs).last_hidden_state
+            whole.add(*likelihoods(model, hidden, batch_rows))
             progress.update(len(batch))
             for block in kept:
                 # All blocks up to this one are passed over, and behind it goes on what entered it.
-                passed = dict.fromkeys([*range(block), *removed]) | {block: states[block]}
-                with bypass.letting_through(passed):
-                    hidden = body(**given).last_hidden_state
-                each[block].add(*likelihoods(model, hidden, shown))
+                outputs = dict.fromkeys([*range(block), *removed]) | {block: states[block]}
+                with bypass.letting_through(outputs):
+                    hidden = body(**inputs).last_hidden_state
+                qualities[block].add(*likelihoods(model, hidden, batch_rows))
                 progress.update(len(batch))
-    for quality in (whole, *each.values()):
+    for quality in (whole, *qualities.values()):
         if not math.isfinite(quality.nats):
             raise UserError("the model's likelihoods are not finite; choose model.dtype=float32 or bfloat16")
-    return whole, each
+    return whole, qualities
 
 
 class Perplexity(ModelCriterion, OfTexts):
@@ -105,9 +105,9 @@ class Perplexity(ModelCriterion, OfTexts):
         return _runs(num_blocks)
 
     def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
-        whole, each = without_each(model, rows, [], batch_size)
+        whole, qualities = without_each(model, rows, [], batch_size)
         self.log_perplexity = whole.log_perplexity
-        self.rises = [each[block].log_perplexity - whole.log_perplexity for block in range(self.num_blocks)]
+        self.rises = [qualities[block].log_perplexity - whole.log_perplexity for block in range(self.num_blocks)]
 
     def scores(self) -> dict[str, Any]:
         order = sorted(range(self.num_blocks), key=lambda block: (self.rises[block], block))
@@ -138,12 +138,12 @@ class _Iterative(ModelCriterion):
     def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
         removed: list[int] = []
         for _ in range(min(self.depth, self.num_blocks - 1)):
-            found = self._step(model, rows, removed, batch_size)
-            block = min(found, key=lambda block: (*found[block], block))
+            costs = self._step(model, rows, removed, batch_size)
+            block = min(costs, key=lambda block: (*costs[block], block))
             removed.append(block)
             step: dict[str, Any] = {"removed": block}
-            for index, name in enumerate(("scores", "log_perplexity")[: len(found[block])]):
-                step[name] = [found[b][index] if b in found else None for b in range(self.num_blocks)]
+            for index, name in enumerate(("scores", "log_perplexity")[: len(costs[block])]):
+                step[name] = [costs[b][index] if b in costs else None for b in range(self.num_blocks)]
             self.steps.append(step)
 
     @abstractmethod
@@ -196,8 +196,8 @@ class _Greedy(_Iterative):
     def _step(
         self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
     ) -> dict[int, tuple[float, ...]]:
-        whole, each = without_each(model, rows, removed, batch_size)
-        return {block: self._cost(whole, quality) for block, quality in each.items()}
+        whole, qualities = without_each(model, rows, removed, batch_size)
+        return {block: self._cost(whole, quality) for block, quality in qualities.items()}
 
     @abstractmethod
     def _cost(self, whole: Quality, without: Quality) -> tuple[float, ...]: ...

@@ -72,13 +72,13 @@ def channel_importance(
             for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
                 ids, _ = padded([rows[index] for index in batch], model.device)
                 lengths = [len(rows[index]) for index in batch]
-                soft = None if teacher is None else _states(teacher, ids)
+                teacher_states = None if teacher is None else _states(teacher, ids)
                 for index, recorder in enumerate(recorders):
                     recorder.begin(lengths, None if distillation is None else distillation.masked[index])
                 with torch.enable_grad():
                     states = _forward(model, ids)
-                slope = _slope_of_states(model, teacher, states.detach(), soft, ids, lengths, distillation)
-                del soft
+                slope = _slope_of_states(model, teacher, states.detach(), teacher_states, ids, lengths, distillation)
+                del teacher_states
                 states.backward(slope)
                 del states, slope
                 for recorder in recorders:
@@ -92,8 +92,8 @@ def channel_importance(
 
 def _forward(model: Any, ids: Tensor) -> Tensor:
     """Final states of rows padded on the right, whose real tokens do not see what comes after them: no mask."""
-    found: Tensor = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-    return found
+    states: Tensor = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return states
 
 
 @torch.no_grad()
@@ -105,27 +105,33 @@ def _slope_of_states(
     model: Any,
     teacher: Any,
     states: Tensor,
-    soft: Tensor | None,
+    teacher_states: Tensor | None,
     ids: Tensor,
     lengths: list[int],
     distillation: Distillation | None,
 ) -> Tensor:
     """The gradient of the sum of the samples' losses with respect to `states`, (B, T, H); a few tokens at a time."""
     slope = torch.zeros_like(states)
-    at = [(row, token) for row, length in enumerate(lengths) for token in range(length - 1)]
+    positions = [(row, token) for row, length in enumerate(lengths) for token in range(length - 1)]
     most = max(1, HEAD_ELEMENTS // model.get_output_embeddings().weight.shape[0])
-    step = ceil(len(at) / ceil(len(at) / most))  # equal chunks: a short last one would multiply matrices less well
-    for first in range(0, len(at), step):
-        row, token = torch.tensor(at[first : first + step], device=states.device).unbind(1)
-        taught = None if soft is None else soft[row, token]
-        chosen = states[row, token], taught, ids[row, token + 1]
+    # Equal chunks: a short last one would multiply matrices less well.
+    step = ceil(len(positions) / ceil(len(positions) / most))
+    for start in range(0, len(positions), step):
+        row, token = torch.tensor(positions[start : start + step], device=states.device).unbind(1)
+        teacher_hidden = None if teacher_states is None else teacher_states[row, token]
+        chosen = states[row, token], teacher_hidden, ids[row, token + 1]
         slope[row, token] = _slope_of_chunk(model, teacher, *chosen, distillation)
-    counts = torch.tensor(lengths, device=states.device) - 1  # a sample's loss is its mean over tokens
-    return slope.div_(counts[:, None, None])
+    num_targets = torch.tensor(lengths, device=states.device) - 1  # a sample's loss is its mean over tokens
+    return slope.div_(num_targets[:, None, None])
 
 
 def _slope_of_chunk(
-    model: Any, teacher: Any, hidden: Tensor, taught: Tensor | None, targets: Tensor, distillation: Distillation | None
+    model: Any,
+    teacher: Any,
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    targets: Tensor,
+    distillation: Distillation | None,
 ) -> Tensor:
     """The gradient of the summed losses of N tokens with respect to their states: (N, H), (N, H), (N,) -> (N, H).
 
@@ -134,13 +140,13 @@ def _slope_of_chunk(
     q, alpha = None, 0.0
     if distillation is not None:
         with torch.no_grad():
-            q, alpha = softened(head_logits(teacher, taught), distillation.t), distillation.alpha
+            q, alpha = softened(head_logits(teacher, teacher_hidden), distillation.t), distillation.alpha
     hidden.requires_grad_(True)
     with torch.enable_grad():
         logits = head_logits(model, hidden)
     with torch.no_grad():
-        given = distillation_slope(logits.detach(), q, targets, alpha).to(logits.dtype)
-    return torch.autograd.grad(logits, hidden, given)[0]
+        logits_slope = distillation_slope(logits.detach(), q, targets, alpha).to(logits.dtype)
+    return torch.autograd.grad(logits, hidden, logits_slope)[0]
 
 
 class _Recorder:
@@ -209,13 +215,13 @@ class _Recorder:
 def mean_activations(model: Any, rows: Sequence[list[int]], max_tokens: int) -> list[Tensor]:
     """Mean over a text's tokens of |what enters the down projection|: a (texts, width) float64 tensor a block."""
     layout = mlp_of(model)
-    found = [torch.zeros(len(rows), layout.width, dtype=torch.float64) for _ in blocks(model)]
+    means = [torch.zeros(len(rows), layout.width, dtype=torch.float64) for _ in blocks(model)]
     batch: list[int] = []
 
     def saw(block: int) -> Any:
         def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-            for at, index in enumerate(batch):
-                found[block][index] = arguments[0][at, : len(rows[index])].abs().double().mean(dim=0).cpu()
+            for position, index in enumerate(batch):
+                means[block][index] = arguments[0][position, : len(rows[index])].abs().double().mean(dim=0).cpu()
 
         return hook
 
@@ -231,4 +237,4 @@ def mean_activations(model: Any, rows: Sequence[list[int]], max_tokens: int) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return means

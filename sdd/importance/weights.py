@@ -96,7 +96,7 @@ class Taylor(_Summed, ModelCriterion, OfTexts):
         device = next(model.parameters()).device
         batches = length_batches([len(row.ids) for row in rows], batch_size, max_tokens)
         tokens = sum(len(row.ids) - 1 for row in rows)
-        wanted = [(block, weight) for block, layer in enumerate(layers) for weight in layer.parameters()]
+        block_weights = [(block, weight) for block, layer in enumerate(layers) for weight in layer.parameters()]
         model.requires_grad_(False)
         adding = [True]
 
@@ -106,12 +106,12 @@ class Taylor(_Summed, ModelCriterion, OfTexts):
                 weight.grad = None
 
         handles = []
-        for block, weight in wanted:
+        for block, weight in block_weights:
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(partial(spend, block)))
-        again = {b: partial(checkpoint, layer.forward, use_reentrant=False) for b, layer in enumerate(layers)}
+        checkpointed = {b: partial(checkpoint, layer.forward, use_reentrant=False) for b, layer in enumerate(layers)}
         try:
-            with forwards(layers, again), tqdm(total=len(rows), desc="gradients", unit="text") as progress:
+            with forwards(layers, checkpointed), tqdm(total=len(rows), desc="gradients", unit="text") as progress:
                 for number, batch in enumerate(batches, 1):
                     adding[0] = number < len(batches)
                     ids, mask = padded([rows[index].ids for index in batch], device)
@@ -122,7 +122,7 @@ class Taylor(_Summed, ModelCriterion, OfTexts):
             for handle in handles:
                 handle.remove()
             model.requires_grad_(False)
-        for block, weight in wanted:
+        for block, weight in block_weights:
             spend(block, weight)  # what an earlier batch reached and the last one did not, such as an expert
 
 
@@ -132,11 +132,11 @@ def _state_gradients(model: Any, hidden: Tensor, ids: Tensor, mask: Tensor, toke
 
     from sdd.forward.losses import target_loss_sum
 
-    rows, at = mask[:, 1:].nonzero(as_tuple=True)
+    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
     gradient = torch.zeros_like(hidden)
     step = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(rows), step):
-        row, token = rows[start : start + step], at[start : start + step]
+        row, token = rows[start : start + step], positions[start : start + step]
         states = hidden[row, token].requires_grad_(True)
         loss = target_loss_sum(checkpoints.head_logits(model, states), ids[row, token + 1]) / tokens
         (gradient[row, token],) = torch.autograd.grad(loss, states)

@@ -83,9 +83,9 @@ def trimmed(task_vector: Tensor, density: float) -> Tensor:
     if density >= 1:
         return task_vector
     magnitudes = task_vector.abs()
-    kept = max(1, int(density * magnitudes.numel()))
-    least = magnitudes.flatten().kthvalue(magnitudes.numel() - kept + 1).values
-    return task_vector * (magnitudes >= least)
+    num_kept = max(1, int(density * magnitudes.numel()))
+    threshold = magnitudes.flatten().kthvalue(magnitudes.numel() - num_kept + 1).values
+    return task_vector * (magnitudes >= threshold)
 
 
 def ties(base: Tensor, task_vectors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
@@ -96,10 +96,10 @@ def ties(base: Tensor, task_vectors: Sequence[Tensor], weights: Sequence[float],
     """
     import torch
 
-    kept = [trimmed(_computable(vector), density) for vector in task_vectors]
-    positive = _weighted_sum(kept, weights) >= 0
-    total, divisor = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
-    for vector, weight in zip(kept, weights, strict=True):
+    vectors = [trimmed(_computable(vector), density) for vector in task_vectors]
+    positive = _weighted_sum(vectors, weights) >= 0
+    total, divisor = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
+    for vector, weight in zip(vectors, weights, strict=True):
         signed = weight * vector
         agrees = torch.where(positive, signed > 0, signed < 0)
         total.add_(signed * agrees)
@@ -119,8 +119,8 @@ def share_at(t: Any, name: str, place: float) -> float:
     furthest right decides; `default` is for all others, 0.5 if it is not given.
     """
     if isinstance(t, dict):
-        found = kind_of(t, name)
-        return share_at(t.get("default", 0.5) if found is None else t[found], name, place)
+        kind = kind_of(t, name)
+        return share_at(t.get("default", 0.5) if kind is None else t[kind], name, place)
     if not isinstance(t, list | tuple):
         return float(t)
     position = place * (len(t) - 1)

@@ -32,36 +32,37 @@ if TYPE_CHECKING:
 
 
 def merge_tensor(
-    base: Tensor, read: list[tuple[Tensor, Tensor] | None], method: dict[str, Any], t: float
+    base: Tensor, contributions: list[tuple[Tensor, Tensor] | None], method: dict[str, Any], t: float
 ) -> tuple[Tensor, dict[str, Any]]:
     """The merged tensor in float32, and what was measured: norms, and angles (radians) of every pair.
 
-    `read` is what each student gives: its tensor and its task vector, float32, shaped as `base`; None for no change.
+    `contributions` is what each student gives: its tensor and its task vector, float32, shaped as `base`; None for no
+    change.
     """
-    whole = base.float()
-    students = [whole if one is None else one[0] for one in read]
-    vectors = [whole.new_zeros(whole.shape) if one is None else one[1] for one in read]
+    float_base = base.float()
+    students = [float_base if pair is None else pair[0] for pair in contributions]
+    vectors = [float_base.new_zeros(float_base.shape) if pair is None else pair[1] for pair in contributions]
     norms = [norm(student) for student in students]
-    added = [norm(vector) for vector in vectors]
+    vector_norms = [norm(vector) for vector in vectors]
     pairs = list(itertools.combinations(range(len(vectors)), 2))
-    apart = {(i, j): norm(vectors[i] - vectors[j]) for i, j in pairs}  # the distance of the students themselves too
+    distances = {(i, j): norm(vectors[i] - vectors[j]) for i, j in pairs}  # the distance of the students themselves too
     measured: dict[str, Any] = {
-        "angles": [angle(norms[i], norms[j], apart[i, j]) for i, j in pairs],
-        "task_vector_angles": [angle(added[i], added[j], apart[i, j]) for i, j in pairs],
+        "angles": [angle(norms[i], norms[j], distances[i, j]) for i, j in pairs],
+        "task_vector_angles": [angle(vector_norms[i], vector_norms[j], distances[i, j]) for i, j in pairs],
         "norms": norms,
-        "task_vector_norms": added,
+        "task_vector_norms": vector_norms,
     }
     match method["method"]:
         case "slerp" if method["space"] == "weights":
             merged = slerp(students[0], students[1], t, measured["angles"][0])
         case "slerp":
-            merged = whole + slerp(vectors[0], vectors[1], t, measured["task_vector_angles"][0])
+            merged = float_base + slerp(vectors[0], vectors[1], t, measured["task_vector_angles"][0])
         case "linear":
             merged = linear(students, method["weights"])
         case "task_arithmetic":
-            merged = task_arithmetic(whole, vectors, method["weights"])
+            merged = task_arithmetic(float_base, vectors, method["weights"])
         case "ties":
-            merged = ties(whole, vectors, method["weights"], method["density"])
+            merged = ties(float_base, vectors, method["weights"], method["density"])
         case other:
             raise AssertionError(f"no method {other}")
     return merged, measured
@@ -83,9 +84,9 @@ def merge_checkpoints(
 ) -> dict[str, Any]:
     """Write the merged checkpoint into the folder `target`, in files cut as those of `base`.
 
-    `method` holds `method` and its settings, as `sdd.recipes` writes them. Tensors that are narrower than `dtype` are
-    stored in it; None keeps the base's dtypes. Returns `tensors` (name -> what was measured, see `merge_tensor`) and
-    `copied`, the names of those that no student changes.
+    `method` holds `method` and its settings, as the stage's spec writes them. Tensors that are narrower than `dtype`
+    are stored in it; None keeps the base's dtypes. Returns `tensors` (name -> what was measured, see `merge_tensor`)
+    and `copied`, the names of those that no student changes.
     """
     config, shards = base.config, base.weight_files
     tied = HEADS if config.get("tie_word_embeddings", False) else ()
@@ -166,10 +167,10 @@ def _merged(
                 yield name, None, None
                 continue
             base = file.get_tensor(name)
-            read = [student.read(name, base) for student in students]
-            if any(read):
+            contributions = [student.read(name, base) for student in students]
+            if any(contributions):
                 t = share_at(method.get("t", 0.5), name, place_of(name, config["num_hidden_layers"]))
-                merged, measured = merge_tensor(base, read, method, t)
+                merged, measured = merge_tensor(base, contributions, method, t)
                 yield name, merged.to(getattr(torch, dtype) if dtype else base.dtype), measured
             else:
                 yield name, base.to(getattr(torch, dtype)) if dtype else None, None

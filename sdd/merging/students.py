@@ -93,8 +93,8 @@ class AdapterStudent:
         up = self.file.get_tensor(key.replace(".lora_A.", ".lora_B.")).float()
         if (up.shape[0], down.shape[1]) != tuple(base.shape):
             raise UserError(f"{self.name}: {tensor} has another shape than the base's; merge students of one base")
-        added: Tensor = (up @ down).mul_(self.scaling)
-        return base.float() + added, added
+        task_vector: Tensor = (up @ down).mul_(self.scaling)
+        return base.float() + task_vector, task_vector
 
 
 class CheckpointStudent:
@@ -126,18 +126,18 @@ class CheckpointStudent:
 def _with_added(tuned: Tensor, base: Tensor, name: str, tensor: str) -> tuple[Tensor, Tensor] | None:
     if tuned.shape != base.shape:
         raise UserError(f"{name}: {tensor} has another shape than the base's; merge students of one base")
-    added = tuned.float() - base.float()
-    return (tuned.float(), added) if added.any() else None
+    task_vector = tuned.float() - base.float()
+    return (tuned.float(), task_vector) if task_vector.any() else None
 
 
 def open_students(folders: list[Path]) -> list[Student]:
     """Students from folders that hold `adapter/` or `checkpoint/`, or are a checkpoint themselves."""
-    found: list[Student] = []
+    students: list[Student] = []
     for number, folder in enumerate(folders):
         name = f"student {number} ({folder.name})"
         if (folder / "adapter").is_dir():
-            found.append(AdapterStudent(folder / "adapter", name))
+            students.append(AdapterStudent(folder / "adapter", name))
         else:
-            own = folder / "checkpoint"
-            found.append(CheckpointStudent(Checkpoint(own if own.is_dir() else folder), name))
-    return found
+            checkpoint = folder / "checkpoint"
+            students.append(CheckpointStudent(Checkpoint(checkpoint if checkpoint.is_dir() else folder), name))
+    return students

@@ -101,13 +101,13 @@ def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: i
 
 def write_header(file: BinaryIO, metadata: dict[str, str] | None, entries: Header) -> int:
     """Begin a safetensors file whose tensors follow in the order of `entries`; returns the bytes of their data."""
-    written: Header = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    header: Header = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     offset = 0
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]
-        written[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
+        header[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
         offset += end - begin
-    text = json.dumps(written, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     return offset
@@ -138,11 +138,11 @@ def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]
             size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
             entries[part.name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [0, size]}
         with target.open("wb") as writer:
-            written = write_header(writer, metadata, entries)
+            num_bytes = write_header(writer, metadata, entries)
             del entries
             for part, entry in kept:
                 _copy_part(reader, writer, entry, base, part)
-    return [part.name for part, _ in kept], written
+    return [part.name for part, _ in kept], num_bytes
 
 
 def write_checkpoint(source: Checkpoint, target: Path, change: Change, config: dict[str, Any]) -> None:
@@ -168,18 +168,18 @@ def prune_checkpoint(source: Checkpoint, target: Path, removed: list[int]) -> di
     Returns kept and removed blocks, parameters before and after (tied weights once), and the share of FLOPs saved as
     arXiv 2410.09982 counts it: removed parameters / all parameters.
     """
-    config, gone = check_prunable(source, removed), set(removed)
-    kept = [block for block in range(config["num_hidden_layers"]) if block not in gone]
+    config, removed_blocks = check_prunable(source, removed), set(removed)
+    kept = [block for block in range(config["num_hidden_layers"]) if block not in removed_blocks]
     position = {block: index for index, block in enumerate(kept)}
 
     def change(name: str) -> Part | None:
-        new = renamed(name, position)
-        return None if new is None else Part(new)
+        new_name = renamed(name, position)
+        return None if new_name is None else Part(new_name)
 
     write_checkpoint(source, target, change, cut_config(config, kept))
     before, after = source.num_parameters, Checkpoint(target).num_parameters
     return {
-        "removed_blocks": sorted(gone),
+        "removed_blocks": sorted(removed_blocks),
         "kept_blocks": kept,
         "parameters_before": before,
         "parameters_after": after,

@@ -78,16 +78,16 @@ def check_repairable(checkpoint: Checkpoint, blocks: list[int] | None = None) ->
     Without `blocks`, of all that have one, which is a mistake if none has.
     """
     config = explicit_config(checkpoint.config, checkpoint.where)
-    found = refittable(config, checkpoint.where)
-    missing = [block for block in blocks or [] if block not in found]
-    if missing or not found:
+    projections = refittable(config, checkpoint.where)
+    missing = [block for block in blocks or [] if block not in projections]
+    if missing or not projections:
         which = f"block {missing[0]} of {config['architectures'][0]}" if missing else config["architectures"][0]
         raise UserError(
             f"{checkpoint.where}: repair=ridge needs a block that adds its MLP's down projection to its output as it "
             f"is, and {which} does not (a norm or a scale behind it, experts, or an MLP not known here); choose "
             "repair=none"
         )
-    return found
+    return projections
 
 
 # ---- the regression ---------------------------------------------------------------------------------------------
@@ -104,14 +104,14 @@ class Moments:
         self.gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
         self.cross = torch.zeros(rows, width, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, missing: Tensor) -> None:
+    def add(self, x: Tensor, residual: Tensor) -> None:
         """Tokens' activations (N, I) and what is missing from the block's output to the target (N, D)."""
         import torch
 
         if self.bias:
             x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, missing)
+        self.cross.addmm_(x.T, residual)
 
     def change(self, penalty: float) -> Tensor:
         """What to add to the projection, (I, D): the ridge solution by Cholesky; the bias, its last row, is free."""
@@ -134,36 +134,36 @@ class Error:
     """Relative error of a cut: sqrt(sum |output - target|^2 / sum |target|^2) over tokens."""
 
     def __init__(self) -> None:
-        self.missing = self.target = 0.0
+        self.residual = self.target = 0.0
         self.tokens = 0
 
-    def add(self, missing: Tensor, target: Tensor) -> None:
-        self.missing += float(missing.square().sum())
+    def add(self, residual: Tensor, target: Tensor) -> None:
+        self.residual += float(residual.square().sum())
         self.target += float(target.square().sum())
         self.tokens += len(target)
 
     @property
     def value(self) -> float:
-        return float((self.missing / self.target) ** 0.5)
+        return float((self.residual / self.target) ** 0.5)
 
 
 # ---- the passes -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _heard(module: Any, entering: bool) -> Iterator[list[Any]]:
+def _last_state(module: Any, entering: bool) -> Iterator[list[Any]]:
     """What a module last took (`entering`) or gave, as the one element of a list."""
-    last: list[Any] = [None]
+    state: list[Any] = [None]
 
     def before(module: Any, arguments: Any) -> None:
-        last[0] = arguments[0]
+        state[0] = arguments[0]
 
     def after(module: Any, arguments: Any, output: Any) -> None:
-        last[0] = output[0] if isinstance(output, tuple) else output
+        state[0] = output[0] if isinstance(output, tuple) else output
 
     handle = module.register_forward_pre_hook(before) if entering else module.register_forward_hook(after)
     try:
-        yield last
+        yield state
     finally:
         handle.remove()
 
@@ -194,27 +194,27 @@ class Passes:
 
         original = self.original
         joint = cut.place == cut.block
-        seen = original if joint else self.student
-        block = checkpoints.blocks(seen)[cut.place]
-        last = checkpoints.blocks(original)[cut.end - 1]
+        model = original if joint else self.student
+        block = checkpoints.blocks(model)[cut.place]
+        last_block = checkpoints.blocks(original)[cut.end - 1]
         device = next(original.parameters()).device
         with (
             torch.no_grad(),
-            _first_blocks(original, cut.end) as whole,
-            _heard(block.get_submodule(name), entering=True) as x,
-            _heard(block, entering=False) as output,
-            _heard(last, entering=False) as target,
+            _first_blocks(original, cut.end) as original_body,
+            _last_state(block.get_submodule(name), entering=True) as x,
+            _last_state(block, entering=False) as output,
+            _last_state(last_block, entering=False) as target,
         ):
             for batch in length_batches([len(row) for row in rows], self.batch_size, MAX_TOKENS):
                 ids, mask = padded([rows[index] for index in batch], device)
-                whole(input_ids=ids, attention_mask=mask, use_cache=False)
+                original_body(input_ids=ids, attention_mask=mask, use_cache=False)
                 if not joint:
-                    with _first_blocks(seen, cut.place + 1) as before_cut:
-                        before_cut(input_ids=ids, attention_mask=mask, use_cache=False)
+                    with _first_blocks(model, cut.place + 1) as student_body:
+                        student_body(input_ids=ids, attention_mask=mask, use_cache=False)
                 real = mask.bool()
-                for chunk in zip(*(part[0][real].split(CHUNK) for part in (x, output, target)), strict=True):
-                    activations, given, wanted = (part.double() for part in chunk)
-                    yield activations, given, wanted
+                for chunk in zip(*(states[0][real].split(CHUNK) for states in (x, output, target)), strict=True):
+                    activations, outputs, targets = (states.double() for states in chunk)
+                    yield activations, outputs, targets
 
 
 def repair(
@@ -236,34 +236,36 @@ def repair(
     """
     cuts = cuts_of(facts["kept_blocks"], facts["removed_blocks"])
     names = check_repairable(source, [cut.block for cut in cuts])
-    held = max(1, round(HELD_OUT * len(rows)))
-    if held >= len(rows):
-        raise UserError(f"repair=ridge holds out {held} of the calibration texts, and {len(rows)} is all; give more")
-    fitted, held_out = rows[:-held], rows[-held:]
+    num_held_out = max(1, round(HELD_OUT * len(rows)))
+    if num_held_out >= len(rows):
+        raise UserError(
+            f"repair=ridge holds out {num_held_out} of the calibration texts, and {len(rows)} is all; give more"
+        )
+    fitted, held_out = rows[:-num_held_out], rows[-num_held_out:]
     original = source.model(dtype, device, attention)
     student = pruned.model(dtype, device, attention) if len(cuts) > 1 else None
     passes = Passes(original, student, batch_size)
     tensors: dict[str, Tensor] = {}
-    told = []
+    cut_errors = []
     for cut in tqdm(cuts, desc="repair", unit="cut"):
         stored = _stored(pruned, cut.place, names[cut.block])
-        new, errors = _refitted(passes, cut, names[cut.block], list(stored.values()), (fitted, held_out), penalty)
-        tensors |= dict(zip(stored, new, strict=True))
-        told.append({"block": cut.block, "place": cut.place, **errors})
+        new_tensors, errors = _refit(passes, cut, names[cut.block], list(stored.values()), (fitted, held_out), penalty)
+        tensors |= dict(zip(stored, new_tensors, strict=True))
+        cut_errors.append({"block": cut.block, "place": cut.place, **errors})
         if student is not None:
-            _put(checkpoints.blocks(student)[cut.place].get_submodule(names[cut.block]), new)
-    done = {
-        "cuts": told,
+            _put(checkpoints.blocks(student)[cut.place].get_submodule(names[cut.block]), new_tensors)
+    summary = {
+        "cuts": cut_errors,
         "num_texts": len(rows),
         "texts_fitted": len(fitted),
         "texts_held_out": len(held_out),
         "tokens_fitted": sum(map(len, fitted)),
         "tokens_held_out": sum(map(len, held_out)),
     }
-    return tensors, done
+    return tensors, summary
 
 
-def _refitted(
+def _refit(
     passes: Passes, cut: Cut, name: str, stored: list[Tensor], rows: tuple[list[Any], list[Any]], penalty: float
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """The new weight (and bias), and the cut's errors."""
@@ -273,32 +275,32 @@ def _refitted(
     device = next(passes.original.parameters()).device
     moments, before = Moments(activations, width, len(stored) > 1, device), Error()
     for x, output, target in passes.tokens(cut, name, rows[0]):
-        missing = target - output
-        moments.add(x, missing)
-        before.add(missing, target)
+        residual = target - output
+        moments.add(x, residual)
+        before.add(residual, target)
     change = moments.change(penalty).cpu()
-    parts = [change[:activations].T, *change[activations:]]
-    new = [(old.double() + part).to(old.dtype) for old, part in zip(stored, parts, strict=True)]
-    made = [(tensor.double() - old.double()).to(device) for tensor, old in zip(new, stored, strict=True)]
-    step = torch.cat([made[0].T, *(part[None] for part in made[1:])])
+    deltas = [change[:activations].T, *change[activations:]]
+    new_tensors = [(old.double() + delta).to(old.dtype) for old, delta in zip(stored, deltas, strict=True)]
+    rounded = [(tensor.double() - old.double()).to(device) for tensor, old in zip(new_tensors, stored, strict=True)]
+    step = torch.cat([rounded[0].T, *(delta[None] for delta in rounded[1:])])
     explained = float((step * (2 * moments.cross - moments.gram @ step)).sum())
     held_before, held_after = Error(), Error()
     for x, output, target in passes.tokens(cut, name, rows[1]):
-        missing = target - output
-        held_before.add(missing, target)
-        held_after.add(missing - torch.addmm(step[activations:].sum(0), x, step[:activations]), target)
-    after = max(0.0, (before.missing - explained) / before.target) ** 0.5
-    return new, {
+        residual = target - output
+        held_before.add(residual, target)
+        held_after.add(residual - torch.addmm(step[activations:].sum(0), x, step[:activations]), target)
+    after = max(0.0, (before.residual - explained) / before.target) ** 0.5
+    return new_tensors, {
         "fitted": {"before": before.value, "after": after},
         "held_out": {"before": held_before.value, "after": held_after.value},
     }
 
 
-def _put(projection: Any, new: list[Tensor]) -> None:
+def _put(projection: Any, tensors: list[Tensor]) -> None:
     import torch
 
     with torch.no_grad():
-        for parameter, tensor in zip((projection.weight, projection.bias), new, strict=False):
+        for parameter, tensor in zip((projection.weight, projection.bias), tensors, strict=False):
             parameter.copy_(tensor)
 
 
@@ -308,9 +310,9 @@ def _put(projection: Any, new: list[Tensor]) -> None:
 def _stored(checkpoint: Checkpoint, place: int, name: str) -> dict[str, Tensor]:
     """Weight and, if there is one, bias of block `place`'s module `name`, by their names in the checkpoint."""
     block = checkpoint.block_tensors[place]
-    found = [block[part] for part in (f"{name}.weight", f"{name}.bias") if part in block]
-    assert found, f"block {place} stores no {name}"
-    return {tensor.name: tensor.read() for tensor in found}
+    tensors = [block[key] for key in (f"{name}.weight", f"{name}.bias") if key in block]
+    assert tensors, f"block {place} stores no {name}"
+    return {tensor.name: tensor.read() for tensor in tensors}
 
 
 def replace_tensors(source: Checkpoint, target: Path, tensors: dict[str, Tensor]) -> None:

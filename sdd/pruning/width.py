@@ -26,21 +26,21 @@ class Share:
 
     def width(self, width: int, parameters: float, channel: float) -> int:
         """The width that is left of `width`, where a channel (of all blocks) has `channel` of `parameters` numbers."""
-        what = f"pruning.ratio={self.ratio:g} of {self.of} parameters"
-        held = width * channel
-        removed = self.ratio * (parameters if self.of == "all" else held)
-        if removed >= held:
-            share = f"{100 * held / parameters:.1f}%"
-            raise UserError(f"{what} is more than the MLPs hold ({share} of all); choose less, or prune blocks")
+        setting = f"pruning.ratio={self.ratio:g} of {self.of} parameters"
+        mlp_parameters = width * channel
+        removed = self.ratio * (parameters if self.of == "all" else mlp_parameters)
+        if removed >= mlp_parameters:
+            share = f"{100 * mlp_parameters / parameters:.1f}%"
+            raise UserError(f"{setting} is more than the MLPs hold ({share} of all); choose less, or prune blocks")
         kept = self.multiple * round((width - removed / channel) / self.multiple)
         if kept < 1:
             raise UserError(
-                f"{what} leaves no channel of {width} (in multiples of {self.multiple}); choose a smaller one, or a "
+                f"{setting} leaves no channel of {width} (in multiples of {self.multiple}); choose a smaller one, or a "
                 "smaller pruning.multiple"
             )
         if kept >= width:
             raise UserError(
-                f"{what} removes no channel of {width} (in multiples of {self.multiple}); choose a larger one, or a "
+                f"{setting} removes no channel of {width} (in multiples of {self.multiple}); choose a larger one, or a "
                 "smaller pruning.multiple"
             )
         return kept
@@ -58,8 +58,10 @@ class Sizes:
 
     def width(self, share: Share, blocks_removed: int = 0) -> int:
         """The width that is left; where blocks go first, with blocks of the mean size."""
-        gone = blocks_removed / self.num_blocks
-        return share.width(self.mlp.width, self.parameters - gone * self.blocks, self.channel * (1 - gone))
+        removed_share = blocks_removed / self.num_blocks
+        return share.width(
+            self.mlp.width, self.parameters - removed_share * self.blocks, self.channel * (1 - removed_share)
+        )
 
 
 def sizes_of(checkpoint: Checkpoint) -> Sizes:

@@ -117,8 +117,8 @@ class HFEngine:
         assert self.batch_size is not None, "open() comes first"
         lengths = [len(rows[index]) for index in fits]
         for batch in length_batches(lengths, self.batch_size, max_tokens=1 << 30):
-            chosen = [fits[at] for at in batch]
-            yield from self._generate([requests[i] for i in chosen], [rows[i] for i in chosen])
+            indices = [fits[at] for at in batch]
+            yield from self._generate([requests[i] for i in indices], [rows[i] for i in indices])
 
     def _generate(self, requests: list[Request], rows: list[list[int]]) -> Iterator[Completion]:
         import torch
@@ -152,8 +152,8 @@ class HFEngine:
             end = next((at for at, token in enumerate(generated) if token in stops), None)
             with panics_told("the tokenizer gives up on an answer"):
                 text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
-            said = generated if end is None else generated[: end + 1]
-            yield Completion(request.id, text, "length" if end is None else "stop", tuple(said))
+            tokens = generated if end is None else generated[: end + 1]
+            yield Completion(request.id, text, "length" if end is None else "stop", tuple(tokens))
 
 
 class GumbelNoise:

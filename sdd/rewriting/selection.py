@@ -34,15 +34,15 @@ class Selection:
             return "empty"
         if finish != "stop":
             return "truncated"
-        text, own = rewrite.casefold(), f"{prompt}\n{reference}".casefold()
-        if any(phrase.casefold() in text and phrase.casefold() not in own for phrase in self.leak_phrases):
+        text, task_text = rewrite.casefold(), f"{prompt}\n{reference}".casefold()
+        if any(phrase.casefold() in text and phrase.casefold() not in task_text for phrase in self.leak_phrases):
             return "leak"
         return "answer" if self.agrees(rewrite, reference) is False else None
 
     def agrees(self, text: str, reference: str) -> bool | None:
         """Whether both reach the same final answer; None where the reference has none."""
-        expected, found = extract(reference, self.rule), extract(text, self.rule)
-        return None if expected is None else found is not None and equal(found, expected)
+        expected, answer = extract(reference, self.rule), extract(text, self.rule)
+        return None if expected is None else answer is not None and equal(answer, expected)
 
 
 def rewrite_rows(
@@ -88,13 +88,13 @@ def choose_target(row: dict[str, Any], selection: Selection | None, gold_share: 
         reason = "ok" if row["rewrite"].strip() else "empty"
     else:
         reason = selection.refusal(row["prompt"], row["reference"], row["rewrite"], row["finish"]) or "ok"
-    taken = reason == "ok"
+    accepted = reason == "ok"
     return {
         "id": row["id"],
         "prompt": row["prompt"],
         "reference": row["reference"],
-        "target": row["rewrite"] if taken else row["reference"],
-        "source": "rewrite" if taken else "reference",
+        "target": row["rewrite"] if accepted else row["reference"],
+        "source": "rewrite" if accepted else "reference",
         "reason": reason,
     }
 
