@@ -16,7 +16,7 @@ from typing import Any
 from sdd.architectures import skeleton
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
-from sdd.planning.work import BYTES
+from sdd.planning.cost_model import BYTES
 
 
 def parameters(model: Any) -> int:
@@ -177,14 +177,14 @@ def step_seconds(
 ) -> dict[str, float]:
     """Median seconds of passes behind `context` tokens, taking turns; `shown` maps a name to (model, tokens)."""
     steppers = {name: (Stepper(opened[model], context, 1), tokens) for name, (model, tokens) in shown.items()}
-    found: dict[str, list[float]] = {name: [] for name in shown}
+    seconds: dict[str, list[float]] = {name: [] for name in shown}
     for stepper, tokens in steppers.values():
         stepper.prefill()
         stepper.step(tokens)
     for _ in range(repeats):
         for name, (stepper, tokens) in steppers.items():
-            found[name].append(timed(partial(stepper.step, tokens), device))
-    return {name: statistics.median(values) for name, values in found.items()}
+            seconds[name].append(timed(partial(stepper.step, tokens), device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def measured(
@@ -195,7 +195,7 @@ def measured(
     Seconds, tokens a second, bytes. Peak memory is that of the weights and of what a prompt pass over the batch adds.
     """
     steppers = {name: (Stepper(m, prompt_tokens, 1), Stepper(m, prompt_tokens, batch)) for name, m in opened.items()}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in opened}
+    timings: dict[str, dict[str, list[float]]] = {name: {} for name in opened}
     added: dict[str, int] = {}
 
     def decode(stepper: Stepper) -> float:
@@ -209,11 +209,11 @@ def measured(
             values["tokens_per_second"] = batch * new_tokens / decode(batched)
             single.cache = batched.cache = None
             for key, value in values.items() if repeat else ():
-                found[name].setdefault(key, []).append(value)
+                timings[name].setdefault(key, []).append(value)
     records: dict[str, Any] = {}
     for name, model in opened.items():
         weights = sum(int(weight.numel()) * weight.element_size() for weight in model.parameters())
-        records[name] = {key: spread(each) for key, each in found[name].items()}
+        records[name] = {key: spread(times) for key, times in timings[name].items()}
         records[name]["peak_bytes"] = weights + added[name]
     return records
 

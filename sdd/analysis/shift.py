@@ -11,6 +11,7 @@ The embedder is a sentence-transformers model in a folder; nothing in it is run,
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ def cosine(x: Any, y: Any) -> Any:
 
 def histogram(values: Sequence[float], bins: int = 40) -> dict[str, list]:
     """Counts of values between -1 and 1 in equal bins; `edges` has one number more than `counts`."""
-    counts = [0] * bins
+    bars = [0] * bins
     for value in values:
-        counts[min(bins - 1, max(0, int((value + 1) / 2 * bins)))] += 1
-    return {"edges": [2 * edge / bins - 1 for edge in range(bins + 1)], "counts": counts}
+        bars[min(bins - 1, max(0, int((value + 1) / 2 * bins)))] += 1
+    return {"edges": [2 * edge / bins - 1 for edge in range(bins + 1)], "counts": bars}
 
 
 # ---- the embedder -----------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ def similarities(folder: Path, texts: Sequence[str], others: Sequence[str], devi
         local_files_only=True,
         model_kwargs={"use_safetensors": True, "dtype": "float32"},
     )
-    x, y = (embedder.encode(list(each), convert_to_tensor=True, show_progress_bar=False) for each in (texts, others))
-    found: list[float] = cosine(x, y).tolist()
-    return found
+    encode = partial(embedder.encode, convert_to_tensor=True, show_progress_bar=False)
+    x, y = encode(list(texts)), encode(list(others))
+    cosines: list[float] = cosine(x, y).tolist()
+    return cosines

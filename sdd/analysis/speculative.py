@@ -25,8 +25,8 @@ from sdd.forward.teacher_forcing import Row, per_token
 
 def greedy_matches(student: Any, rows: Sequence[Row], batch_size: int) -> list[list[bool]]:
     """For every row, whether the student's most likely token is the answer's, at each token of the answer."""
-    found = per_token(lambda tokens, logits: logits.argmax(-1) == tokens, rows, batch_size, student)
-    return [[bool(value) for value in row] for row in found]
+    matches = per_token(lambda tokens, logits: logits.argmax(-1) == tokens, rows, batch_size, student)
+    return [[bool(value) for value in row] for row in matches]
 
 
 def overlap(p_logits: Any, q_logits: Any, temperature: float) -> Any:

@@ -30,11 +30,11 @@ STRICT, FLEXIBLE, NO_ANSWER = "strict-match", "flexible-extract", "[invalid]"
 class Outcome:
     """One task on one model: lm-eval's values and standard errors by "metric,filter", and a record per item.
 
-    `counts` names the metrics that can be averaged over tasks: means of numbers of which more is better.
+    `averaged` names the metrics that can be averaged over tasks: means of numbers of which more is better.
     """
 
     values: dict[str, list[float | None]]
-    counts: list[str]
+    averaged: list[str]
     records: list[dict[str, Any]]
 
 
@@ -43,7 +43,7 @@ class Benchmark:
 
     def __init__(self, suite: str, names: list[str] | None, num_fewshot: int | None) -> None:
         self.num_fewshot = num_fewshot
-        self._asked = {each.task: each for each in asked(suite, names, num_fewshot)}
+        self._asked = {benchmark_task.task: benchmark_task for benchmark_task in asked(suite, names, num_fewshot)}
 
     @property
     def names(self) -> list[str]:
@@ -64,11 +64,11 @@ class Benchmark:
 
     @cached_property
     def _shots(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+        shots: dict[str, int] = {}
         for entry in self.entries:
             wanted = self._asked[entry.name].shots if entry.name in self._asked else self.num_fewshot
-            found |= {task.name: task.shots(wanted) for task in entry.tasks}
-        return found
+            shots |= {task.name: task.shots(wanted) for task in entry.tasks}
+        return shots
 
     def _splits(self, task: Definition) -> list[str]:
         """The splits that are read: the one evaluated, and where examples come from if any are shown."""
@@ -105,14 +105,14 @@ class Benchmark:
 
     def local_files(self, data_dir: Path) -> dict[str, Path]:
         """Files by "folder/split", each checked row by row."""
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for task in self.tasks:
             for split in self._splits(task):
                 name = f"{folder_of(task)}/{split}"
-                if name not in found:
-                    found[name] = find_file(data_dir, task, split)
-                    check_file(found[name])
-        return found
+                if name not in files:
+                    files[name] = find_file(data_dir, task, split)
+                    check_file(files[name])
+        return files
 
     def revisions(self) -> dict[str, str]:
         """Hub dataset -> commit; `main` where none is known."""
@@ -179,7 +179,7 @@ class Benchmark:
         def dataset(**_: Any) -> dict[str, Any]:
             from datasets import Dataset
 
-            return {split: Dataset.from_list(each) for split, each in rows.items()}
+            return {split: Dataset.from_list(of_split) for split, of_split in rows.items()}
 
         unread: dict[str, Any] = {} if shots else {"fewshot_split": task.evaluated_split}
         if not shots and (task.setting("fewshot_config") or {}).get("split"):
@@ -200,8 +200,8 @@ class Benchmark:
             parts = {task.name: outcomes[task.name] for task in entry.tasks}
             weighted, sizes = self._weight_by_size(entry), {name: len(part.records) for name, part in parts.items()}
             values = _values(parts, weighted) if entry.is_group else next(iter(parts.values())).values
-            counts = [key for key in values if all(key in part.counts for part in parts.values())]
-            metric = self._metric(entry) or chosen_metric(values, counts)
+            averaged = [key for key in values if all(key in part.averaged for part in parts.values())]
+            metric = self._metric(entry) or chosen_metric(values, averaged)
             result = {**_named(metric), **_pair(values[metric]), "n": sum(sizes.values())}
             result["num_fewshot"] = self._shots[entry.tasks[0].name]
             rows = [_record(entry, name, record, metric) for name, part in parts.items() for record in part.records]
@@ -214,14 +214,14 @@ class Benchmark:
                 result["weight_by_size"] = weighted
                 result["unweighted" if weighted else "size_weighted"] = _pair(_values(parts, not weighted)[metric])
                 result["subtasks"] = {name: {**_pair(value), "n": sizes[name]} for name, value in own.items()}
-            (counted if metric in counts else beside)[entry.name] = result
+            (counted if metric in averaged else beside)[entry.name] = result
             records[entry.name] = rows
         return counted, beside, records
 
 
-def chosen_metric(values: Mapping[str, Any], counts: list[str]) -> str:
+def chosen_metric(values: Mapping[str, Any], averaged: list[str]) -> str:
     """Of a task without a metric by suite: the first that can be averaged, else the first; the others stand beside."""
-    return next(iter(counts or values))
+    return next(iter(averaged or values))
 
 
 def _named(metric: str) -> dict[str, Any]:
@@ -239,14 +239,14 @@ def _values(parts: Mapping[str, Outcome], weight_by_size: bool) -> dict[str, lis
 
     sizes = [len(part.records) for part in parts.values()]
     shared = [key for key in next(iter(parts.values())).values if all(key in part.values for part in parts.values())]
-    found: dict[str, list[float | None]] = {}
+    values_by_metric: dict[str, list[float | None]] = {}
     for key in shared:
         means, errors = zip(*(part.values[key] for part in parts.values()), strict=True)
         error = None
         if None not in errors:
             error = float(pooled_sample_stderr(errors, sizes) if weight_by_size else unweighted_mean_stderr(errors))
-        found[key] = [float(aggregate_subtask_metrics(list(means), sizes, weight_by_size)), error]
-    return found
+        values_by_metric[key] = [float(aggregate_subtask_metrics(list(means), sizes, weight_by_size)), error]
+    return values_by_metric
 
 
 def _record(entry: Entry, task: str, record: dict[str, Any], metric: str) -> dict[str, Any]:

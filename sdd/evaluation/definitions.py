@@ -145,10 +145,9 @@ def _is_whole(index: Mapping[str, Any], name: str, above: tuple[str, ...] = ()) 
         return False
     if index[name].kind.name != "GROUP":
         return True
-    members = [
-        each if isinstance(each, str) else each.get("task") or each.get("group") for each in index[name].cfg["task"]
-    ]
-    return all(isinstance(each, str) and _is_whole(index, each, (*above, name)) for each in members)
+    listed = index[name].cfg["task"]
+    members = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in listed]
+    return all(isinstance(member, str) and _is_whole(index, member, (*above, name)) for member in members)
 
 
 def find(names: list[str]) -> list[Entry]:
@@ -164,15 +163,15 @@ def find(names: list[str]) -> list[Entry]:
 
 
 def _entries(index: Mapping[str, Any], name: str) -> Iterator[Entry]:
-    found = tuple(_tasks(index, name, {}, ()))
-    if not found:
+    tasks = tuple(_tasks(index, name, {}, ()))
+    if not tasks:
         raise UserError(f"evaluation.tasks: {name} has no tasks in this version of lm-eval")
     aggregate = (index[name].cfg or {}).get("aggregate_metric_list") if index[name].kind.name == "GROUP" else None
     if aggregate:
         first = aggregate[0] if isinstance(aggregate, list) else aggregate
-        yield Entry(name, found, is_group=True, weight_by_size=first.get("weight_by_size", True))
+        yield Entry(name, tasks, is_group=True, weight_by_size=first.get("weight_by_size", True))
     else:
-        yield from (Entry(task.name, (task,)) for task in found)
+        yield from (Entry(task.name, (task,)) for task in tasks)
 
 
 def _tasks(
@@ -212,9 +211,9 @@ def _check_disjoint(entries: Mapping[str, Entry]) -> None:
 def _without_paths(value: Any) -> Any:
     """A function's name, which begins with the package's folder, without it and with its source's digest."""
     if isinstance(value, Mapping):
-        return {str(key): _without_paths(each) for key, each in value.items()}
+        return {str(key): _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(each) for each in value]
+        return [_without_paths(entry) for entry in value]
     root = f"{packaged()}/"
     if isinstance(value, str) and value.startswith(root):
         source = Path(value.rpartition(".")[0] + ".py")

@@ -62,12 +62,12 @@ def _check(path: Path, size: int, modified: int) -> None:
 
 @lru_cache(maxsize=2)
 def _by_subject(path: Path, modified: int) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows_by_subject: dict[str, list[dict[str, Any]]] = {}
     for place, row in files.read_rows([path], WHAT):
         if "subject" not in row:
             raise UserError(f"{place} has no field 'subject'")
-        found.setdefault(str(row["subject"]), []).append(row)
-    return found
+        rows_by_subject.setdefault(str(row["subject"]), []).append(row)
+    return rows_by_subject
 
 
 def read_rows(path: Path, task: Definition) -> list[dict[str, Any]]:

@@ -262,29 +262,29 @@ class Harness:
             what = "batches of prompts" if task.get_config("output_type") == "generate_until" else "requests"
             length = self.language_model.max_length
             log.warning("%s: lm-eval cut %d %s to the model's %d tokens, from the left", name, len(cut), what, length)
-        found, higher = results["results"][name], task.higher_is_better()
-        keys = [key for key in found if "," in key and not key.split(",")[0].endswith("_stderr")]
-        values = {key: [_number(found[key]), _number(found[key.replace(",", "_stderr,", 1)])] for key in keys}
+        result, higher = results["results"][name], task.higher_is_better()
+        keys = [key for key in result if "," in key and not key.split(",")[0].endswith("_stderr")]
+        values = {key: [_number(result[key]), _number(result[key.replace(",", "_stderr,", 1)])] for key in keys}
         records = _stock_records(results["samples"][name])
-        counts = [
+        metrics = [
             key
             for key in keys
             if higher.get(metric := key.split(",")[0])
             and task.aggregation().get(metric) is mean
             and all(isinstance(record["metrics"].get(key), float) for record in records)
         ]
-        return Outcome(values, counts, records)
+        return Outcome(values, metrics, records)
 
 
 @contextmanager
 def _cut_prompts() -> Iterator[list[str]]:
     """What lm-eval says of prompts longer than the model's context while this lasts; nothing of it is shown."""
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "runcat" in (text := record.getMessage()):
-                said.append(text)
+                messages.append(text)
 
     logger, listener = logging.getLogger("lm_eval.models.huggingface"), Listener()
     before = logger.level, logger.propagate
@@ -292,7 +292,7 @@ def _cut_prompts() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        yield said
+        yield messages
     finally:
         logger.removeHandler(listener)
         logger.level, logger.propagate = before
@@ -305,7 +305,7 @@ def _number(value: Any) -> float | None:
 
 def _plain(value: Any) -> Any:
     """A metric's value of one item as JSON: numbers as float, pairs as lists."""
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else float(value)
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else float(value)
 
 
 def _stock_records(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -318,7 +318,7 @@ def _stock_records(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             record["response"] = sample["resps"][0] if len(sample["resps"][0]) > 1 else sample["resps"][0][0]
             record.setdefault("filtered", {})[sample["filter"]] = sample["filtered_resps"][0]
         else:
-            pairs = [each[0] for each in sample["resps"]]
+            pairs = [response[0] for response in sample["resps"]]
             record["log_likelihoods"] = [float(pair[0] if isinstance(pair, tuple) else pair) for pair in pairs]
         measured = record.setdefault("metrics", {})
         measured |= {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}

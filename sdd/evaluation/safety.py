@@ -108,12 +108,12 @@ def _unsafe(source: Path) -> Mapping[str, str]:
 
 
 def _uses(node: ast.AST, reached: Mapping[str, str]) -> str | None:
-    for each in ast.walk(node):
-        if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load) and each.id in reached:
-            return reached[each.id]
-        is_member = isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "os"
-        if is_member and each.attr not in ("path", "environ", "getenv"):  # type: ignore[attr-defined]
-            return f"os.{each.attr}"  # type: ignore[attr-defined]
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and part.id in reached:
+            return reached[part.id]
+        is_member = isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "os"
+        if is_member and part.attr not in ("path", "environ", "getenv"):  # type: ignore[attr-defined]
+            return f"os.{part.attr}"  # type: ignore[attr-defined]
     return None
 
 
@@ -121,17 +121,18 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """(name in this module, what it is) of everything imported, at the top or inside, that is not allowed."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for each in node.names:
-                if each.name not in PACKAGES and each.name.split(".")[0] not in PACKAGES:
-                    yield each.asname or each.name.split(".")[0], each.name
+            for alias in node.names:
+                if alias.name not in PACKAGES and alias.name.split(".")[0] not in PACKAGES:
+                    yield alias.asname or alias.name.split(".")[0], alias.name
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level == 0 and module.startswith("lm_eval.tasks."):
                 path = packaged().joinpath(*module.split(".")[2:]).with_suffix(".py")
                 unsafe = _unsafe(path)
-                yield from ((each.asname or each.name, unsafe[each.name]) for each in node.names if each.name in unsafe)
+                refused = [alias for alias in node.names if alias.name in unsafe]
+                yield from ((alias.asname or alias.name, unsafe[alias.name]) for alias in refused)
             elif node.level or (module not in PACKAGES and module.split(".")[0] not in PACKAGES):
-                yield from ((each.asname or each.name, module or ".") for each in node.names)
+                yield from ((alias.asname or alias.name, module or ".") for alias in node.names)
 
 
 def keep_library_out() -> None:

@@ -89,7 +89,7 @@ def asked(suite: str, names: list[str] | None, num_fewshot: int | None) -> list[
         raise UserError(f"evaluation.num_fewshot belongs to evaluation={ANY}; {suite} has its own number of examples")
     whole = SUITES[suite]
     for name in names or ():
-        if name not in {each.task for each in whole}:
-            known = ", ".join(each.task for each in whole)
+        if name not in {task.task for task in whole}:
+            known = ", ".join(task.task for task in whole)
             raise UserError(f"evaluation.tasks: {name} is not in {suite}; choose from {known}, or evaluation={ANY}")
-    return [each for each in whole if names is None or each.task in names]
+    return [task for task in whole if names is None or task.task in names]

@@ -44,9 +44,9 @@ def _choice(instance: Instance) -> Item:
     """Candidates state both facts; wrong ones change one of the two to another value of its attribute."""
     rng = random.Random(f"choices {instance.key}")
     facts = [(who, what) for who, what in (part.split(" ") for part in instance.key.removeprefix("fact ").split(", "))]
-    if " ".join(WORLD[each] for each in facts) != instance.answer:
+    if " ".join(WORLD[asked] for asked in facts) != instance.answer:
         facts.reverse()  # the key is sorted, the question need not be
-    right = [WORLD[each] for each in facts]
+    right = [WORLD[asked] for asked in facts]
     wrong: list[list[str]] = []
     while len(wrong) < CHOICES - 1:
         place = rng.randrange(2)
@@ -54,11 +54,11 @@ def _choice(instance: Instance) -> Item:
         values[place] = rng.choice(WORLD_VALUES[facts[place][1]])
         if values not in (right, *wrong):
             wrong.append(values)
-    said = [
+    candidates = [
         " ".join(stated(who, what, value) for (who, what), value in zip(facts, values, strict=True))
         for values in (right, *wrong)
     ]
-    return Item(instance.id, instance.prompt, said[0], tuple(rng.sample(said, CHOICES)))
+    return Item(instance.id, instance.prompt, candidates[0], tuple(rng.sample(candidates, CHOICES)))
 
 
 def suite_tasks(suite: str, names: list[str] | None, split: str, seed: int, limit: int | None) -> dict[str, Task]:

@@ -299,13 +299,15 @@ def _data(line: Lineage, title: str) -> str:
 
 def evaluated_pairs(store: Store, line: Lineage) -> list[tuple[Path, Path]]:
     """Evaluations of the artifact, each with the unpruned model's on exactly the same tasks and settings."""
-    found = [(folder, store.manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
+    evaluations = [(folder, store.manifest(folder)) for folder in store.folders() if folder.parent.name == "evaluated"]
     pairs = []
-    for folder, manifest in found:
+    for folder, manifest in evaluations:
         if manifest["inputs"].get("model") != line.address:
             continue
         same = {**manifest["spec"], "model": line.digest}
-        pairs += [(folder, other) for other, teacher in found if teacher["spec"] == same and not teacher["inputs"]]
+        pairs += [
+            (folder, other) for other, teacher in evaluations if teacher["spec"] == same and not teacher["inputs"]
+        ]
     return pairs
 
 

@@ -147,18 +147,18 @@ class Checkpoint:
     @cached_property
     def block_tensors(self) -> dict[int, dict[str, StoredTensor]]:
         """Block -> its tensors by their names within it, such as "mlp.down_proj.weight"."""
-        found: dict[int, dict[str, StoredTensor]] = {}
+        blocks: dict[int, dict[str, StoredTensor]] = {}
         for name, tensor in self.tensors.items():
             if match := BLOCK_NAME.match(name):
-                found.setdefault(int(match["index"]), {})[match["after"].removeprefix(".")] = tensor
-        return found
+                blocks.setdefault(int(match["index"]), {})[match["after"].removeprefix(".")] = tensor
+        return blocks
 
     @property
     def num_parameters(self) -> int:
         """Stored parameters; a tied tensor counts once, constants stored beside them do not."""
         left_out = HEADS if self._config.get("tie_word_embeddings", False) else ()
-        found = (tensor for name, tensor in self.tensors.items() if not STORED_BUFFERS.search(name))
-        return sum(math.prod(tensor.shape) for tensor in found if tensor.name not in left_out)
+        counted = (tensor for name, tensor in self.tensors.items() if not STORED_BUFFERS.search(name))
+        return sum(math.prod(tensor.shape) for tensor in counted if tensor.name not in left_out)
 
     @property
     def dtypes(self) -> set[str]:

@@ -65,10 +65,10 @@ class Control:
         turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
         tail = render_chat(tokenizer, turns[:2]).rsplit(PROBE, 1)[-1]
         special = {*tokenizer.all_special_tokens, *self.added.values()}
-        found = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
+        ends = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
         eos = str(tokenizer.eos_token)
-        at, _, token = min(found) if found else (0, 0, eos)
-        self.ending = (tail[: at + len(token)] if found else eos, token)
+        at, _, token = min(ends) if ends else (0, 0, eos)
+        self.ending = (tail[: at + len(token)] if ends else eos, token)
         self.ids = self._control_ids(turns)
         self._names: dict[int, str] = {}
         self._copy: Any = None

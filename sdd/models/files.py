@@ -84,10 +84,10 @@ def check_part(path: Path, folder: Path, at_most: int | None = None) -> None:
 
 def side_files(folder: Path) -> list[Path]:
     """The side files that are there, each of them a plain file of the folder."""
-    found = [folder / name for name in SIDE_FILES if os.path.lexists(folder / name)]
-    for path in found:
+    files = [folder / name for name in SIDE_FILES if os.path.lexists(folder / name)]
+    for path in files:
         check_part(path, folder, LARGEST_SIDE_FILE)
-    return found
+    return files
 
 
 @contextmanager
@@ -157,10 +157,10 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return table
 
 
 def _is_count(value: Any) -> bool:
@@ -209,13 +209,13 @@ class StoredTensor:
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint's files by name; refused where one is stored twice."""
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
         with path.open("rb") as file:
             header, _ = read_header(file, path)
         header.pop("__metadata__", None)
-        if twice := next((name for name in header if name in found), None):
+        if twice := next((name for name in header if name in tensors), None):
             raise _damaged(path, f"tensor {twice} is in another file of the checkpoint too")
         for name, entry in header.items():
-            found[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path)
-    return found
+            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path)
+    return tensors

@@ -166,13 +166,13 @@ def _check_part(part: Any, what: str) -> None:
         growth *= 2 if node.get("type") == "ByteLevel" else 1  # one character for each byte, of two bytes itself
         depth = max(depth, level)
         pattern, content = node.get("pattern"), node.get("content", node.get("prepend"))
-        found = pattern.get("String") if isinstance(pattern, Mapping) else None
+        replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
         if isinstance(pattern, Mapping) and "Regex" in pattern:
             check_pattern(pattern["Regex"], what)
         if isinstance(content, str) and (pattern is not None or "prepend" in node):
             if len(content) > LONGEST_TOKEN:
                 raise UserError(f"{what}: puts in a text of more than {LONGEST_TOKEN} characters")
-            growth *= max(1.0, len(content.encode("utf-8", "replace")) / max(1, len(found or "")))
+            growth *= max(1.0, len(content.encode("utf-8", "replace")) / max(1, len(replaced or "")))
         for side in ("single", "pair"):
             pieces = node[side] if isinstance(node.get(side), list) else []
             wrapped += len(pieces)

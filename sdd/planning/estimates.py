@@ -1,8 +1,8 @@
 """What a stage will take, from the sizes of a model and the counts of its work: seconds, bytes of memory and of disk.
 
 Meant for deciding what to start on which machine: rough, within about a factor of 3 of what is then measured. What a
-pass takes is in `work`. Memory is that of the device that computes, at its peak. Knows nothing of Hydra or the store;
-loads no library.
+pass takes is in `cost_model`. Memory is that of the device that computes, at its peak. Knows nothing of Hydra or the
+store; loads no library.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from sdd.forward.bypass import LOGITS
 from sdd.forward.chunks import CHUNK_TOKENS, is_cut
-from sdd.planning.work import BYTES, DEVICES, Shape, Work
+from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Shape
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English under a large vocabulary; small tokenizers have fewer."""
@@ -26,44 +26,48 @@ class Estimate:
 
 
 def scores(
-    work: Work, texts: int, length: float, batch: int, blocks: float | None = None, heads: float = 0.0
+    cost_model: CostModel, texts: int, length: float, batch: int, blocks: float | None = None, heads: float = 0.0
 ) -> Estimate:
     """Calibration texts of `length` tokens, each through `blocks` blocks in all (by default one pass without the head)
     and `heads` times through the head; a batch holds at most 16,384 tokens."""
     tokens = texts * length
     together = min(batch * length, 16_384)
-    once = work.passes(tokens, length, -(-tokens // together), head=False)
-    logits = heads * tokens * work.shape.head_flops / work.device.flops[work.width]
-    seconds = work.opening + once * (blocks or work.blocks) / work.blocks + logits
-    held = work.activations(together)
+    once = cost_model.passes(tokens, length, -(-tokens // together), head=False)
+    logits = heads * tokens * cost_model.shape.head_flops / cost_model.device.flops[cost_model.width]
+    seconds = cost_model.opening + once * (blocks or cost_model.blocks) / cost_model.blocks + logits
+    held = cost_model.activations(together)
     if heads:  # the states before every block, and logits some at a time
-        held += together * work.width * work.shape.hidden * work.blocks + work.logits(LOGITS / work.shape.vocabulary)
-    return Estimate(seconds, work.weights + held, 1e5)
+        held += together * cost_model.width * cost_model.shape.hidden * cost_model.blocks + cost_model.logits(
+            LOGITS / cost_model.shape.vocabulary
+        )
+    return Estimate(seconds, cost_model.weights + held, 1e5)
 
 
-def weights_read(work: Work) -> Estimate:
+def weights_read(cost_model: CostModel) -> Estimate:
     """Every tensor of the checkpoint is read, one at a time."""
-    return Estimate(1 + work.weights / work.device.disk, 3e8, 1e5)
+    return Estimate(1 + cost_model.weights / cost_model.device.disk, 3e8, 1e5)
 
 
-def gradient_scores(work: Work, texts: int, length: float, micro_batch_tokens: int, stages: int = 1) -> Estimate:
+def gradient_scores(
+    cost_model: CostModel, texts: int, length: float, micro_batch_tokens: int, stages: int = 1
+) -> Estimate:
     """A pass forward and back, gradients of the MLPs' matrices included, and in the second stage the teacher's beside.
 
     What backward keeps of every block is held; logits are not.
     """
     tokens, together = texts * length, max(length, min(micro_batch_tokens, texts * length))
-    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=2.0 + stages)
-    kept = work.blocks * work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
-    formed = 16 * work.shape.hidden * work.shape.intermediate
-    return Estimate(seconds, work.weights + together * kept + formed, 1e5)
+    seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=2.0 + stages)
+    kept = cost_model.blocks * cost_model.width * (20 * cost_model.shape.hidden + 10 * cost_model.shape.intermediate)
+    formed = 16 * cost_model.shape.hidden * cost_model.shape.intermediate
+    return Estimate(seconds, cost_model.weights + together * kept + formed, 1e5)
 
 
-def pruned(work: Work) -> Estimate:
+def pruned(cost_model: CostModel) -> Estimate:
     """The checkpoint is read and what is kept of it written, some megabytes at a time, whatever the device."""
-    return Estimate(1 + 2 * work.weights / work.device.disk, 3e8, work.weights)
+    return Estimate(1 + 2 * cost_model.weights / cost_model.device.disk, 3e8, cost_model.weights)
 
 
-def repaired(whole: Work, copied: Work, texts: int, length: float, batch: int) -> Estimate:
+def repaired(whole: CostModel, copied: CostModel, texts: int, length: float, batch: int) -> Estimate:
     """One pass of the unpruned model, the squares of one block's MLP activations in float64, and a copy of the rest."""
     inner, tokens = whole.shape.intermediate, texts * length
     passed, written = scores(whole, texts, length, batch), pruned(copied)
@@ -72,10 +76,12 @@ def repaired(whole: Work, copied: Work, texts: int, length: float, batch: int) -
     return Estimate(seconds, passed.memory + 8 * inner * (3 * inner + 2 * whole.shape.hidden), written.disk)
 
 
-def rewrites(work: Work, rows: int, prompt: float, new: float, batch: int) -> Estimate:
+def rewrites(cost_model: CostModel, rows: int, prompt: float, new: float, batch: int) -> Estimate:
     """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, the longest of its batch."""
-    seconds, memory = work.generation(rows, prompt, new, batch)
-    return Estimate(work.opening + seconds, work.weights + memory, rows * (prompt + new) * CHARACTERS_PER_TOKEN)
+    seconds, memory = cost_model.generation(rows, prompt, new, batch)
+    return Estimate(
+        cost_model.opening + seconds, cost_model.weights + memory, rows * (prompt + new) * CHARACTERS_PER_TOKEN
+    )
 
 
 def targets(rows: int, length: float) -> Estimate:
@@ -114,25 +120,25 @@ NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 """A weight in nf4: 4 bits, a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales (arXiv 2305.14314)."""
 
 
-def base_bytes(work: Work, training: Training) -> float:
+def base_bytes(cost_model: CostModel, training: Training) -> float:
     """Bytes of the weights that are held beside the trained ones; in 4 bits, embeddings, head and norms stay whole."""
     if training.whole:
         return 0.0
     if not training.four_bit:
-        return work.weights
-    shape = work.shape
-    linear = work.blocks * (shape.block_parameters(shape.experts) - 2 * shape.hidden)
-    return work.weights - linear * (work.width - NF4_BYTES)
+        return cost_model.weights
+    shape = cost_model.shape
+    linear = cost_model.blocks * (shape.block_parameters(shape.experts) - 2 * shape.hidden)
+    return cost_model.weights - linear * (cost_model.width - NF4_BYTES)
 
 
 def tuned(
-    work: Work,
+    cost_model: CostModel,
     training: Training,
     rows: int,
     length: float,
     batch: int,
     micro_batch_tokens: int,
-    teacher: Work | None = None,
+    teacher: CostModel | None = None,
 ) -> Estimate:
     """Forward, and backward as far down as something is trained; Adam on what is trained, all of it in float32.
 
@@ -145,36 +151,36 @@ def tuned(
     batches, forward only. Its weights stay, its last states of a pass, and its logits of a chunk beside the student's.
     """
     tokens, together = rows * length, min(micro_batch_tokens, batch * length)
-    reach = work.blocks if training.reach is None else training.reach
+    reach = cost_model.blocks if training.reach is None else training.reach
     backward = (2.0 if training.whole else 1.5) + (1.0 if training.recomputed else 0.0)
-    cost = 1 + backward * reach / work.blocks
-    seconds = work.opening + work.passes(tokens, length, tokens / together, cost=cost)
-    block = work.width * (20 * work.shape.hidden + 10 * work.shape.intermediate)
-    kept = reach * work.width * work.shape.hidden + block if training.recomputed else reach * block
-    held = training.trained * (16 if work.width == BYTES["float32"] else 16 + work.width)
-    cut = teacher is not None or is_cut(together, work.shape.vocabulary)
+    cost = 1 + backward * reach / cost_model.blocks
+    seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=cost)
+    block = cost_model.width * (20 * cost_model.shape.hidden + 10 * cost_model.shape.intermediate)
+    kept = reach * cost_model.width * cost_model.shape.hidden + block if training.recomputed else reach * block
+    held = training.trained * (16 if cost_model.width == BYTES["float32"] else 16 + cost_model.width)
+    cut = teacher is not None or is_cut(together, cost_model.shape.vocabulary)
     shown = min(together, CHUNK_TOKENS) if cut else together
-    memory = base_bytes(work, training) + held + together * kept + 2 * work.logits(shown)
+    memory = base_bytes(cost_model, training) + held + together * kept + 2 * cost_model.logits(shown)
     if teacher:
         seconds += teacher.weights / teacher.device.disk + teacher.passes(tokens, length, tokens / together)
         memory += teacher.weights + together * teacher.width * teacher.shape.hidden + 2 * teacher.logits(shown)
     return Estimate(seconds, memory, 4 * training.trained)
 
 
-def merged(work: Work, written: Work, students: int, in_full: bool) -> Estimate:
+def merged(cost_model: CostModel, written: CostModel, students: int, in_full: bool) -> Estimate:
     """The base is read, some passes over each tensor are made in float32, and the result is written; on the CPU.
 
     Students trained in full are read too, in float32; the largest tensor, the embeddings, then sets the memory.
     """
-    shape, parameters = work.shape, work.shape.parameters(work.blocks)
+    shape, parameters = cost_model.shape, cost_model.shape.parameters(cost_model.blocks)
     passes = 10 * BYTES["float32"] * parameters * (1 + students) / DEVICES["cpu"].bandwidth
     read = BYTES["float32"] * parameters * students if in_full else 0
     largest = shape.hidden * (max(shape.vocabulary, shape.intermediate) if in_full else shape.intermediate)
     memory = 3e8 + (3 + 3 * students) * BYTES["float32"] * largest
-    if written.width > work.width:  # the embeddings are not copied by their bytes
-        memory = max(memory, 3e8 + (work.width + written.width) * shape.hidden * shape.vocabulary)
-    moved = work.weights + written.weights + read
-    return Estimate(1 + passes + moved / work.device.disk, memory, written.weights)
+    if written.width > cost_model.width:  # the embeddings are not copied by their bytes
+        memory = max(memory, 3e8 + (cost_model.width + written.width) * shape.hidden * shape.vocabulary)
+    moved = cost_model.weights + written.weights + read
+    return Estimate(1 + passes + moved / cost_model.device.disk, memory, written.weights)
 
 
 @dataclass(frozen=True)
@@ -222,26 +228,28 @@ EMBEDDED_TASK = Task(1000, 1, 100, 96)
 
 def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
     """Tasks and groups by name, from (tasks in it, examples shown before each item), which every request carries."""
-    found = []
+    tasks = []
     for name, (parts, shots) in entries.items():
         other = OTHER_TASK if parts == 1 else replace(OTHER_TASK, items=ONE_OF_A_GROUP * parts, parts=parts)
         task = TASKS.get(name, other)
-        found.append(replace(task, tokens=task.tokens * (1 + shots)))
-    return found
+        tasks.append(replace(task, tokens=task.tokens * (1 + shots)))
+    return tasks
 
 
-def evaluated(work: Work, tasks: list[Task], limit: int | None, batch: int, new: int | None = None) -> Estimate:
+def evaluated(
+    cost_model: CostModel, tasks: list[Task], limit: int | None, batch: int, new: int | None = None
+) -> Estimate:
     """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything."""
-    seconds, memory = work.opening, 0.0
+    seconds, memory = cost_model.opening, 0.0
     for task in tasks:
         items = task.limited(limit)
         requests = items * task.requests
         if task.new:
             length = min(task.new, new or task.new)
-            spent, held = work.generation(items, task.tokens, length, batch)
+            spent, held = cost_model.generation(items, task.tokens, length, batch)
         else:
-            spent = work.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
-            held = work.activations(batch * task.tokens) + work.logits(batch * task.tokens)
+            spent = cost_model.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
+            held = cost_model.activations(batch * task.tokens) + cost_model.logits(batch * task.tokens)
         seconds, memory = seconds + spent, max(memory, held)
     items = sum(task.limited(limit) for task in tasks)
-    return Estimate(seconds, work.weights + memory, 2e3 * items)
+    return Estimate(seconds, cost_model.weights + memory, 2e3 * items)

@@ -2,16 +2,16 @@
 
 from sdd.evaluation.suites import SUITES
 from sdd.planning import estimates
+from sdd.planning.cost_model import DEVICES, CostModel, Shape
 from sdd.planning.estimates import Training
-from sdd.planning.work import DEVICES, Shape, Work
 
 
 def requirements(shape: Shape) -> list[str]:
     """What each stage of a usual run takes on one GPU: the lines that stand in the header of a model's option."""
     device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
-    whole, cut = Work(shape, shape.blocks, 2, device), Work(shape, blocks, 2, device)
+    whole, cut = CostModel(shape, shape.blocks, 2, device), CostModel(shape, blocks, 2, device)
     training = Training(estimates.adapter_parameters(shape, blocks, 16, ["all-linear"]))
-    tasks = estimates.tasks_of({each.task: (1, each.shots or 0) for each in SUITES["openllm_v1"]})
+    tasks = estimates.tasks_of({entry.task: (1, entry.shots or 0) for entry in SUITES["openllm_v1"]})
     stages = {
         "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
         f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),

@@ -51,8 +51,8 @@ def recipe_of(store: Store, manifest: dict[str, Any], left: Iterator[int] | None
         raise UserError(
             f"{manifest['stage']}/{manifest['address']}: the manifest's recipe has another address; was it edited?"
         )
-    found = {name: store.manifest(store.find(address)) for name, address in manifest["inputs"].items()}
-    inputs = {name: recipe_of(store, upstream, left, depth + 1) for name, upstream in found.items()}
+    manifests = {name: store.manifest(store.find(address)) for name, address in manifest["inputs"].items()}
+    inputs = {name: recipe_of(store, upstream, left, depth + 1) for name, upstream in manifests.items()}
     return Recipe(manifest["stage"], manifest["version"], manifest["spec"], inputs, manifest["labels"])
 
 

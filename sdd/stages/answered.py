@@ -80,9 +80,9 @@ def check_held_out(study: Study, num_examples: int) -> None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = Answered.read(recipe.spec)
-    work = sizes.work(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
+    cost_model = sizes.cost_model(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
     batch = sizes.config.trainer.inference_batch_size
-    return estimates.rewrites(work, spec.held_out, sizes.prompt, spec.max_new_tokens, batch)
+    return estimates.rewrites(cost_model, spec.held_out, sizes.prompt, spec.max_new_tokens, batch)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:

@@ -59,11 +59,11 @@ def recipe(study: Study, student: Recipe) -> Recipe:
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     settings, dtype = sizes.config.analysis, Drafted.read(recipe.spec).dtype
     asked = Answered.read(recipe.inputs["answers"].spec)
-    found = sizes.shown(dtype, 3 * asked.held_out, sizes.prompt + asked.max_new_tokens)
-    work = sizes.work(sizes.shape.blocks, dtype)
+    needed = sizes.shown(dtype, 3 * asked.held_out, sizes.prompt + asked.max_new_tokens)
+    cost_model = sizes.cost_model(sizes.shape.blocks, dtype)
     rounds = settings.repeats * settings.timed_prompts * 2 * (1 + len(settings.timed_lengths))
-    seconds, _ = work.generation(rounds, sizes.prompt, settings.max_new_tokens, 1) if rounds else (0.0, 0.0)
-    return Estimate(found.seconds + seconds, 2 * found.memory, found.disk)
+    seconds, _ = cost_model.generation(rounds, sizes.prompt, settings.max_new_tokens, 1) if rounds else (0.0, 0.0)
+    return Estimate(needed.seconds + seconds, 2 * needed.memory, needed.disk)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -91,8 +91,8 @@ def record_of(answer: dict[str, Any], matches: Sequence[bool], draft_lengths: Se
     """One prompt: where the student says what the unpruned model says ("1"), and the passes at every draft length."""
     lengths = {}
     for length in draft_lengths:
-        counts = asdict(speculative.simulate(matches, length, answer["finish"] == "stop"))
-        lengths[str(length)] = {key: counts[key] for key in ("passes", "drafted", "accepted")}
+        passes = asdict(speculative.simulate(matches, length, answer["finish"] == "stop"))
+        lengths[str(length)] = {key: passes[key] for key in ("passes", "drafted", "accepted")}
     text = "".join("1" if match else "0" for match in matches)
     return {"id": answer["id"], "tokens": len(text), "matched": text.count("1"), "matches": text, "lengths": lengths}
 
@@ -102,12 +102,12 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tokens = sum(record["tokens"] for record in records)
     lengths = {}
     for length in records[0]["lengths"]:
-        counts = sum((Passes(record["tokens"], **record["lengths"][length]) for record in records), Passes())
+        passes = sum((Passes(record["tokens"], **record["lengths"][length]) for record in records), Passes())
         lengths[length] = {
-            "mean_accepted_length": counts.mean_accepted_length,
-            "block_efficiency": counts.block_efficiency,
-            "accepted_share": counts.accepted_share,
-            "passes": counts.passes,
+            "mean_accepted_length": passes.mean_accepted_length,
+            "block_efficiency": passes.block_efficiency,
+            "accepted_share": passes.accepted_share,
+            "passes": passes.passes,
         }
     return {
         "prompts": len(records),
@@ -174,7 +174,7 @@ def _speeds(kind: str, runs: dict[tuple[str, int | None], list[list[Generated]]]
         return [sum(len(one.tokens) for one in r) / sum(one.seconds for one in r) for r in runs[kind, way]]
 
     plain = speeds(None)
-    found: dict[str, Any] = {"plain": {"tokens_per_second": costs.spread(plain)}, "assisted": {}}
+    by_length: dict[str, Any] = {"plain": {"tokens_per_second": costs.spread(plain)}, "assisted": {}}
     for length in lengths:
         assisted, outputs = speeds(length), runs[kind, length][0]
         record = {
@@ -188,5 +188,5 @@ def _speeds(kind: str, runs: dict[tuple[str, int | None], list[list[Generated]]]
             if not all(same):
                 differing = f"{len(same) - sum(same)} of {len(same)} outputs differ from plain decoding"
                 log.warning("draft length %d: %s, by rounding; none does in float32", length, differing)
-        found["assisted"][str(length)] = record
-    return found
+        by_length["assisted"][str(length)] = record
+    return by_length

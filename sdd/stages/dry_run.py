@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
+from sdd.planning.cost_model import DEVICES
 from sdd.planning.estimates import Estimate
 from sdd.planning.requirements import duration, size
-from sdd.planning.work import DEVICES
 from sdd.stages import tuned
 from sdd.stages.sizes import Sizes
 from sdd.store import Recipe, Store
@@ -43,32 +43,32 @@ def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
     of_student: dict[str, Sizes] = {}
     for student in study.students:
         of_student |= dict.fromkeys((recipe.address for recipe in tuned.recipe(student).walk()), Sizes(student))
-    found = []
+    steps = []
     for recipe in wanted.walk():
         provisional = is_provisional(recipe)
         exists = not provisional and store.has(recipe)
-        found.append(Planned(recipe, exists, provisional, estimate(of_student.get(recipe.address, whole), recipe)))
-    return found
+        steps.append(Planned(recipe, exists, provisional, estimate(of_student.get(recipe.address, whole), recipe)))
+    return steps
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     """What building one artifact takes, its inputs being there."""
-    found: Estimate = import_module(f"sdd.stages.{recipe.stage}").estimate(sizes, recipe)
-    return found
+    needed: Estimate = import_module(f"sdd.stages.{recipe.stage}").estimate(sizes, recipe)
+    return needed
 
 
 def lines(plan: list[Planned]) -> list[str]:
     """One line an artifact: state, name, estimate, inputs."""
     provisional = {planned.recipe.address: planned.provisional for planned in plan}
-    found = []
+    rows = []
     for one in plan:
         state, cost = "exists", size(one.estimate.disk) + " disk"
         if not one.exists:
             state = "would be built"
             cost = f"~{duration(one.estimate.seconds)}, {size(one.estimate.memory)} memory, {cost}"
         inputs = [named(recipe, provisional[recipe.address]) for recipe in one.recipe.inputs.values()]
-        found.append(f"{state:<15} {one.name:<27} {cost}" + (f"  <- {', '.join(inputs)}" if inputs else ""))
-    return found
+        rows.append(f"{state:<15} {one.name:<27} {cost}" + (f"  <- {', '.join(inputs)}" if inputs else ""))
+    return rows
 
 
 def summary(records: list[dict[str, Any]]) -> str:

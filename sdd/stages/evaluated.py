@@ -150,12 +150,14 @@ def _stock_tasks(study: Study) -> dict[str, Any]:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     settings, spec = sizes.config.evaluation, read_spec(recipe)
-    work = sizes.student(spec.dtype) if "model" in recipe.inputs else sizes.work(sizes.shape.blocks, spec.dtype)
+    cost_model = (
+        sizes.student(spec.dtype) if "model" in recipe.inputs else sizes.cost_model(sizes.shape.blocks, spec.dtype)
+    )
     if isinstance(spec, Embedded):
         tasks = [estimates.EMBEDDED_TASK] * len(spec.tasks)
     else:
         tasks = estimates.tasks_of(benchmark_of(settings).sizes())
-    return estimates.evaluated(work, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
+    return estimates.evaluated(cost_model, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def _stock(
     return {"tasks": counted, "beside": beside}, records
 
 
-def _check_digests(spec: Embedded | Stock, found: dict[str, str]) -> None:
+def _check_digests(spec: Embedded | Stock, digests: dict[str, str]) -> None:
     for name, digest in spec.tasks.items():
-        if found.get(name) != digest:
+        if digests.get(name) != digest:
             raise UserError(f"task {name} differs from the one that this recipe names; use the version that made it")

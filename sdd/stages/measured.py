@@ -39,11 +39,11 @@ def recipe(study: Study, student: Recipe) -> Recipe:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = Measured.read(recipe.spec)
-    work = sizes.work(sizes.shape.blocks, spec.dtype)
+    cost_model = sizes.cost_model(sizes.shape.blocks, spec.dtype)
     lengths = spec.prompt_tokens, spec.new_tokens
-    spent = [work.generation(batch, *lengths, batch) for batch in (1, spec.batch_size)]
-    seconds = 2 * (spec.repeats + 1) * sum(each for each, _ in spent)
-    return Estimate(2 * work.opening + seconds, 2 * work.weights + 2 * max(held for _, held in spent), 1e4)
+    spent = [cost_model.generation(batch, *lengths, batch) for batch in (1, spec.batch_size)]
+    seconds = 2 * (spec.repeats + 1) * sum(duration for duration, _ in spent)
+    return Estimate(2 * cost_model.opening + seconds, 2 * cost_model.weights + 2 * max(held for _, held in spent), 1e4)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -51,16 +51,16 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     spec = Measured.read(recipe.spec)
     teacher, student = runtime.checkpoint(spec.model), checkpoint_of(inputs["model"], runtime)
     both = {"teacher": teacher, "student": student}
-    found = {name: costs.counted(each, spec.context, spec.dtype) for name, each in both.items()}
+    counted = {name: costs.counted(model, spec.context, spec.dtype) for name, model in both.items()}
     adapter = inputs["model"] / "adapter" / "adapter_model.safetensors"
     write_json(
         folder / "costs.json",
         {
             "dtype": spec.dtype,
             "context": spec.context,
-            **found,
+            **counted,
             "adapter_bytes": adapter.stat().st_size if adapter.is_file() else 0,
-            "saved": costs.saved(found["teacher"], found["student"]),
+            "saved": costs.saved(counted["teacher"], counted["student"]),
         },
     )
     if not spec.repeats:
@@ -69,7 +69,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         "teacher": teacher.model(spec.dtype, runtime.device, runtime.attention),
         "student": open_student(inputs["model"], runtime, spec.dtype)[0],
     }
-    counts = spec.prompt_tokens, spec.new_tokens, spec.batch_size, spec.repeats
-    timings = costs.measured(opened, *counts, runtime.device)
+    settings = spec.prompt_tokens, spec.new_tokens, spec.batch_size, spec.repeats
+    timings = costs.measured(opened, *settings, runtime.device)
     how = {key: getattr(spec, key) for key in ("prompt_tokens", "new_tokens", "batch_size")}
     write_json(folder / TIMINGS, {"machine": costs.machine(runtime.device, spec.dtype), **how, **timings})

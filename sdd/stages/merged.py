@@ -57,7 +57,7 @@ def recipe(study: Study) -> Recipe:
     spec = Merged(merge["method"], dtype=_wider(study.models), **settings)
     if spec.t is not None:
         _check_kinds(study, spec.t)
-    datasets = dict.fromkeys(each.labels["dataset"] for each in inputs.values())
+    datasets = dict.fromkeys(tuned_student.labels["dataset"] for tuned_student in inputs.values())
     return study.recipe("merged", spec, inputs, {"dataset": "+".join(datasets), "merge": merge["method"]})
 
 
@@ -67,8 +67,8 @@ def _wider(models: Models) -> str | None:
     Its tuned students are base and adapter, added unrounded in that dtype; a merge of them is stored as exactly.
     """
     dtype = models.dtype("model")
-    said = str(models.sizes.get("dtype") or models.sizes.get("torch_dtype"))  # before its files are here
-    codes = models.known(lambda: models.checkpoint.dtypes, {CODES.get(said, "")})
+    stated = str(models.sizes.get("dtype") or models.sizes.get("torch_dtype"))  # before its files are here
+    codes = models.known(lambda: models.checkpoint.dtypes, {CODES.get(stated, "")})
     return dtype if any(is_narrower(code, dtype) for code in codes) else None
 
 
@@ -122,8 +122,8 @@ def _check_kinds(study: Study, t: Any) -> None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     dtype = Merged.read(recipe.spec).dtype or sizes.stored
-    work, written = sizes.work(sizes.kept, sizes.stored), sizes.work(sizes.kept, dtype)
-    return estimates.merged(work, written, len(recipe.inputs), sizes.config.adapter.method == "full")
+    cost_model, written = sizes.cost_model(sizes.kept, sizes.stored), sizes.cost_model(sizes.kept, dtype)
+    return estimates.merged(cost_model, written, len(recipe.inputs), sizes.config.adapter.method == "full")
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     base = base_of(folders[0], runtime)
     facts = merge_checkpoints(base, open_students(folders), spec.key(), folder, spec.dtype)
     config = base.config
-    found = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
-    note = parallel_note(spec.key(), found)
+    spread = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
+    note = parallel_note(spec.key(), spread)
     log.info("merged %d tensors, %d copied; %s", len(facts["tensors"]), len(facts["copied"]), note)
     write_json(
         folder / "merging.json",
@@ -146,7 +146,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             "students": [place.name for place in folders],
             "base": base.folder.name if base.folder.parent.name == "pruned" else None,
             "dtype": spec.dtype or config.get("dtype") or config.get("torch_dtype"),
-            "angles": found,
+            "angles": spread,
             "note": note,
             **facts,
         },
@@ -171,13 +171,13 @@ def angles(tensors: dict[str, Any], key: str) -> dict[str, Any]:
     }
 
 
-def parallel_note(method: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+def parallel_note(method: dict[str, Any], spread: dict[str, dict[str, Any]]) -> str:
     """In words, how far apart the students are, and what SLERP comes to where they are nearly parallel."""
-    shown = {space: _shown(one) for space, one in found.items()}
+    shown = {space: _shown(one) for space, one in spread.items()}
     text = f"angles between students: {shown['weights']} in weights, {shown['task_vectors']} in task vectors"
     if method["method"] != "slerp":
         return text
-    used = found[method["space"]]
+    used = spread[method["space"]]
     if not used["nearly_parallel"]:
         return text
     text += f"; {used['nearly_parallel']} of {used['measured']} tensors are nearly parallel, where SLERP is a linear"

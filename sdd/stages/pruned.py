@@ -117,7 +117,7 @@ def _cut(study: Study) -> Recipe | None:
     scores = scores_stage.channels_recipe(study, depth)
     spec = Narrowed(models.digest, pruning.ratio, pruning.ratio_of, pruning.multiple)
     inputs = {"scores": scores} if depth is None else {"scores": scores, "pruned": depth}
-    both = "+".join(each.labels["metric"] for each in (depth, scores) if each and "metric" in each.labels)
+    both = "+".join(scored.labels["metric"] for scored in (depth, scores) if scored and "metric" in scored.labels)
     return study.recipe("pruned", spec, inputs, {"metric": both})
 
 
@@ -147,11 +147,11 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = read_spec(recipe)
     if isinstance(spec, Repaired):
         texts, batch = sizes.config.calibration.num_texts, sizes.config.trainer.inference_batch_size
-        whole, length = sizes.work(sizes.shape.blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
-        return estimates.repaired(whole, sizes.work(sizes.kept, sizes.stored), texts, length, batch)
+        whole, length = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
+        return estimates.repaired(whole, sizes.cost_model(sizes.kept, sizes.stored), texts, length, batch)
     if isinstance(spec, Narrowed):
         return estimates.pruned(sizes.student(sizes.stored))
-    return estimates.pruned(sizes.work(sizes.kept, sizes.stored))
+    return estimates.pruned(sizes.cost_model(sizes.kept, sizes.stored))
 
 
 # ---- building -----------------------------------------------------------------------------------------------------

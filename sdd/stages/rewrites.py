@@ -66,9 +66,9 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
     batch = engine.get("batch_size") or sizes.config.trainer.inference_batch_size
     new = min(2 * sizes.answer, engine.get("max_new_tokens") or 2 * sizes.answer)  # as long as the longest of a batch
-    work = sizes.work(sizes.shape.blocks, sizes.config.model.dtype)
-    found = estimates.rewrites(work, sizes.rows, prompt, new, batch)
-    return Estimate(found.seconds * (engine.get("tries") or 1), found.memory, found.disk)
+    cost_model = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype)
+    needed = estimates.rewrites(cost_model, sizes.rows, prompt, new, batch)
+    return Estimate(needed.seconds * (engine.get("tries") or 1), needed.memory, needed.disk)
 
 
 def _engine(kind: str) -> type[Engine]:

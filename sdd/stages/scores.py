@@ -203,21 +203,21 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     if isinstance(criterion, ChannelCriterion):
         blocks = sizes.kept if "pruned" in recipe.inputs else whole
         if not isinstance(spec, TextScores):
-            return estimates.weights_read(sizes.work(blocks, sizes.stored))
-        work, length = sizes.work(blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
+            return estimates.weights_read(sizes.cost_model(blocks, sizes.stored))
+        cost_model, length = sizes.cost_model(blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
         texts, kind = sizes.config.calibration.num_texts, spec.metric["_target_"]
         if kind in GRADIENTS:
-            return estimates.gradient_scores(work, texts, length, trainer.micro_batch_tokens, GRADIENTS[kind])
-        return estimates.scores(work, texts, length, trainer.inference_batch_size)
+            return estimates.gradient_scores(cost_model, texts, length, trainer.micro_batch_tokens, GRADIENTS[kind])
+        return estimates.scores(cost_model, texts, length, trainer.inference_batch_size)
     if isinstance(spec, WeightScores):
-        return estimates.weights_read(sizes.work(whole, sizes.stored))
+        return estimates.weights_read(sizes.cost_model(whole, sizes.stored))
     if isinstance(spec, TextScores):
         texts, length = sizes.num_texts, sizes.text_tokens(spec.texts)
     else:
         texts, length = min(sizes.num_texts, sizes.rows), sizes.prompt + sizes.answer
     runs = criterion.runs(whole) if isinstance(criterion, ModelCriterion) else ()
-    work = sizes.work(whole, sizes.config.model.dtype)
-    return estimates.scores(work, texts, length, trainer.inference_batch_size, *runs)
+    cost_model = sizes.cost_model(whole, sizes.config.model.dtype)
+    return estimates.scores(cost_model, texts, length, trainer.inference_batch_size, *runs)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -302,10 +302,10 @@ def _build_channels(
     from safetensors.torch import save_file
 
     rows: list[list[int]] = []
-    found: Sequence[Any]
+    importance: Sequence[Any]
     if isinstance(criterion, BlindChannels):
         assert isinstance(spec, BlindScores) and spec.intermediate_size is not None
-        found = criterion.draw(spec.num_blocks, spec.intermediate_size)
+        importance = criterion.draw(spec.num_blocks, spec.intermediate_size)
     else:
         assert not isinstance(spec, BlindScores | RowScores), f"{criterion.name} looks at weights or texts"
         source = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
@@ -314,11 +314,11 @@ def _build_channels(
             from sdd.forward.batches import tokenize_texts
 
             rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
-            found = _measured(runtime, spec, inputs, source, criterion, rows)
+            importance = _measured(runtime, spec, inputs, source, criterion, rows)
         else:
             assert isinstance(criterion, WeightChannels), f"{criterion.name} reads no weights"
-            found = criterion.read(source)
-    vectors = {str(block): torch.as_tensor(vector).float().contiguous() for block, vector in enumerate(found)}
+            importance = criterion.read(source)
+    vectors = {str(block): torch.as_tensor(vector).float().contiguous() for block, vector in enumerate(importance)}
     save_file(vectors, folder / CHANNELS)
     scores = {
         "metric": criterion.name,
@@ -360,5 +360,5 @@ def read_channels(folder: Path) -> list[Any]:
     """The importance of every block's channels in a scores artifact."""
     from safetensors.torch import load_file
 
-    found = load_file(folder / CHANNELS)
-    return [found[str(block)] for block in range(len(found))]
+    vectors = load_file(folder / CHANNELS)
+    return [vectors[str(block)] for block in range(len(vectors))]

@@ -62,8 +62,8 @@ def _embedder(study: Study) -> str | None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     asked = Answered.read(recipe.inputs["answers"].spec)
-    found = sizes.shown(Shifted.read(recipe.spec).dtype, 2 * asked.held_out, sizes.prompt + asked.max_new_tokens)
-    return Estimate(found.seconds, 2 * found.memory, found.disk)
+    needed = sizes.shown(Shifted.read(recipe.spec).dtype, 2 * asked.held_out, sizes.prompt + asked.max_new_tokens)
+    return Estimate(needed.seconds, 2 * needed.memory, needed.disk)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -84,10 +84,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if spec.embedder is not None:
         texts = [own[answer["id"]]["text"] for answer in given.answers]
         embedder = runtime.source(spec.embedder, "embedder")
-        found = shift.similarities(embedder, texts, [answer["text"] for answer in given.answers], runtime.device)
-        for record, similarity in zip(records, found, strict=True):
+        similarities = shift.similarities(embedder, texts, [answer["text"] for answer in given.answers], runtime.device)
+        for record, similarity in zip(records, similarities, strict=True):
             record["similarity"] = similarity
-        result["similarity"] = {"mean": fmean(found), "histogram": shift.histogram(found)}
+        result["similarity"] = {"mean": fmean(similarities), "histogram": shift.histogram(similarities)}
     write_jsonl(folder / "prompts.jsonl", records)
     if "surprisals" in inputs:
         result["targets"] = read_facts(inputs["surprisals"] / "surprisals.json")

@@ -8,8 +8,8 @@ from operator import mul
 
 from omegaconf import DictConfig
 
+from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
-from sdd.planning.work import BYTES, DEVICES, Device, Shape, Work, shape_of
 from sdd.pruning.width import Share
 from sdd.study import Study
 
@@ -78,12 +78,12 @@ class Sizes:
         dtype = self.sizes.get("dtype") or self.sizes.get("torch_dtype")
         return dtype if dtype in BYTES else str(self.config.model.dtype)
 
-    def work(self, blocks: int, dtype: str) -> Work:
-        return Work(self.shape, blocks, BYTES[dtype], self.device)
+    def cost_model(self, blocks: int, dtype: str) -> CostModel:
+        return CostModel(self.shape, blocks, BYTES[dtype], self.device)
 
-    def student(self, dtype: str) -> Work:
+    def student(self, dtype: str) -> CostModel:
         """Work on the pruned model, or on the unpruned one where nothing goes."""
-        return Work(self.cut, self.kept, BYTES[dtype], self.device)
+        return CostModel(self.cut, self.kept, BYTES[dtype], self.device)
 
     def text_tokens(self, digest: str) -> float:
         """Tokens of a calibration text; of the longest allowed, before the texts are here."""
@@ -96,6 +96,8 @@ class Sizes:
 
     def shown(self, dtype: str, rows: int, length: float) -> Estimate:
         """Passes of the unpruned model over given answers, without gradients."""
-        work, batch = self.work(self.shape.blocks, dtype), self.config.trainer.inference_batch_size
-        held = work.weights + work.activations(batch * length) + work.logits(512)
-        return Estimate(work.opening + work.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows)
+        cost_model, batch = self.cost_model(self.shape.blocks, dtype), self.config.trainer.inference_batch_size
+        held = cost_model.weights + cost_model.activations(batch * length) + cost_model.logits(512)
+        return Estimate(
+            cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows
+        )

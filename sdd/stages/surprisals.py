@@ -82,16 +82,16 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
 def surprise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """NLL in nats per token and lengths in tokens of targets and references, over all rows and over rewritten ones."""
     kept = {"all": records, "rewritten": [record for record in records if record["source"] == "rewrite"]}
-    found: dict[str, Any] = {"rows": len(records)}
+    summary: dict[str, Any] = {"rows": len(records)}
     for name, chosen in kept.items():
         if not chosen:
             continue
-        found[name] = {"rows": len(chosen)}
+        summary[name] = {"rows": len(chosen)}
         for text in ("target", "reference"):
             tokens = [record[f"{text}_tokens"] for record in chosen]
             total = sum(record[f"{text}_nll"] * record[f"{text}_tokens"] for record in chosen)
-            found[name][text] = {"nll": total / sum(tokens), "tokens": lengths(tokens)}
-    return found
+            summary[name][text] = {"nll": total / sum(tokens), "tokens": lengths(tokens)}
+    return summary
 
 
 def lengths(tokens: Sequence[int]) -> dict[str, float]:

@@ -65,8 +65,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     examples = read_examples(runtime, dataset)
     if "rewrites" in inputs:
         rows = _chosen(spec, inputs["rewrites"])
-        counts = Counter(row["reason"] for row in rows)
-        log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in counts.most_common()))
+        by_reason = Counter(row["reason"] for row in rows)
+        log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in by_reason.most_common()))
     else:
         is_gold = MODES[spec.mode].targets == "gold"
         rows = [

@@ -23,8 +23,8 @@ from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
+from sdd.planning.cost_model import BYTES, CostModel, shape_of
 from sdd.planning.estimates import Estimate, Training
-from sdd.planning.work import BYTES, Work, shape_of
 from sdd.stages import pruned, targets
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
@@ -179,18 +179,18 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     left = max(1, sizes.rows - finetune.validation_rows)
     rows = finetune.epochs * min(finetune.num_rows or left, left)
     length = min(sizes.prompt + sizes.answer, finetune.max_length)
-    work, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
+    cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
     teacher = _teacher(sizes, spec)
-    return estimates.tuned(work, training(sizes), rows, length, finetune.batch_size, micro, teacher)
+    return estimates.tuned(cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher)
 
 
-def _teacher(sizes: Sizes, spec: Tuned) -> Work | None:
+def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:
     """Work on the teacher beside a student; one that is not here yet counts as the model itself."""
     if spec.distillation is None:
         return None
     folder = sizes.sources.get(spec.distillation["teacher"])
     shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
-    return Work(shape, shape.blocks, BYTES[spec.distillation["dtype"]], sizes.device)
+    return CostModel(shape, shape.blocks, BYTES[spec.distillation["dtype"]], sizes.device)
 
 
 def training(sizes: Sizes) -> Training:
@@ -270,8 +270,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if too_long:
         log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
     if held_out_too_long:
-        said = "%d of %d validation rows are over finetune.max_length and left out"
-        log.warning(said, held_out_too_long, len(held_out))
+        warning = "%d of %d validation rows are over finetune.max_length and left out"
+        log.warning(warning, held_out_too_long, len(held_out))
     torch.manual_seed(spec.seed)
     adapter = spec.adapter
     dtype = "float32" if adapter.get("method") == "full" else PRECISIONS[spec.precision]
@@ -342,8 +342,8 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
     kept: tuple[Path | None, dict[str, Any] | None] = None, None
     for path in sorted(scratch.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True):
         if kept[1] is None and path.suffix == ".ckpt":
-            if (found := read_checkpoint(path, module)) is not None:
-                kept = path, found
+            if (checkpoint := read_checkpoint(path, module)) is not None:
+                kept = path, checkpoint
                 continue
             log.warning("%r in %s is no checkpoint of this run, or damaged; it is removed", path.name, scratch)
         if path.is_dir() and not path.is_symlink():

@@ -127,8 +127,8 @@ def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
         return rows, lines, 0
     if arguments.command == "verify":
         folders = store.folders()
-        problems = {f"{f.parent.name}/{f.name}": found for f in folders if (found := store.verify(f))}
-        lines = [f"{name}: {'; '.join(found)}" for name, found in problems.items()]
+        problems = {f"{f.parent.name}/{f.name}": problem for f in folders if (problem := store.verify(f))}
+        lines = [f"{name}: {'; '.join(problem)}" for name, problem in problems.items()]
         lines.append(f"{len(folders)} artifacts, {len(problems)} damaged")
         return {"artifacts": len(folders), "damaged": problems}, lines, 1 if problems else 0
     if arguments.command == "explain":

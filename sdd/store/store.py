@@ -237,13 +237,13 @@ def files_of(folder: Path) -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     """All that lies in a folder, at any level that a stage makes; links are not followed."""
-    found, level = [], [folder]
+    folders, level = [], [folder]
     for _ in range(DEEPEST_FOLDER):
         inner = [path for one in level for path in one.iterdir()]
         level = [path for path in inner if path.is_dir() and not path.is_symlink()]
-        found += inner
+        folders += inner
         if not level:
-            return found
+            return folders
     raise UserError(f"{folder}: folders in folders, more than {DEEPEST_FOLDER} deep; delete it")
 
 

@@ -70,8 +70,8 @@ class Rows:
         parts = list(self.node.parts.values()) or [self.node]
         if any(part.path is None and part.hub.repository is not None for part in parts):
             return None
-        found: list[Example] = self.source.examples()
-        return found
+        examples: list[Example] = self.source.examples()
+        return examples
 
     @property
     def labels(self) -> dict[str, str]:

@@ -7,12 +7,12 @@ import pytest
 from sdd.errors import UserError
 from sdd.evaluation.suites import SUITES
 from sdd.planning import estimates
+from sdd.planning.cost_model import DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import TASKS, Task, Training
-from sdd.planning.work import DEVICES, Device, Shape, Work, shape_of
 
 SMALL = Shape(hidden=8, intermediate=20, blocks=3, heads=2, groups=1, head_dim=4, vocabulary=50, tied=True)
 MACHINE = Device("a machine", {4: 1e6, 2: 2e6}, bandwidth=1e5, disk=1e4, block_seconds=0.01, start_seconds=2.0)
-WORK = Work(SMALL, 2, 4, MACHINE)
+WORK = CostModel(SMALL, 2, 4, MACHINE)
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_8B |= {"num_key_value_heads": 8, "vocab_size": 128256}
 
@@ -81,7 +81,7 @@ def test_training_by_hand() -> None:
 
 def test_a_teacher_beside_the_student_by_hand() -> None:
     """80 tokens forward in the same 5 passes, 2,472 numbers in 16 bits, and 16 states of 8 of them."""
-    teacher = Work(SMALL, 3, 2, MACHINE)
+    teacher = CostModel(SMALL, 3, 2, MACHINE)
     settings = (WORK, Training(100), 20, 4, 10, 16)
     alone, one = estimates.tuned(*settings), estimates.tuned(*settings, teacher)
     numbers = 400 + 3 * 688 + 8
@@ -94,17 +94,17 @@ def test_a_teacher_beside_the_student_by_hand() -> None:
 @pytest.mark.parametrize(("tokens", "shown"), [(335_544, 335_544), (335_545, 256)])
 def test_logits_of_a_pass_are_held_up_to_33_million_and_of_a_chunk_beyond(tokens: int, shown: int) -> None:
     """100 * 335,544 <= 2^25 < 100 * 335,545; a teacher's are made in chunks whatever their number."""
-    work = Work(replace(SMALL, vocabulary=100), 2, 4, MACHINE)
+    cost_model = CostModel(replace(SMALL, vocabulary=100), 2, 4, MACHINE)
     kept = 2 * 4 * (20 * 8 + 10 * 20)
     settings = (Training(0), tokens, 1, tokens, tokens)
-    base = work.weights + tokens * kept
-    assert estimates.tuned(work, *settings).memory == pytest.approx(base + 2 * shown * 100 * 2 * 4)
-    taught = base + work.weights + tokens * 4 * 8 + 2 * 2 * 256 * 100 * 2 * 4
-    assert estimates.tuned(work, *settings, teacher=work).memory == pytest.approx(taught)
+    base = cost_model.weights + tokens * kept
+    assert estimates.tuned(cost_model, *settings).memory == pytest.approx(base + 2 * shown * 100 * 2 * 4)
+    taught = base + cost_model.weights + tokens * 4 * 8 + 2 * 2 * 256 * 100 * 2 * 4
+    assert estimates.tuned(cost_model, *settings, teacher=cost_model).memory == pytest.approx(taught)
 
 
 # The Llama 3.1 8B of the paper's table with 26 of its 32 blocks, in bfloat16; a pass of 4,096 tokens.
-CUT = Work(shape_of(LLAMA_8B), 26, 2, DEVICES["gpu"])
+CUT = CostModel(shape_of(LLAMA_8B), 26, 2, DEVICES["gpu"])
 BLOCK = 4096 * 2 * (20 * 4096 + 10 * 14336)  # activations that backward keeps of a block, bytes
 LOGITS = 2 * 256 * 128256 * 2 * 2  # of a chunk: 4,096 positions are over the limit
 LORA_BLOCK = 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)  # rank 16 on seven layers: 1,310,720 weights
@@ -141,8 +141,8 @@ def test_adapters_of_an_8b_model_by_hand(training: Training, passes: float, memo
 
 
 def test_an_8b_model_in_32_bits_is_trained_whole_in_16_bytes_a_weight() -> None:
-    work = Work(shape_of(LLAMA_8B), 26, 4, DEVICES["gpu"])
-    one = estimates.tuned(work, Training(6_721_589_248, whole=True), 8000, 256, 32, 4096)
+    cost_model = CostModel(shape_of(LLAMA_8B), 26, 4, DEVICES["gpu"])
+    one = estimates.tuned(cost_model, Training(6_721_589_248, whole=True), 8000, 256, 32, 4096)
     assert one.memory == pytest.approx(16 * 6_721_589_248 + 2 * 26 * BLOCK + 2 * LOGITS, rel=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_a_group_not_known_here_counts_its_tasks() -> None:
 
 def test_an_8b_model_needs_what_is_known_of_it() -> None:
     """16 GB of weights in bfloat16; LoRA without checkpointing fits 80 GB; the leaderboard takes about an hour."""
-    gpu = Work(shape_of(LLAMA_8B), 32, 2, DEVICES["gpu"])
+    gpu = CostModel(shape_of(LLAMA_8B), 32, 2, DEVICES["gpu"])
     assert gpu.weights == pytest.approx(16.06e9, rel=1e-3)
     assert 17e9 < estimates.scores(gpu, 256, 1024, 16).memory < 25e9
     assert 40e9 < estimates.tuned(gpu, Training(42_000_000), 8000, 300, 32, 4096).memory < 90e9

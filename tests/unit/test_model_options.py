@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from sdd.models.hub import HUB_ID
+from sdd.planning.cost_model import shape_of
 from sdd.planning.requirements import requirements
-from sdd.planning.work import shape_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 OPTIONS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path.stem not in ("tiny", "local")}

@@ -118,7 +118,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 @dataclass(frozen=True)
-class Work:
+class CostModel:
     """A model with `blocks` blocks at `width` bytes a number on a device: what every stage's estimate starts from."""
 
     shape: Shape
