@@ -243,7 +243,7 @@ def _stock(
 
     def run(harness: Any, name: str) -> Rows:
         outcome = harness.run_stock(name, built.pop(name), spec.limit)
-        return [{"values": outcome.values, "counts": outcome.counts}, *outcome.records]
+        return [{"values": outcome.values, "counts": outcome.averaged}, *outcome.records]
 
     _each(scratch, names, run, opened)
     outcomes = {}
