@@ -235,7 +235,7 @@ def test_first_option_of_each_group_is_the_default(composed: Any) -> None:
 
 def test_command_line_wins_over_an_experiment(composed: Any) -> None:
     alone, asked = composed("experiment=demo"), composed("experiment=demo", "dataset.num_rows=7", "pruning=n1")
-    assert (alone.dataset.num_rows, alone.pruning.size) == (672, 4)
+    assert (alone.dataset.num_rows, alone.pruning.size) == (3200, 3)
     assert (asked.dataset.num_rows, asked.pruning.size) == (7, 1)
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.students import quoted
 from sdd.export.checkpoint import export
-from sdd.models.checkpoints import load_model, save_model
+from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.report.arms import build_arms
 from sdd.report.collect import collect
 from sdd.report.library import Library
@@ -124,7 +124,7 @@ def test_dtype_is_in_the_key_where_students_are_opened_wider(
 ) -> None:
     """Of 2 of 4 blocks in bfloat16; its estimate counts what is stored."""
     half = tmp_path / "half"
-    save_model(load_model(checkpoint, "bfloat16"), half, checkpoint)
+    save_model(Checkpoint(checkpoint).model("bfloat16"), half, Checkpoint(checkpoint))
 
     def merged(path: Path, dtype: str) -> tuple[Recipe, float]:
         words = [f"model.path={path}", f"model.dtype={dtype}"]
