@@ -14,7 +14,7 @@ WORKERS ?= 2
 # Compiled once, read ever after: a process that imports torch, transformers and peft anew takes twice as long without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env arms trained curve demo more merged analysed criteria test lint clean
+.PHONY: env demo curve more merged analysed criteria test lint clean
 
 env: .venv/.made
 
@@ -24,27 +24,22 @@ env: .venv/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@touch $@
 
-# The first half of the demo: the unpruned model, the cut at several sizes, every way of fine-tuning.
-arms: trained
-	$(REPORT)
-
-trained: env
+# The question on the embedded model: does the pruned student get more back from the model's own rewrites than from the
+# references? The unpruned model, the cut at several sizes, every way of fine-tuning at its tuned rate over five seeds.
+# Everything is cached in artifacts/.
+demo: env
 	rm -rf $(DEMO)/jobs
 	$(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
 	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
-
-# The question on the embedded model: does the pruned student get more back from the model's own rewrites than from the
-# references? The unpruned model, the cut at several sizes, every way of fine-tuning at its tuned rate over five seeds,
-# and one block fewer and more at the same rates over three. Everything is cached in artifacts/.
-demo: trained curve
 	$(REPORT)
 
-curve: trained
+# The same with one block fewer and one more, at the same rates.
+curve: env
 	$(EVALUATE) pruning=n2,n4 finetune=sft,self_distill seed=$(CURVE) hydra.sweep.dir=$(DEMO)/jobs/curve $(ARGS)
 
-# What comes after: two students merged, how far SFT and self-distillation moved the student, how well it drafts for its
-# teacher. The two sweeps run side by side: each waits for one answerer at a time.
-more: demo
+# What comes after: SFT and self-distillation at other sizes, two students merged, how far each moved the student, how well
+# it drafts for its teacher. The last two sweeps run side by side: each waits for one answerer at a time.
+more: demo curve
 	$(MAKE) --jobs 2 merged analysed
 	$(REPORT)
 
