@@ -54,10 +54,17 @@ class _Stderr:
     def __init__(self) -> None:
         self.was: int | None = None
         _flush()
-        with suppress(OSError):
-            self.was = os.dup(_STDERR)
+        try:
+            was = os.dup(_STDERR)
+        except OSError:
+            return
+        try:
             self.held = _temporary()
-            os.dup2(self.held, _STDERR)
+        except OSError:  # no more files may be open: nothing is held back
+            os.close(was)
+            return
+        os.dup2(self.held, _STDERR)
+        self.was = was
 
     def restore(self, drop: bool) -> None:
         if self.was is None:

@@ -31,14 +31,19 @@ TUNED = {"finetune.learning_rate", "finetune.epochs", "adapter.rank"}
 """What is tuned for each way of fine-tuning by itself."""
 
 
-def comparable(pairs: list[Pair]) -> list[Pair]:
-    """Pairs with equal settings; and where two modes have none on a model and dataset, those that differ as tuned."""
+def comparable(pairs: list[Pair]) -> set[tuple[str, str]]:
+    """The names of pairs with equal settings; and where two modes have none on a model and dataset, of tuned ones."""
 
     def group(pair: Pair) -> tuple[Any, ...]:
         return pair.a.mode, pair.b.mode, pair.a.run.base, pair.a.run.dataset, pair.a.run.merge, pair.baseline
 
-    equal = {group(pair) for pair in pairs if not pair.settings_differ}
-    return [p for p in pairs if not p.settings_differ or (p.settings_differ.keys() <= TUNED and group(p) not in equal)]
+    differences = [(pair, pair.settings_differ) for pair in pairs]
+    equal = {group(pair) for pair, differ in differences if not differ}
+    return {
+        (pair.a.name, pair.b.name)
+        for pair, differ in differences
+        if not differ or (differ.keys() <= TUNED and group(pair) not in equal)
+    }
 
 
 def _contrast(pair: Pair, is_comparable: bool, measures: Measures, notes: list[str]) -> list[dict[str, Any]]:
@@ -108,7 +113,7 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
         compared = pairs(comparison.arms, baselines)
         alike = comparable(compared)
         for pair in compared:
-            contrasts += _contrast(pair, pair in alike, measures, notes)
+            contrasts += _contrast(pair, (pair.a.name, pair.b.name) in alike, measures, notes)
         all_pairs += compared
         comparisons.append(comparison)
         bases = {arm.run.base for arm in comparison.arms if not arm.tuned}
