@@ -1,6 +1,7 @@
 """What `config.json` says of blocks, and what it leaves to stock code: lists per block are made explicit, then cut."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sdd.architectures.values import check_values
@@ -45,6 +46,11 @@ def check_kind(config: dict[str, Any], where: str) -> None:
             "checkpoint, adapter.quantisation=nf4 makes the base of a LoRA small"
         )
     check_values(config, where)
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a `config.json` says its weights are stored in, under today's name or the former one."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def attention_for(config: Any, attention: str | None) -> str | None:

@@ -135,21 +135,21 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         folder = study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
-    if not store.has(wanted):
-        from sdd.stages import builds
+    if missing := store.missing(wanted):
+        from sdd.stages import builder
 
-        graph.read_data(study, (recipe for recipe in wanted.walk() if not store.has(recipe)))
-        if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
+        graph.read_data(study, missing)
+        stages = {recipe.stage for recipe in missing}
+        if "tuned" in stages:
             check_tracker(config.logger)
             for one in study.students or [study]:
                 _check_quantisation(one.config.adapter.quantisation)
         _use_threads(config.trainer.threads)
-        how = builds(_runtime(config, study, run_folder))
-        merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
-        if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
+        build = builder(_runtime(config, study.sources, study.texts, run_folder))
+        if "merged" in stages and config.store.missing == "build":  # so that a student's manifest names its own command
             for student, (own, words) in zip(study.students, students, strict=True):
-                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
-        store.ensure(wanted, how, config.store.missing)
+                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), build)
+        store.ensure(wanted, build, config.store.missing)
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
@@ -208,13 +208,13 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _runtime(config: DictConfig, study: Any, run_folder: Path) -> Any:
+def _runtime(config: DictConfig, sources: dict[str, Path], texts: dict[str, list[str]], run_folder: Path) -> Any:
     from sdd.stages.runtime import Runtime
 
     trainer = config.trainer
     return Runtime(
-        sources=study.sources,
-        texts=study.texts,
+        sources=sources,
+        texts=texts,
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         attention=trainer.attention,

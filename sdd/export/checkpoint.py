@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sdd.architectures.configs import stated_dtype
 from sdd.errors import UserError
 from sdd.export.model_card import model_card
 from sdd.models.checkpoints import Checkpoint, save_model
@@ -34,7 +35,7 @@ def export(store: Store, address: str, target: Path, runtime: Runtime, dtype: st
         raise UserError(f"{target} lies among the artifacts; name a folder elsewhere")
     base = base_of(source, runtime) if source.parent.name == "tuned" else Checkpoint(source)
     config = base.config
-    kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    kept = dtype or stated_dtype(config) or "float32"
     if kept not in DTYPES:
         raise UserError(f"{source.parent.name}/{source.name} has a dtype {printable(str(kept)[:40])}; choose --dtype")
     try:

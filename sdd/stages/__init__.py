@@ -1,16 +1,16 @@
 """Stages, a file each: its typed spec, its recipe in a study, an estimate, and how it is built.
 
-`builds` is the store's table of how; `sdd.store.stages` is the table of what they are.
+`builder` is what the store calls; `sdd.store.stages` is the table of what they are.
 """
 
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
 from sdd.stages.runtime import Runtime
-from sdd.store import STAGES, Build, Recipe
+from sdd.store import Builder, Recipe
 
 
 def _release() -> None:
@@ -20,16 +20,13 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def builds(runtime: Runtime) -> dict[str, Build]:
-    """How every stage is built on this machine; a stage's module is imported when it is needed."""
+def builder(runtime: Runtime) -> Builder:
+    """How stages are built on this machine; a stage's module is imported when it is needed."""
 
-    def lazily(stage: str) -> Callable[[Recipe, Mapping[str, Path], Path], None]:
-        def function(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-            try:
-                import_module(f"sdd.stages.{stage}").build(runtime, recipe, inputs, folder)
-            finally:
-                _release()
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        try:
+            import_module(f"sdd.stages.{recipe.stage}").build(runtime, recipe, inputs, folder)
+        finally:
+            _release()
 
-        return function
-
-    return {name: Build(lazily(name), stage.resumable) for name, stage in STAGES.items()}
+    return build

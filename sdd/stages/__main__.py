@@ -18,7 +18,7 @@ from sdd.config.allowed import build
 from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError
-from sdd.stages import builds
+from sdd.stages import builder
 from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.store import TIMINGS, Recipe, Store, file_digest
@@ -99,7 +99,7 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
-        builds(runtime)[recipe.stage].function(recipe, inputs, fresh)
+        builder(runtime)(recipe, inputs, fresh)
         recorded: dict[str, str] = manifest["files"]
         differing = []
         for name in sorted(set(recorded) - {TIMINGS}):

@@ -5,7 +5,6 @@ them -> evaluated, or analysed: answered (by teacher and student) -> drafted, sh
 measured. What is in a key is decided in each stage's file and nowhere else.
 """
 
-from collections.abc import Iterable
 from importlib import import_module
 
 from sdd.errors import UserError
@@ -38,15 +37,14 @@ def wanted(study: Study, script: str) -> Recipe | None:
     return asked
 
 
-def read_data(study: Study, missing: Iterable[Recipe]) -> None:
+def read_data(study: Study, missing: list[Recipe]) -> None:
     """Read what building the recipes needs, so that what is wrong with it is said before any work.
 
     Recipes name what lies on the hub without asking it; this is where it is asked.
     """
-    missing = list(missing)
     for one in study.students:
         own = {recipe.address for recipe in tuned.recipe(one).walk()}
-        read_data(one, (recipe for recipe in missing if recipe.address in own))
+        read_data(one, [recipe for recipe in missing if recipe.address in own])
         study.texts |= one.texts
     stages = {recipe.stage for recipe in missing}
     if "answered" in stages:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdd.architectures.configs import stated_dtype
 from sdd.config import MERGE_SETTINGS, plain
 from sdd.errors import UserError
 from sdd.merging.formulas import is_nearly_parallel
@@ -67,7 +68,7 @@ def _wider(models: Models) -> str | None:
     Its tuned students are base and adapter, added unrounded in that dtype; a merge of them is stored as exactly.
     """
     dtype = models.dtype("model")
-    stated = str(models.sizes.get("dtype") or models.sizes.get("torch_dtype"))  # before its files are here
+    stated = str(stated_dtype(models.sizes))  # before its files are here
     codes = models.known(lambda: models.checkpoint.dtypes, {CODES.get(stated, "")})
     return dtype if any(is_narrower(code, dtype) for code in codes) else None
 
@@ -122,7 +123,7 @@ def _check_kinds(study: Study, t: Any) -> None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     dtype = Merged.read(recipe.spec).dtype or sizes.stored
-    cost_model, written = sizes.cost_model(sizes.kept, sizes.stored), sizes.cost_model(sizes.kept, dtype)
+    cost_model, written = sizes.student(sizes.stored), sizes.student(dtype)
     return estimates.merged(cost_model, written, len(recipe.inputs), sizes.config.adapter.method == "full")
 
 
@@ -135,7 +136,6 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     folders = [inputs[f"student{number}"] for number in range(len(inputs))]
     base = base_of(folders[0], runtime)
     facts = merge_checkpoints(base, open_students(folders), spec.key(), folder, spec.dtype)
-    config = base.config
     spread = {space: angles(facts["tensors"], key) for space, key in ANGLES.items()}
     note = parallel_note(spec.key(), spread)
     log.info("merged %d tensors, %d copied; %s", len(facts["tensors"]), len(facts["copied"]), note)
@@ -145,7 +145,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             **recipe.spec,
             "students": [place.name for place in folders],
             "base": base.folder.name if base.folder.parent.name == "pruned" else None,
-            "dtype": spec.dtype or config.get("dtype") or config.get("torch_dtype"),
+            "dtype": spec.dtype or stated_dtype(base.config),
             "angles": spread,
             "note": note,
             **facts,

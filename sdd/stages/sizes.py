@@ -8,6 +8,7 @@ from operator import mul
 
 from omegaconf import DictConfig
 
+from sdd.architectures.configs import stated_dtype
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.pruning.width import Share
@@ -75,7 +76,7 @@ class Sizes:
     @property
     def stored(self) -> str:
         """The dtype that the weights are stored in."""
-        dtype = self.sizes.get("dtype") or self.sizes.get("torch_dtype")
+        dtype = stated_dtype(self.sizes)
         return dtype if dtype in BYTES else str(self.config.model.dtype)
 
     def cost_model(self, blocks: int, dtype: str) -> CostModel:

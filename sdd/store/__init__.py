@@ -3,14 +3,14 @@
 from sdd.store.digests import file_digest, remembered_digest, write_atomically
 from sdd.store.recipe import Recipe, canonical, digest_of
 from sdd.store.stages import ANALYSES, STAGES, Stage
-from sdd.store.store import SCRATCH, TIMINGS, Build, Store, read_manifest, share
+from sdd.store.store import SCRATCH, TIMINGS, Builder, Store, read_manifest, share
 
 __all__ = [
     "ANALYSES",
     "SCRATCH",
     "STAGES",
     "TIMINGS",
-    "Build",
+    "Builder",
     "Recipe",
     "Stage",
     "Store",

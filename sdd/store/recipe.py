@@ -33,11 +33,11 @@ class Recipe:
     spec: dict[str, Any]
     inputs: dict[str, "Recipe"] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict, compare=False)
+    address: str = field(init=False, compare=False)
 
-    @property
-    def address(self) -> str:
+    def __post_init__(self) -> None:
         inputs = {name: recipe.address for name, recipe in self.inputs.items()}
-        return address_of(self.stage, self.version, self.spec, inputs)
+        object.__setattr__(self, "address", address_of(self.stage, self.version, self.spec, inputs))
 
     def walk(self) -> Iterator["Recipe"]:
         """This recipe and all upstream of it, inputs first, each address once."""

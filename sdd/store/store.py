@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,14 +63,7 @@ LINKED = {
 _PACKAGES = ("torch", "transformers", "peft", "pytorch-lightning", "lm-eval", "tokenizers", "safetensors", "numpy")
 
 Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
-
-
-@dataclass(frozen=True)
-class Build:
-    """How to build a stage: the function, and whether it continues from a partial folder."""
-
-    function: Builder
-    resumable: bool = False
+"""Called with a recipe, the folders of its inputs, and the folder to fill."""
 
 
 class Store:
@@ -87,7 +79,14 @@ class Store:
     def has(self, recipe: Recipe) -> bool:
         return (self.folder(recipe) / MANIFEST).is_file()
 
-    def ensure(self, recipe: Recipe, builds: Mapping[str, Build], missing: str = "build") -> Path:
+    def missing(self, recipe: Recipe) -> list[Recipe]:
+        """What has to be built for the recipe's artifact, inputs first; nothing where it is there."""
+        if self.has(recipe):
+            return []
+        lacking = {one.address: one for upstream in recipe.inputs.values() for one in self.missing(upstream)}
+        return [*lacking.values(), recipe]
+
+    def ensure(self, recipe: Recipe, build: Builder, missing: str = "build") -> Path:
         """The folder of the artifact, built with all it needs if it is not there.
 
         With `missing="raise"` only the artifact asked for is built; lacking inputs are a user's mistake.
@@ -101,13 +100,13 @@ class Store:
                     f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
                     f"build it with: python {STAGES[upstream.stage].script}.py and the same settings"
                 )
-            inputs[name] = self.ensure(upstream, builds, missing)
+            inputs[name] = self.ensure(upstream, build, missing)
         partial = self.root / ".partial" / recipe.stage / recipe.address
         self._make(partial.parent)
         lock = self._locked(partial.with_suffix(".lock"), recipe)
         try:
             if not self.has(recipe):
-                self._build(recipe, inputs, builds[recipe.stage], partial)
+                self._build(recipe, inputs, build, partial)
         finally:
             lock.release()
         return self.folder(recipe)
@@ -127,19 +126,20 @@ class Store:
             lock.acquire()
         return lock
 
-    def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Build, partial: Path) -> None:
-        if partial.exists() and not build.resumable:
+    def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Builder, partial: Path) -> None:
+        resumable = STAGES[recipe.stage].resumable
+        if partial.exists() and not resumable:
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)  # of a publication that was cut short
         started = time.time()
         log.info("building %s/%s", recipe.stage, recipe.address)
         try:
-            build.function(recipe, inputs, partial)
+            build(recipe, inputs, partial)
             manifest = self._manifest(recipe, partial, time.time() - started)
             write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         except BaseException:
-            nothing_kept = not build.resumable or not any((partial / SCRATCH).glob("*"))
+            nothing_kept = not resumable or not any((partial / SCRATCH).glob("*"))
             if nothing_kept:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

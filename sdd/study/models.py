@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
+from sdd.architectures.configs import stated_dtype
 from sdd.config import CHOICES
 from sdd.errors import NotFetched, UserError
 from sdd.models.chats import PLAIN_TEMPLATE
@@ -98,7 +99,7 @@ class Models:
         """The dtype that a node of the config names, or the checkpoint's own."""
         if self.config[node].dtype != "auto":
             return str(self.config[node].dtype)
-        dtype = str(self.sizes.get("dtype") or self.sizes.get("torch_dtype") or "float32")
+        dtype = stated_dtype(self.sizes) or "float32"
         if dtype not in CHOICES["model.dtype"]:
             raise UserError(f"{node}.dtype=auto, but the checkpoint is in {dtype}; set {node}.dtype")
         return dtype

@@ -92,8 +92,8 @@ def test_rerun_computes_in_batches_of_the_first_size(
 ) -> None:
     """Sums over batches of other sizes are rounded otherwise; 8 is the size that lm-eval's suites set."""
     seen: list[Runtime] = []
-    real = rerunning.builds
-    monkeypatch.setattr(rerunning, "builds", lambda runtime: seen.append(runtime) or real(runtime))
+    real = rerunning.builder
+    monkeypatch.setattr(rerunning, "builder", lambda runtime: seen.append(runtime) or real(runtime))
     words = ["rerun", made[1]["evaluated"]["address"], "--artifacts", str(made[0] / "artifacts")]
     for one in sources("evaluated", made, checkpoint):
         words += ["--source", one]

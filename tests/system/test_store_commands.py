@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launching import artifacts_of, run
 
-from sdd.store import SCRATCH, Build, Recipe, Store
+from sdd.store import SCRATCH, Recipe, Store
 from sdd.store.__main__ import main
 
 Command = Callable[..., tuple[int, str, str]]
@@ -193,7 +193,7 @@ def test_manifest_says_what_made_it(manifests: dict[str, dict]) -> None:
 
 # ---- builders that fail, without a model --------------------------------------------------------------------------
 
-RECIPE = Recipe("scores", 1, {"a": 1})
+RECIPE, RESUMABLE = Recipe("scores", 1, {"a": 1}), Recipe("rewrites", 1, {"a": 1})
 
 
 def failing(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -205,12 +205,12 @@ def failing(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
 
 @pytest.mark.parametrize(("resumable", "kept"), [(False, False), (True, True)])
 def test_failing_build_publishes_nothing(resumable: bool, kept: bool, tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store, recipe = Store(tmp_path), RESUMABLE if resumable else RECIPE
     with pytest.raises(RuntimeError):
-        store.ensure(RECIPE, {"scores": Build(failing, resumable)})
-    assert not store.has(RECIPE)
+        store.ensure(recipe, failing)
+    assert not store.has(recipe)
     assert artifacts_of(tmp_path) == {}
-    assert (tmp_path / ".partial" / "scores" / RECIPE.address / SCRATCH / "chunk").exists() is kept
+    assert (tmp_path / ".partial" / recipe.stage / recipe.address / SCRATCH / "chunk").exists() is kept
 
 
 @pytest.mark.parametrize("resumable", [False, True])
@@ -225,17 +225,17 @@ def test_a_manifest_that_cannot_be_written_costs_only_what_cannot_be_continued(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    store = Store(tmp_path)
-    partial = tmp_path / ".partial" / "scores" / RECIPE.address
+    store, recipe = Store(tmp_path), RESUMABLE if resumable else RECIPE
+    partial = tmp_path / ".partial" / recipe.stage / recipe.address
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("sdd.store.store.write_atomically", full)
-        store.ensure(RECIPE, {"scores": Build(build, resumable)})
-    assert not store.has(RECIPE)
+        store.ensure(recipe, build)
+    assert not store.has(recipe)
     assert (partial / SCRATCH / "chunk").exists() is resumable
     assert partial.exists() is resumable
     (partial / "manifest.json").parent.mkdir(exist_ok=True)
     (partial / "manifest.json").write_text("of a publication that was cut short")
-    folder = store.ensure(RECIPE, {"scores": Build(build, resumable)})
+    folder = store.ensure(recipe, build)
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "scores.json"}
     assert store.verify(folder) == []
 
@@ -247,7 +247,7 @@ def test_a_group_may_read_what_it_may_enter(tmp_path: Path) -> None:
         (folder / "below" / "weights").chmod(0o600)
 
     store = Store(tmp_path)
-    folder = store.ensure(RECIPE, {"scores": Build(build, False)})
+    folder = store.ensure(RECIPE, build)
     expected = folder.stat().st_mode & 0o666
     for name in ("manifest.json", "below/weights"):
         assert (folder / name).stat().st_mode & 0o777 == expected, name
@@ -263,6 +263,6 @@ def test_stale_work_of_a_stage_that_cannot_resume_is_dropped(tmp_path: Path) -> 
         seen.extend(folder.iterdir())
         (folder / "scores.json").write_text("{}")
 
-    folder = store.ensure(RECIPE, {"scores": Build(builder)})
+    folder = store.ensure(RECIPE, builder)
     assert seen == []
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "scores.json"]
