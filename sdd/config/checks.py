@@ -158,7 +158,15 @@ def check_values(config: DictConfig) -> None:
         raise UserError(f"pruning.blocks={list(pruning.blocks)} names a block twice")
     if pruning.ratio is not None and not 0 < pruning.ratio < 1:
         raise UserError(f"pruning.ratio={pruning.ratio:g} must lie between 0 and 1, both excluded")
-    if pruning.start is not None and pruning.size == 0:
+    if pruning.keep is not None:
+        if not 0 < pruning.keep <= 1:
+            raise UserError(f"pruning.keep={pruning.keep:g} must be above 0 and at most 1")
+        if other := next((key for key in ("size", "blocks", "ratio") if pruning[key]), None):
+            raise UserError(
+                f"pruning.keep={pruning.keep:g} and pruning.{other}={pruning[other]} both say how much goes; keep one "
+                f"(pruning={pruning.keep:g} on the command line)"
+            )
+    if pruning.start is not None and pruning.size == 0 and pruning.keep is None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
     adapter = config.adapter
     if adapter.quantisation not in (None, "nf4"):

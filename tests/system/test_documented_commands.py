@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Glob
 from launching import REPOSITORY
 
 from sdd.cli.app import config_folder
-from sdd.cli.students import quoted
+from sdd.cli.words import arranged
 from sdd.config import check_values
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ COMMANDS = sorted(set(commands()))
 def first_choices(words: list[str]) -> list[str]:
     """The words of a sweep's first job."""
     found = []
-    for word in map(quoted, words):
+    for word in arranged(["-m", *words])[1:]:
         override = OverridesParser.create().parse_override(word)
         if override.is_sweep_override():
             first = next(iter(override.sweep_string_iterator()))
