@@ -134,7 +134,12 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     students = composed_students(config)
     study = Study(config, root / ".digests", [Study(student, root / ".digests") for student, _ in students])
     store = Store(root, provenance(script, typed(), plain(study.config)))
-    wanted = graph.wanted(study, script)
+    try:
+        wanted = graph.wanted(study, script)
+    except UserError:
+        check_fits(script, config, graph.embedded_groups(study, None))
+        raise
+    check_fits(script, config, graph.embedded_groups(study, wanted.walk() if wanted else []))
     if config.dry_run:
         return {"dry_run": True, "plan": print_plan(wanted, study, store)}
     if wanted is None:
@@ -159,6 +164,20 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
+
+
+def check_fits(script: str, config: DictConfig, embedded: list[str]) -> None:
+    """Refuse the embedded texts and tasks (the groups that chose them) for a public model, with what was meant."""
+    if not embedded:
+        return
+    chosen, replaced = HydraConfig.get().runtime.choices, (*embedded, "experiment")
+    kept = [word for word in typed() if word.partition("=")[0] not in replaced and not word.startswith("settings=")]
+    instead = "experiment=quickstart" if chosen.get("experiment") else "settings=public"
+    words = " ".join([f"python {script}.py", instead, *kept])
+    raise UserError(
+        f"{' '.join(f'{group}={chosen.get(group)}' for group in embedded)}: made for the embedded model, which "
+        f"{config.model.path} is not; you probably meant: {words}"
+    )
 
 
 def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:

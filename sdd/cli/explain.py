@@ -17,13 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.loader import config_folder
 from sdd.cli.mistakes import advice
-from sdd.config import Config
 from sdd.config.checks import AT_LEAST, AT_MOST, CHOICES, WITHIN
 from sdd.config.settings import Setting, descriptions, keys, setting
 from sdd.errors import UserError
 from sdd.untrusted import printable
 
 WIDTH = 118
+GLOBAL = {
+    "settings": "defaults that fit a kind of model; public models choose theirs",
+    "experiment": "whole studies, which set the other groups",
+}
+"""Groups whose options set other groups."""
 TRIED = 3
 """Options of a group that are tried for what the choice changes."""
 
@@ -71,20 +75,17 @@ def shown(value: Any) -> str:
 
 def explain_all() -> Iterator[str]:
     """A line a group: what it is, how many options it has."""
-    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    texts = descriptions()
-    for name in [key for key in texts if "." not in key] + ["experiment"]:
-        count = len(options_of(name)) if name in groups else 0
-        what = texts.get(name, "whole studies, which set the other groups")
-        yield f"{name:<13} {what}{f' ({count} options)' if count else ''}"
+    texts = descriptions() | GLOBAL
+    for name in (key for key in texts if "." not in key):
+        count = len(options_of(name))
+        yield f"{name:<13} {texts[name]}{f' ({count} options)' if count else ''}"
     yield ""
     yield "more: sdd explain GROUP, sdd explain GROUP.SETTING"
 
 
 def explain_group(name: str, default: DictConfig, influenced: list[str]) -> Iterator[str]:
-    texts = descriptions()
-    yield f"{name}: {texts.get(name, 'whole studies, which set the other groups')}"
-    options = options_of(name) if (config_folder() / name).is_dir() else {}
+    texts, options = descriptions() | GLOBAL, options_of(name)
+    yield f"{name}: {texts[name]}"
     if options:
         yield f"options ({name}=...):"
         widest = max(map(len, options))
@@ -102,7 +103,7 @@ def explain_group(name: str, default: DictConfig, influenced: list[str]) -> Iter
             yield from _wrapped(
                 f"  {key:<{widest}}  ", f"{texts.get(key, '')} [{shown(OmegaConf.select(default, key))}]".strip()
             )
-    if options and name != "experiment":
+    if options and name not in GLOBAL:
         yield _changes("the choice", influenced)
 
 
@@ -130,15 +131,16 @@ def explained(name: str | None) -> Iterator[str]:
         return
     from sdd.cli.influence import Influence
 
-    known = {*keys(), "experiment"}
+    known = {*keys(), *GLOBAL}
     with tempfile.TemporaryDirectory() as temporary:
         influence = Influence(Path(temporary))
         default = influence.defaults
         group, _, _ = name.partition(".")
         if name not in known and OmegaConf.select(default, name) is None:
             raise UserError(f"{name} is no group or setting; {advice(name, sorted(known), 'see one of')}")
-        if name == group and (name == "experiment" or not isinstance(getattr(Config, name, None), bool | int)):
-            tried = list(options_of(name))[:TRIED] if name not in ("experiment",) else []
+        own = setting(name)
+        if name in GLOBAL or (name == group and own is not None and (own.is_group or options_of(name))):
+            tried = [] if name in GLOBAL else list(options_of(name))[:TRIED]
             yield from explain_group(name, default, influence.of_group(name, tried))
         else:
             yield from explain_setting(name, default, influence.of_setting(name))

@@ -66,7 +66,9 @@ def flag_mistake(message: str, words: Sequence[str], flags: Sequence[str]) -> st
     if close and not (meant and _likeness(name, meant[0]) >= _likeness(f"--{name}", close[0])):
         return f"{word} is no flag; did you mean {close[0]}?"
     if meant:
-        return f"{word} is no flag; settings are written without dashes: {meant[0]}={value or '...'}"
+        own = setting(meant[0])
+        example = "true" if own is not None and own.type is bool else "..."
+        return f"{word} is no flag; settings are written without dashes: {meant[0]}={value or example}"
     return f"{word} is no flag; choose one of {', '.join(flag for flag in flags if flag.startswith('--'))}"
 
 
@@ -100,11 +102,14 @@ class Composition:
         return self.is_group(override.key_or_group) and not isinstance(override.value(), dict)
 
     def _of_group(self, override: Override) -> str | None:
-        key, word = override.key_or_group, override.input_line
+        key = override.key_or_group
         if override.is_sweep_override() and not self.is_sweep:
-            return f"{word} names several values; add -m to run each of them, or write one list: {_as_list(override)}"
+            return _sweep_without_flag(override)
         if not self.is_group(key):
             return None
+        if override.is_add() and override.package is None:
+            value = str(override.input_line).partition("=")[2]
+            return f"{override.input_line}: an option of {key} is chosen already; write {key}={value}"
         names = self.options(key)
         for value in _values(override):
             if value is None or isinstance(value, dict) or (override.is_delete() and value == ""):
@@ -146,9 +151,12 @@ def _values(override: Override) -> list[Any]:
     return [Override._convert_value(value) for value in swept.list if not isinstance(value, Glob)]
 
 
-def _as_list(override: Override) -> str:
+def _sweep_without_flag(override: Override) -> str:
     key, _, value = str(override.input_line).partition("=")
-    return f"{key}=[{value}]" if isinstance(override.value(), ChoiceSweep) else f"{key}=[1,2]"
+    own = setting(key)
+    one_list = own is not None and own.expected.startswith("a list") and isinstance(override.value(), ChoiceSweep)
+    otherwise = f", or write one list: {key}=[{value}]" if one_list else ""
+    return f"{key}={value} names several values; add -m to run each of them{otherwise}"
 
 
 def _meant(group: str, value: str, names: list[str]) -> str:
@@ -173,6 +181,8 @@ def _no_setting(parts: list[str], number: int, names: list[str], config: DictCon
     meant = meant or nearest(parts[-1], [*keys(), *_dotted(config)], alike=0.8)
     if meant:
         return f"{key} is not a setting; did you mean {' or '.join(meant)}?"
+    if not names:
+        return f"{key} is not a setting of the chosen {'/'.join(before)}"
     return f"{key} is not a setting; choose from {', '.join('.'.join([*before, name]) for name in names)}"
 
 

@@ -89,13 +89,14 @@ def chosen(overrides: list[str], options: set[str], models: Path) -> list[str]:
     `options` are those of the group `model`; `models` is the folder of this project's own.
     """
     result: list[str] = []
+    settings_chosen = any(word.startswith(("settings=", "experiment=")) for word in overrides)
     cut_chosen = any(word.startswith("pruning=") for word in overrides)
     for word in overrides:
         key = word.partition("=")[0]
         override = _parsed(word) if key in (*NAMED, "pruning", "pruning.keep") else None
         value = None if override is None or override.is_sweep_override() else override.value()
         if key in NAMED and isinstance(value, str) and (key == "teacher" or value not in options):
-            result += _model(key, value, models) or [word]
+            result += _model(key, value, models, settings_chosen) or [word]
         elif key == "pruning" and isinstance(value, int | float) and not isinstance(value, bool):
             result += ["pruning=none", f"pruning.keep={value}"]
         elif key == "pruning.keep" and value is not None and not cut_chosen:
@@ -112,7 +113,7 @@ def _parsed(word: str) -> Override | None:
         return None
 
 
-def _model(key: str, name: str, models: Path) -> list[str]:
+def _model(key: str, name: str, models: Path, settings_chosen: bool) -> list[str]:
     """The overrides that a model's name, hub id or folder stands for; none where it is nothing of these."""
     shipped = _shipped(models)
     option = next((own for own, (path, _) in shipped.items() if name in (own, path)), None)
@@ -123,7 +124,8 @@ def _model(key: str, name: str, models: Path) -> list[str]:
         return [f"teacher.path={in_quotes(path)}", f"teacher.revision={revision or 'null'}"]
     if not (HUB_ID.fullmatch(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")):
         return []
-    return [*(["model=local"] if key == "model" else []), f"{key}.path={in_quotes(name)}"]
+    settings = ["settings=public"] if key == "model" and HUB_ID.fullmatch(name) and not settings_chosen else []
+    return [*settings, *(["model=local"] if key == "model" else []), f"{key}.path={in_quotes(name)}"]
 
 
 @cache

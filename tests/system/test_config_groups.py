@@ -42,7 +42,7 @@ NEEDS = {
 }
 GROUPS = {
     *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),
-    *("repair", "analysis", "trainer", "logger", "experiment"),
+    *("repair", "analysis", "trainer", "logger", "settings", "experiment"),
 }
 LEFT_OUT = {"dataset": rows.OF_RECIPES, "calibration": calibration.OF_RECIPES}
 """Settings of these two that their constructors are not told."""
@@ -228,7 +228,14 @@ def test_first_option_of_each_group_is_the_default(composed: Any) -> None:
     choices = composed().hydra.runtime.choices
     first = {"model": "tiny", "metric": "angular", "calibration": "tiny", "pruning": "n2", "dataset": "tiny_math"}
     first |= {"finetune": "self_distill", "adapter": "lora", "engine": "hf", "merge": "none", "evaluation": "tiny"}
-    first |= {"repair": "none", "analysis": "none", "trainer": "cpu", "logger": "csv", "experiment": None}
+    first |= {
+        "repair": "none",
+        "analysis": "none",
+        "trainer": "cpu",
+        "logger": "csv",
+        "settings": None,
+        "experiment": None,
+    }
     assert {group: choices[group] for group in first} == first
     assert set(first) == GROUPS
 
@@ -259,7 +266,7 @@ REFUSED = {
     "not an override": (["pruning.size"], "pruning.size is not a setting; write key=value"),
     "option of a sweep": (["-m", "pruning=n2,n99"], "pruning has no option n99; did you mean n9?"),
     "sweep without -m": (["seed=0,1"], "seed=0,1 names several values; add -m to run each"),
-    "flag": (["--dryrun"], "--dryrun is no flag; settings are written without dashes: dry_run=..."),
+    "flag": (["--dryrun"], "--dryrun is no flag; settings are written without dashes: dry_run=true"),
     "folder of configs": (["--config-dir=nowhere"], "config-dir=nowhere: no such folder"),
     "root": (["--config-name=nope"], "Cannot find primary config 'nope'"),
 }

@@ -56,7 +56,10 @@ MISTAKES = {
     "adapter.targets=q_proj": "adapter.targets=q_proj must be a list of words: adapter.targets=[q_proj]",
     "seed=": "seed= must be a whole number",
     "'finetune={epoch: 3}'": "finetune.epoch is not a setting; did you mean finetune.epochs?",
-    "pruning.size=1,2": "pruning.size=1,2 names several values; add -m to run each of them, or write one list: ",
+    "pruning.size=1,2": "pruning.size=1,2 names several values; add -m to run each of them",
+    "evaluation.tasks=sort,word": "add -m to run each of them, or write one list: evaluation.tasks=[sort,word]",
+    "+pruning=n3": "+pruning=n3: an option of pruning is chosen already; write pruning=n3",
+    "hydra.launcher.n_jobs=2": "hydra.launcher.n_jobs is not a setting of the chosen hydra/launcher",
     "seed=range(0,3)": "seed=range(0,3) names several values; add -m",
     "pruning:n2": "pruning:n2 is not a setting; write key=value without spaces, for example pruning=n2",
     "'pruning =n2'": "no space may stand before the equals sign; write pruning=n2",
@@ -126,7 +129,7 @@ def test_what_is_right_is_no_mistake(mistake: Callable[[str, bool], str | None])
 
 
 FLAGS = {
-    "--dryrun": "--dryrun is no flag; settings are written without dashes: dry_run=...",
+    "--dryrun": "--dryrun is no flag; settings are written without dashes: dry_run=true",
     "--pruning=n2": "--pruning=n2 is no flag; settings are written without dashes: pruning=n2",
     "--muultirun": "--muultirun is no flag; did you mean --multirun?",
     "-x": "-x is no flag; choose one of --help, ",
@@ -182,7 +185,7 @@ def test_flags_may_stand_anywhere(tmp_path: Path) -> None:
 MODELS = {
     "model=meta-llama/Llama-3.1-8B-Instruct": ["model=llama3.1_8b_instruct"],
     "model=llama3.1_8b_instruct": ["model=llama3.1_8b_instruct"],
-    "model=somebody/other": ["model=local", "model.path='somebody/other'"],
+    "model=somebody/other": ["settings=public", "model=local", "model.path='somebody/other'"],
     "model=./mine": ["model=local", "model.path='./mine'"],
     "model='~/models/mine'": ["model=local", "model.path='~/models/mine'"],
     "model=/abs/mine": ["model=local", "model.path='/abs/mine'"],
