@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.loader import config_folder
 from sdd.cli.mistakes import advice
-from sdd.config.checks import AT_LEAST, AT_MOST, CHOICES, WITHIN
+from sdd.config.checks import AT_LEAST, AT_MOST, CHOICES, POSITIVE, SHARES_ABOVE_0, WITHIN
 from sdd.config.settings import Setting, descriptions, keys, setting
 from sdd.errors import UserError
 from sdd.untrusted import printable
@@ -60,6 +60,10 @@ def bounds(key: str, own: Setting) -> str:
         words = words.replace("a whole number", f"a whole number of at least {AT_LEAST[key]}")
     if key in AT_MOST:
         words += f", at most {AT_MOST[key]:,}"
+    if key in POSITIVE:
+        words = words.replace("a number", "a number above 0")
+    if key in SHARES_ABOVE_0:
+        words = words.replace("a number", "a number above 0, at most 1")
     if key in WITHIN:
         low, high = WITHIN[key]
         words = words.replace("a number", f"a number from {low:g} to {high:g}")

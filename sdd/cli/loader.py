@@ -53,6 +53,9 @@ LONGEST_LINE = 2_000
 MOST_FILES = 1_000
 """Files of a config, counted once for each place that names them; ours is made of some hundred."""
 
+MOST_FOLDERS = 50
+"""Folders of a group that are looked into for the names of its options, where a mistake is explained."""
+
 Composed = TypeVar("Composed")
 
 
@@ -170,13 +173,18 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return config
 
     def _chosen(self, overrides: list[str]) -> list[str]:
-        return chosen(overrides, set(self.options("model")), config_folder() / "model")
+        def is_option(name: str) -> bool:
+            return bool(self.repository.config_exists(f"model/{name}"))
+
+        return chosen(overrides, is_option, config_folder() / "model")
 
     def options(self, group: str) -> list[str]:
         """The options of a group, those in folders of its folder included: `paper/cell`."""
-        within = self.repository.get_group_options(group, ObjectType.GROUP)
-        nested = [f"{folder}/{name}" for folder in within for name in self.options(f"{group}/{folder}")]
-        return [*self.repository.get_group_options(group, ObjectType.CONFIG), *nested]
+        names = list(self.repository.get_group_options(group, ObjectType.CONFIG))
+        for folder in self.repository.get_group_options(group, ObjectType.GROUP)[:MOST_FOLDERS]:
+            within = self.repository.get_group_options(f"{group}/{folder}", ObjectType.CONFIG)
+            names += [f"{folder}/{name}" for name in within]
+        return names
 
     def _mistake(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> str | None:
         """What is wrong with a word of the command line; None where that is not it."""

@@ -6,6 +6,7 @@ that it leads to the same artifacts.
 """
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from sdd.cli.students import quoted
 from sdd.config.settings import setting
 from sdd.errors import UserError
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FOLDER = re.compile(r"[/~]|\.{1,2}(/|$)")
+"""How a folder begins that is told from an option by it."""
 OUTSIDE_QUOTES = re.compile(r",(?=(?:[^']*'[^']*')*[^']*$)")
 """The commas of a sweep, between its values."""
 NAMED = ("model", "teacher")
@@ -83,10 +86,10 @@ def in_quotes(text: str) -> str:
     return str(QuotedString(text=text, quote=Quote.single).with_quotes())
 
 
-def chosen(overrides: list[str], options: set[str], models: Path) -> list[str]:
+def chosen(overrides: list[str], is_option: Callable[[str], bool], models: Path) -> list[str]:
     """The overrides of one composition, with a model's hub id or folder, and a share to keep, as what they stand for.
 
-    `options` are those of the group `model`; `models` is the folder of this project's own.
+    `is_option` says whether the group `model` has an option; `models` is the folder of this project's own.
     """
     result: list[str] = []
     settings_chosen = any(word.startswith(("settings=", "experiment=")) for word in overrides)
@@ -95,8 +98,8 @@ def chosen(overrides: list[str], options: set[str], models: Path) -> list[str]:
         key = word.partition("=")[0]
         override = _parsed(word) if key in (*NAMED, "pruning", "pruning.keep") else None
         value = None if override is None or override.is_sweep_override() else override.value()
-        if key in NAMED and isinstance(value, str) and (key == "teacher" or value not in options):
-            result += _model(key, value, models, settings_chosen) or [word]
+        if key in NAMED and isinstance(value, str):
+            result += _model(key, value, is_option, models, settings_chosen) or [word]
         elif key == "pruning" and isinstance(value, int | float) and not isinstance(value, bool):
             result += ["pruning=none", f"pruning.keep={value}"]
         elif key == "pruning.keep" and value is not None and not cut_chosen:
@@ -113,23 +116,28 @@ def _parsed(word: str) -> Override | None:
         return None
 
 
-def _model(key: str, name: str, models: Path, settings_chosen: bool) -> list[str]:
+def _model(key: str, name: str, is_option: Callable[[str], bool], models: Path, settings_chosen: bool) -> list[str]:
     """The overrides that a model's name, hub id or folder stands for; none where it is nothing of these."""
-    shipped = _shipped(models)
-    option = next((own for own, (path, _) in shipped.items() if name in (own, path)), None)
+    is_hub_id = HUB_ID.fullmatch(name) is not None
+    if key == "model" and (is_option(name) if is_hub_id else not FOLDER.match(name)):
+        return []
+    public = _public(models)
+    option = next((own for own, (path, _) in public.items() if name in (own, path)), None)
     if key == "model" and option is not None:
         return [f"model={option}"]
     if option is not None:
-        path, revision = shipped[option]
+        path, revision = public[option]
         return [f"teacher.path={in_quotes(path)}", f"teacher.revision={revision or 'null'}"]
-    if not (HUB_ID.fullmatch(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")):
+    if not is_hub_id and not FOLDER.match(name):
         return []
-    settings = ["settings=public"] if key == "model" and HUB_ID.fullmatch(name) and not settings_chosen else []
-    return [*settings, *(["model=local"] if key == "model" else []), f"{key}.path={in_quotes(name)}"]
+    if key == "teacher":
+        return [f"teacher.path={in_quotes(name)}"]
+    settings = ["settings=public"] if is_hub_id and not settings_chosen else []
+    return [*settings, "model=local", f"model.path={in_quotes(name)}"]
 
 
 @cache
-def _shipped(models: Path) -> dict[str, tuple[str, str | None]]:
+def _public(models: Path) -> dict[str, tuple[str, str | None]]:
     """By option: the hub id and the revision of every public model that this project ships a file for."""
     files = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(models.glob("*.yaml"))}
     public = {name: node for name, node in files.items() if HUB_ID.fullmatch(str(node["path"]))}
