@@ -28,8 +28,6 @@ GLOBAL = {
     "experiment": "whole studies, which set the other groups",
 }
 """Groups whose options set other groups."""
-TRIED = 3
-"""Options of a group that are tried for what the choice changes."""
 
 
 def options_of(group: str) -> dict[str, str]:
@@ -144,7 +142,7 @@ def explained(name: str | None) -> Iterator[str]:
             raise UserError(f"{name} is no group or setting; {advice(name, sorted(known), 'see one of')}")
         own = setting(name)
         if name in GLOBAL or (name == group and own is not None and (own.is_group or options_of(name))):
-            tried = [] if name in GLOBAL else list(options_of(name))[:TRIED]
+            tried = [] if name in GLOBAL else list(options_of(name))
             yield from explain_group(name, default, influence.of_group(name, tried))
         else:
             yield from explain_setting(name, default, influence.of_setting(name))

@@ -86,6 +86,10 @@ OTHERS: dict[str, list[Any]] = {
 """Values of settings that cannot be thought of by their type alone."""
 
 
+MOST_TRIED = 3
+"""Options of a group."""
+
+
 class Influence:
     """Studies to change settings in; `folder` is for digests and for two small files of rows."""
 
@@ -147,13 +151,14 @@ class Influence:
         return [stage for stage in STAGES if stage in changed]
 
     def of_group(self, group: str, options: list[str]) -> list[str]:
-        """The stages that the choice among a group's options changes."""
+        """The stages that the choice among a group's options changes, by the first few that go without other settings."""
         changed: set[str] = set()
-        before = self._addresses(self._config([]))
+        before, tried = self._addresses(self._config([])), 0
         for option in options:
-            after = self._addresses(self._config([f"{group}={option}"]))
+            after = self._addresses(self._config([f"{group}={option}"])) if tried < MOST_TRIED else None
             if before is not None and after is not None:
                 changed |= {stage for stage in before.keys() | after.keys() if before.get(stage) != after.get(stage)}
+                tried += 1
         return [stage for stage in STAGES if stage in changed]
 
     def _changed(self, config: DictConfig, key: str, value: Any) -> dict[str, str] | None:
