@@ -90,6 +90,13 @@ MOST_TRIED = 3
 """Options of a group."""
 
 
+def _differing(before: dict[str, str] | None, after: dict[str, str] | None) -> set[str]:
+    """The stages whose addresses differ between two studies; none where one of them is no study."""
+    if before is None or after is None:
+        return set()
+    return {stage for stage in before.keys() | after.keys() if before.get(stage) != after.get(stage)}
+
+
 class Influence:
     """Studies to change settings in; `folder` is for digests and for two small files of rows."""
 
@@ -151,14 +158,13 @@ class Influence:
         return [stage for stage in STAGES if stage in changed]
 
     def of_group(self, group: str, options: list[str]) -> list[str]:
-        """The stages that the choice among a group's options changes, by the first few that go without other settings."""
+        """The stages that the choice among a group's options changes, by a few that go without other settings."""
         changed: set[str] = set()
         before, tried = self._addresses(self._config([])), 0
         for option in options:
             after = self._addresses(self._config([f"{group}={option}"])) if tried < MOST_TRIED else None
-            if before is not None and after is not None:
-                changed |= {stage for stage in before.keys() | after.keys() if before.get(stage) != after.get(stage)}
-                tried += 1
+            changed |= _differing(before, after)
+            tried += after is not None
         return [stage for stage in STAGES if stage in changed]
 
     def _changed(self, config: DictConfig, key: str, value: Any) -> dict[str, str] | None:
