@@ -18,10 +18,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 env: .venv/.made
 
-.venv/.made: requirements.lock
+.venv/.made: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # The question on the embedded model: does the pruned student get more back from the model's own rewrites than from the

@@ -19,23 +19,19 @@ from typing import Any
 
 import hydra
 import hydra._internal.hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.cli.loader import PACKAGE, CheckedConfigLoader, config_folder
-from sdd.cli.students import composed_students, quoted
-from sdd.config import Config, check_values, plain
+from sdd.cli.loader import CheckedConfigLoader, config_folder
+from sdd.cli.students import composed_students
+from sdd.cli.words import arranged
+from sdd.config import check_values, plain
 from sdd.errors import UserError
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
 from sdd.untrusted import expanded, printable
 
 log = logging.getLogger(__name__)
-
-ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
-OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 USER, FAILURE = 2, 1
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -50,7 +46,11 @@ def main(script: str) -> None:
         raise SystemExit(USER)
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     outcome.clear()
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    try:
+        sys.argv[1:] = arranged(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(USER) from None
     hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(_task(script))()
     if outcome:
         raise SystemExit(max(outcome) if set(outcome) - {0, USER} == set() else FAILURE)
@@ -71,7 +71,7 @@ def _task(script: str) -> Callable[[DictConfig], None]:
 def run_job(script: str, config: DictConfig) -> int:
     """One job: print the artifact's path on stdout, or one line of error on stderr; record either."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    record: dict[str, Any] = {"script": script, "overrides": list(HydraConfig.get().overrides.task)}
+    record: dict[str, Any] = {"script": script, "overrides": typed()}
     code = 0
     try:
         record |= make(script, config, folder)
@@ -87,6 +87,12 @@ def run_job(script: str, config: DictConfig) -> int:
         write_atomically(folder / "result.json", json.dumps(record, indent=1) + "\n")
     outcome.append(code)
     return code
+
+
+def typed() -> list[str]:
+    """The overrides of this job, as they were given: nothing in them is resolved."""
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(words)
 
 
 def explained(error: BaseException) -> tuple[int, str]:
@@ -125,10 +131,15 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     from sdd.study import Study
 
     root = expanded(config.paths.artifacts).absolute()
-    store = Store(root, provenance(script, HydraConfig.get().overrides.task, plain(config)))
     students = composed_students(config)
     study = Study(config, root / ".digests", [Study(student, root / ".digests") for student, _ in students])
-    wanted = graph.wanted(study, script)
+    store = Store(root, provenance(script, typed(), plain(study.config)))
+    try:
+        wanted = graph.wanted(study, script)
+    except UserError:
+        check_fits(script, config, graph.embedded_groups(study, None))
+        raise
+    check_fits(script, config, graph.embedded_groups(study, list(wanted.walk()) if wanted else []))
     if config.dry_run:
         return {"dry_run": True, "plan": print_plan(wanted, study, store)}
     if wanted is None:
@@ -147,12 +158,26 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         _use_threads(config.trainer.threads)
         build = builder(_runtime(config, study.sources, study.texts, run_folder))
         if "merged" in stages and config.store.missing == "build":  # so that a student's manifest names its own command
-            for student, (own, words) in zip(study.students, students, strict=True):
-                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), build)
+            for student, (_, words) in zip(study.students, students, strict=True):
+                Store(root, provenance("train", words, plain(student.config))).ensure(tuned.recipe(student), build)
         store.ensure(wanted, build, config.store.missing)
     path = store.folder(wanted)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
+
+
+def check_fits(script: str, config: DictConfig, embedded: list[str]) -> None:
+    """Refuse the embedded texts and tasks (the groups that chose them) for a public model, with what was meant."""
+    if not embedded:
+        return
+    chosen, replaced = HydraConfig.get().runtime.choices, (*embedded, "experiment")
+    kept = [word for word in typed() if word.partition("=")[0] not in replaced and not word.startswith("settings=")]
+    instead = "experiment=quickstart" if chosen.get("experiment") else "settings=public"
+    words = " ".join([f"python {script}.py", instead, *kept])
+    raise UserError(
+        f"{' '.join(f'{group}={chosen.get(group)}' for group in embedded)}: made for the embedded model, which "
+        f"{config.model.path} is not; you probably meant: {words}"
+    )
 
 
 def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:

@@ -14,26 +14,37 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
+from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sdd
+from sdd.cli.mistakes import Composition, hydras_words
 from sdd.cli.students import COMPOSING
+from sdd.cli.words import chosen
+from sdd.config import Config
 from sdd.config.allowed import check_targets
 from sdd.config.shared import LARGEST, check_defaults, check_jobs, check_shared, check_yaml
 from sdd.errors import UserError
 from sdd.untrusted import printable, read_text
 
 PACKAGE = Path(sdd.__file__).resolve().parent
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
+OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
+
 SHARED = "experiment"
 """The group whose options are made to be passed on; they are nobody's own, wherever they lie."""
 
@@ -41,6 +52,9 @@ LONGEST_LINE = 2_000
 """Characters of a refusal: more than any of ours."""
 MOST_FILES = 1_000
 """Files of a config, counted once for each place that names them; ours is made of some hundred."""
+
+MOST_FOLDERS = 50
+"""Folders of a group that are looked into for the names of its options, where a mistake is explained."""
 
 Composed = TypeVar("Composed")
 
@@ -120,6 +134,12 @@ class FilesOfOne(CachingConfigRepository):
         return result
 
 
+def own_loader() -> "CheckedConfigLoader":
+    """A loader of this project's own configs."""
+    version.setbase("1.3")
+    return CheckedConfigLoader(create_config_search_path(str(config_folder())))
+
+
 class CheckedConfigLoader(ConfigLoaderImpl):
     """Hydra's loader; every composition passes here."""
 
@@ -128,15 +148,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self.repository = _composed(lambda: CheckedRepository(config_search_path=config_search_path))
         self.files = FilesOfOne(self.repository)
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any
+    ) -> DictConfig:
         def load() -> DictConfig:
             try:
-                config: DictConfig = super(CheckedConfigLoader, self).load_configuration(*args, **kwargs)
-            except HydraException as error:
-                if not self.files.shared:
+                config = self._loaded(config_name, self._chosen(overrides), run_mode, **kwargs)
+            except (HydraException, OmegaConfBaseException) as error:
+                if _is_full_error():
                     raise
-                cause = (str(error.__cause__ or "").splitlines() or [""])[0]
-                raise UserError(f"{str(error).partition('Config search path:')[0]} {cause}") from None
+                raise UserError(self._mistake(config_name, overrides, run_mode) or hydras_words(error)) from None
             check_targets(config)
             if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
@@ -146,6 +167,38 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             return config
 
         return _composed(load)
+
+    def _loaded(self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any) -> DictConfig:
+        config: DictConfig = super().load_configuration(config_name, overrides, run_mode, **kwargs)
+        return config
+
+    def _chosen(self, overrides: list[str]) -> list[str]:
+        def is_option(name: str) -> bool:
+            return bool(self.repository.config_exists(f"model/{name}"))
+
+        return chosen(overrides, is_option, config_folder() / "model")
+
+    def options(self, group: str) -> list[str]:
+        """The options of a group, those in folders of its folder included: `paper/cell`."""
+        names = list(self.repository.get_group_options(group, ObjectType.CONFIG))
+        for folder in self.repository.get_group_options(group, ObjectType.GROUP)[:MOST_FOLDERS]:
+            within = self.repository.get_group_options(f"{group}/{folder}", ObjectType.CONFIG)
+            names += [f"{folder}/{name}" for name in within]
+        return names
+
+    def _mistake(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> str | None:
+        """What is wrong with a word of the command line; None where that is not it."""
+
+        def composed(words: list[str]) -> DictConfig:
+            searched = [word for word in overrides if word.startswith("hydra.searchpath=")]
+            return self._loaded(config_name, [*searched, *words], RunMode.MULTIRUN)
+
+        is_sweep = run_mode == RunMode.MULTIRUN
+        try:
+            mistakes = Composition(self.repository.group_exists, self.options, composed, is_sweep)
+            return mistakes.mistake(self._chosen(overrides))
+        except (HydraException, OmegaConfBaseException):
+            return None
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -210,20 +263,27 @@ def _content(result: ConfigResult) -> dict[str, Any]:
 
 
 def _composed(compose: Callable[[], Composed]) -> Composed:
-    """What is composed; a refusal is one line. Hydra's own of what is typed keep its words and its code."""
+    """What is composed; a refusal is one line."""
     try:
         return compose()
-    except (HydraException, OmegaConfBaseException):
-        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        if _is_full_error():
+            raise
+        _refuse(hydras_words(error))
     except UserError as error:
         if COMPOSING.get():  # a student of a job, whose failures are recorded, so that a sweep goes on
             raise
         _refuse(str(error))
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RecursionError, OSError) as error:
-        if COMPOSING.get() or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        if COMPOSING.get() or _is_full_error():
             raise
         first = (str(error).splitlines() or [""])[0]
         _refuse(f"the config cannot be put together ({type(error).__name__}: {first}); see its defaults list and keys")
+
+
+def _is_full_error() -> bool:
+    """Whether a developer asked for Hydra's traceback."""
+    return os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -99,6 +99,10 @@ WITHIN = {
         for key, limits in {"first_cut": (0.0, 0.99), "alpha": (0.0, 1.0), "temperature": (1e-3, 100.0)}.items()
     },
 }
+POSITIVE = ("finetune.learning_rate", "repair.penalty")
+"""Numbers above 0, and finite."""
+SHARES_ABOVE_0 = ("pruning.keep", "merge.density")
+"""Numbers above 0 and at most 1."""
 NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks", "analysis.draft_lengths")
 MOST_STUDENTS = 32
 """Each is composed and checked like a config of its own."""
@@ -139,13 +143,16 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not len(value):
             raise UserError(f"{key}=[] names nothing; name at least one, or leave it out")
-    if not 0 < config.finetune.learning_rate < math.inf:
-        raise UserError(f"finetune.learning_rate={config.finetune.learning_rate} must be positive and finite")
+    for key in POSITIVE:
+        if not 0 < (value := OmegaConf.select(config, key)) < math.inf:
+            raise UserError(f"{key}={value} must be positive and finite")
+    for key in SHARES_ABOVE_0:
+        value = OmegaConf.select(config, key)
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"{key}={value:g} must be above 0 and at most 1")
     for key in ("contiguous", "keep_final"):
         if not isinstance(OmegaConf.select(config, f"metric.{key}", default=False), bool):
             raise UserError(f"metric.{key}={config.metric[key]} must be true or false")
-    if not 0 < config.repair.penalty < math.inf:
-        raise UserError(f"repair.penalty={config.repair.penalty} must be positive and finite")
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")
@@ -158,7 +165,13 @@ def check_values(config: DictConfig) -> None:
         raise UserError(f"pruning.blocks={list(pruning.blocks)} names a block twice")
     if pruning.ratio is not None and not 0 < pruning.ratio < 1:
         raise UserError(f"pruning.ratio={pruning.ratio:g} must lie between 0 and 1, both excluded")
-    if pruning.start is not None and pruning.size == 0:
+    other = next((key for key in ("size", "blocks", "ratio") if pruning[key]), None)
+    if pruning.keep is not None and other is not None:
+        raise UserError(
+            f"pruning.keep={pruning.keep:g} and pruning.{other}={pruning[other]} both say how much goes; keep one "
+            f"(pruning={pruning.keep:g} on the command line)"
+        )
+    if pruning.start is not None and pruning.size == 0 and pruning.keep is None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
     adapter = config.adapter
     if adapter.quantisation not in (None, "nf4"):
@@ -237,8 +250,6 @@ def _check_merge(merge: Any) -> None:
             raise UserError(f"merge.weights={weights} must have one number for each of the {number} students")
         if method != "task_arithmetic" and min(weights) <= 0:
             raise UserError(f"merge.weights={weights} must be positive for merge={method}")
-    if merge.density is not None and not 0 < merge.density <= 1:
-        raise UserError(f"merge.density={merge.density} must be above 0 and at most 1")
 
 
 def _check_share(t: Any, where: str) -> None:

@@ -91,7 +91,7 @@ def _word(key: str, value: str, typed: Iterable[str]) -> str | None:
 def is_known(key: str) -> bool:
     """Whether an override's key is a setting, or a group, that is kept: `+dataset@analysis.prompts`, `~metric.by`."""
     group, _, package = key.lstrip("+~").partition("@")
-    if group == "experiment":
+    if group in ("experiment", "settings"):
         return not package
     if group.startswith("study."):
         return not package

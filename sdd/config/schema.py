@@ -1,8 +1,9 @@
 """The typed schema of the composed config: it refuses unknown keys and wrong types at composition.
 
-What a config may *name* is the business of `sdd.config.allowed`.
+Every setting says what it is, for `sdd explain`. What a config may *name* is the business of `sdd.config.allowed`.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,278 +12,251 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from sdd.models.chats import LEAK_PHRASES, REWRITE_TEMPLATE
 
 
+def described(description: str, default: Any = MISSING) -> Any:
+    """A field that says what it is; `default` may be a class, which is then called for each config."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"description": description})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata={"description": description})
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass
 class Model:
-    """The unpruned model: a folder, or a hub id at `revision`. `dtype` is the dtype it is loaded in.
+    """The unpruned model."""
 
-    `shape` holds those values of a hub model's `config.json` that a dry run needs before it is fetched.
-    """
-
-    path: str = MISSING
-    revision: str | None = None
-    dtype: str = "bfloat16"
-    shape: dict[str, Any] = field(default_factory=dict)
+    path: str = described("its folder, or its id on the hub")
+    revision: str | None = described("the commit or branch, where it is on the hub", None)
+    dtype: str = described("the dtype that it is loaded and looked at in", "bfloat16")
+    shape: dict[str, Any] = described("the values of its config.json that a dry run needs before it is fetched", {})
 
 
 @dataclass
 class Teacher:
     """Who rewrites; by default the unpruned model itself."""
 
-    path: str | None = None
-    revision: str | None = None
+    path: str | None = described("folder or hub id of another model that rewrites, or whose logits are learned", None)
+    revision: str | None = described("the commit or branch, where it is on the hub", None)
 
 
 @dataclass
 class Hub:
-    """Files of a dataset repository on the hub, used where no `path` is given. `revision` is a commit."""
+    """Files of a dataset repository on the hub, used where no `path` is given."""
 
-    repository: str | None = None
-    revision: str | None = None
-    files: list[str] | None = None
-    stream: bool = False
+    repository: str | None = described("id of the dataset on the hub", None)
+    revision: str | None = described("its commit", None)
+    files: list[str] | None = described("names or patterns of its files", None)
+    stream: bool = described("whether rows are read as they arrive, instead of fetching the files whole", False)
 
 
 @dataclass
 class Calibration:
-    """Running text that a metric is measured on. With `seed`, a sample of the corpus instead of its first texts."""
+    """Running text that a metric is measured on."""
 
     _target_: str = MISSING
-    path: str | None = None
-    hub: Hub = field(default_factory=Hub)
-    seed: int | None = None
-    num_texts: int = 128
-    max_length: int = 256
+    path: str | None = described("a file of texts: JSONL, JSONL.gz or Parquet", None)
+    hub: Hub = described("where the texts are on the hub, if there is no path", Hub)
+    seed: int | None = described("of a sample of the corpus; null takes its first texts", None)
+    num_texts: int = described("texts that are looked at", 128)
+    max_length: int = described("tokens of a text at most", 256)
 
 
 @dataclass
 class Pruning:
-    """`size` blocks, where the metric says; `start` forces the span; `blocks` is any list, without a metric.
+    """What is cut: blocks, MLP channels, or blocks and then channels."""
 
-    `ratio` removes MLP channels instead, or after the blocks: that share of the parameters, of `all` or of those of the
-    MLPs (`mlp`). The width is rounded to a `multiple`: 16-bit matrix products are quick in rows of 16 bytes.
-    """
-
-    size: int = 0
-    start: int | None = None
-    blocks: list[int] | None = None
-    ratio: float | None = None
-    ratio_of: str = "all"
-    multiple: int = 8
+    size: int = described("blocks removed, where the metric says", 0)
+    keep: float | None = described("share of all parameters to keep: as many blocks go as leave at least that", None)
+    start: int | None = described("the first removed block of a span, instead of where the metric says", None)
+    blocks: list[int] | None = described("the removed blocks, instead of where the metric says", None)
+    ratio: float | None = described("share of the parameters removed as MLP channels, instead of blocks or after", None)
+    ratio_of: str = described("the parameters of which `ratio` is a share: all, or those of the MLPs", "all")
+    multiple: int = described("what the width left is rounded to; 16-bit products like rows of 16 bytes", 8)
 
 
 @dataclass
 class Repair:
-    """What is done at a cut without training; `ridge` looks at the calibration texts.
+    """What is done at a cut without training; `ridge` looks at the calibration texts."""
 
-    `penalty` holds the refitted weights to the existing ones, in units of the mean square of an MLP activation summed
-    over tokens (the mean diagonal of the Gram matrix).
-    """
-
-    method: str = "none"
-    penalty: float = 1e-4
+    method: str = described("ridge refits the projection before each removed block", "none")
+    penalty: float = described(
+        "hold on the existing weights, in units of the mean square of an MLP activation summed over tokens", 1e-4
+    )
 
 
 @dataclass
 class Rows:
-    """Where rows come from, how the teacher is asked to rewrite them, and how answers are compared.
-
-    `fields` names the columns of `dataset=local`: prompt, reference, id, answer.
-    """
+    """Where rows come from, how the teacher is asked to rewrite them, and how answers are compared."""
 
     _target_: str = MISSING
-    name: str = MISSING
-    path: str | None = None
-    hub: Hub = field(default_factory=Hub)
-    families: list[str] | None = None
-    fields: dict[str, str] | None = None
-    answer_rule: str = "none"
-    template: str = REWRITE_TEMPLATE
-    leak_phrases: list[str] = field(default_factory=lambda: list(LEAK_PHRASES))
+    name: str = described("what reports call the dataset")
+    path: str | None = described("a file or folder of rows: JSONL, JSONL.gz or Parquet", None)
+    hub: Hub = described("where the rows are on the hub, if there is no path", Hub)
+    families: list[str] | None = described("families of the embedded tasks; null is all", None)
+    fields: dict[str, str] | None = described("columns of dataset=local: prompt, reference, id, answer", None)
+    answer_rule: str = described("how a final answer is found in a text, by which rewrites are judged", "none")
+    template: str = described("the request to rewrite, with {prompt} and {reference}", REWRITE_TEMPLATE)
+    leak_phrases: list[str] = described("phrases that no rewrite may say", list(LEAK_PHRASES))
 
 
 @dataclass
 class Part(Rows):
-    """One dataset of a mixture; `weight` is relative to the other parts'."""
+    """One dataset of a mixture."""
 
-    weight: float = 1.0
+    weight: float = described("its rows, relative to the other parts'", 1.0)
 
 
 @dataclass
 class Dataset(Rows):
     """Fine-tuning rows, of one source or of the `parts` of a mixture."""
 
-    num_rows: int | None = None
-    seed: int = 0
-    system_prompt: str | None = None
-    parts: dict[str, Part] = field(default_factory=dict)
+    num_rows: int | None = described("rows taken; null is all", None)
+    seed: int = described("of the sample of rows", 0)
+    system_prompt: str | None = described("what stands before every task, in rewriting and in training", None)
+    parts: dict[str, Part] = described("the datasets of a mixture, by name", {})
 
 
 @dataclass
 class Finetune:
-    """`mode` says whose answers are the targets; the rest is the recipe of the optimisation.
+    """Whose answers are the targets, and how the student is optimised on them."""
 
-    `gold_share` leaves the reference in place for that share of rows; `noise_share` puts another row's rewrite into
-    that share of the kept ones. `ce_share` and `temperature` belong to `logit_distill`: the weight of the
-    cross-entropy beside the divergence from the teacher, and what both distributions are softened by.
-    `batch_size` is the global batch in rows; `validation_rows` are held out before `num_rows` are drawn.
-    """
-
-    mode: str = "self_distill"
-    select: bool = True
-    gold_share: float = 0.0
-    noise_share: float = 0.0
-    ce_share: float = 0.0
-    temperature: float = 1.0
-    epochs: int = 2
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    max_length: int = 256
-    num_rows: int | None = None
-    validation_rows: int = 100
-    precision: str = "32"
-    warmup_share: float = 0.05
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    mode: str = described("whose answers are the targets, and the loss", "self_distill")
+    select: bool = described("whether a rewrite that fails the selection gives way to the reference", True)
+    gold_share: float = described("share of rows whose reference stays in place", 0.0)
+    noise_share: float = described("share of the kept rewrites that another row's takes the place of", 0.0)
+    ce_share: float = described("weight of cross-entropy beside the divergence, in logit_distill", 0.0)
+    temperature: float = described("what both distributions are softened by, in logit_distill", 1.0)
+    epochs: int = described("passes over the training rows", 2)
+    learning_rate: float = described("the highest of the schedule", 1e-3)
+    batch_size: int = described("rows of a step", 32)
+    max_length: int = described("tokens of a row at most; longer rows are left out", 256)
+    num_rows: int | None = described("rows trained on; null is all beside the held-out ones", None)
+    validation_rows: int = described("rows held out before num_rows are drawn, at most a fifth of all", 100)
+    precision: str = described("of the weights in training: 32 bits, or bf16 under mixed precision", "32")
+    warmup_share: float = described("share of the steps over which the rate rises", 0.05)
+    weight_decay: float = described("of AdamW", 0.0)
+    clip_norm: float = described("largest norm of the gradients of a step", 1.0)
 
 
 @dataclass
 class Adapter:
-    """What is trained: `lora` (arXiv 2106.09685) on the named modules, `head_and_norms`, or every parameter (`full`).
+    """What is trained of the student."""
 
-    `targets`: `all-linear` means every linear layer but the head. `scope` says which blocks LoRA goes into: `all`,
-    those `beside_cut` (`blocks` on either side) or the `last` (`blocks` of them). `quantisation=nf4` keeps the base in
-    4 bits while LoRA trains (arXiv 2305.14314).
-    """
-
-    method: str = "lora"
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    scope: str = "all"
-    blocks: int = 1
-    quantisation: str | None = None
+    method: str = described("lora (arXiv 2106.09685), head_and_norms, or every parameter (full)", "lora")
+    rank: int = described("of LoRA's matrices", 16)
+    alpha: int = described("LoRA's scale: its update counts alpha / rank", 32)
+    dropout: float = described("of LoRA's inputs in training", 0.0)
+    targets: list[str] = described("modules with LoRA; all-linear is every linear layer but the head", ["all-linear"])
+    scope: str = described("blocks with LoRA: all, those beside_cut on either side, or the last", "all")
+    blocks: int = described("how many blocks beside_cut (on either side) or last are", 1)
+    quantisation: str | None = described("nf4 keeps the base in 4 bits while LoRA trains (arXiv 2305.14314)", None)
 
 
 @dataclass
 class Merge:
-    """How students become one. `students`: a list of overrides for each, composed over the rest of this config.
+    """How students become one."""
 
-    `t` (slerp) is a number, a list over the blocks, or a mapping of either by kind of tensor. `space` says what is
-    interpolated: `weights` or `task_vectors`. `weights` has a number for each student, `density` belongs to ties.
-    """
-
-    method: str = "none"
-    students: list[list[str]] = field(default_factory=list)
-    t: Any = None
-    space: str | None = None
-    weights: list[float] | None = None
-    density: float | None = None
+    method: str = described("of merging", "none")
+    students: list[list[str]] = described("overrides for each student, composed over the rest of this config", [])
+    t: Any = described("slerp's place between the two: a number, a list over the blocks, or either by kind", None)
+    space: str | None = described("what slerp interpolates: weights or task_vectors", None)
+    weights: list[float] | None = described("a number for each student", None)
+    density: float | None = described("share of each tensor's changes that ties keeps", None)
 
 
 @dataclass
 class Evaluation:
-    """Tasks, how many items of each, and how answers are generated.
+    """Tasks, how many items of each, and how answers are generated."""
 
-    `split` and `seed` choose the items of the embedded tasks; `data_dir` and `num_fewshot` belong to lm-eval's.
-    `max_new_tokens` null leaves the limit to lm-eval's tasks; `dtype` auto is the unpruned checkpoint's own.
-    """
-
-    suite: str = MISSING
-    tasks: list[str] | None = None
-    split: str | None = "dev"
-    limit: int | None = 100
-    seed: int = 0
-    data_dir: str | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 64
-    max_new_tokens: int | None = 96
-    dtype: str = "float32"
-    system_prompt: str | None = None
-    chat_template: bool = True
+    suite: str = described("the set of tasks")
+    tasks: list[str] | None = described("tasks of the suite; null is all", None)
+    split: str | None = described("of the embedded tasks: dev or test", "dev")
+    limit: int | None = described("items of a task; null is all", 100)
+    seed: int = described("of the embedded tasks' items", 0)
+    data_dir: str | None = described("folder of lm-eval's rows; null fetches them", None)
+    num_fewshot: int | None = described("examples shown before an item; null is the task's own number", None)
+    batch_size: int = described("rows of a pass", 64)
+    max_new_tokens: int | None = described("tokens of an answer; null leaves the limit to lm-eval's tasks", 96)
+    dtype: str = described("the student runs in it; auto is the unpruned checkpoint's own", "float32")
+    system_prompt: str | None = described("what stands before every item", None)
+    chat_template: bool = described("whether items are put as a chat", True)
 
 
 @dataclass
 class Analysis:
-    """What is measured of a student besides its scores: `speculative`, `shift` or `cost`.
+    """What is measured of a student besides its scores."""
 
-    The prompts are the first `num_prompts` of the held-out rows of the dataset, or of another one (`prompts`).
-    `repeats` rounds of timings are taken, none with 0, at those draft lengths that `timed_lengths` names. `embedder` is
-    a sentence-transformers model. `context`, `prompt_tokens` and `new_tokens` are what costs are counted and timed at.
-    """
-
-    kind: str = "none"
-    prompts: Dataset | None = None
-    num_prompts: int | None = None
-    max_new_tokens: int = 96
-    dtype: str = "float32"
-    temperature: float = 1.0
-    draft_lengths: list[int] = field(default_factory=lambda: list(range(1, 9)))
-    timed_lengths: list[int] = field(default_factory=lambda: [3])
-    timed_prompts: int = 4
-    repeats: int = 3
-    embedder: str | None = None
-    embedder_revision: str | None = None
-    context: int = 256
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    batch_size: int = 8
+    kind: str = described("speculative drafting, shift from the unpruned model, or cost", "none")
+    prompts: Dataset | None = described("the dataset whose held-out prompts are answered; null is `dataset`", None)
+    num_prompts: int | None = described("held-out prompts; null is all", None)
+    max_new_tokens: int = described("tokens of an answer", 96)
+    dtype: str = described("both models run in it; auto is the checkpoint's own", "float32")
+    temperature: float = described("of the distributions that are compared", 1.0)
+    draft_lengths: list[int] = described("tokens that are drafted at once", list(range(1, 9)))
+    timed_lengths: list[int] = described("draft lengths that are timed", [3])
+    timed_prompts: int = described("prompts that are timed", 4)
+    repeats: int = described("rounds of timings; 0 takes none", 3)
+    embedder: str | None = described("folder or hub id of a sentence-transformers model; null compares none", None)
+    embedder_revision: str | None = described("its commit", None)
+    context: int = described("tokens that costs are counted at", 256)
+    prompt_tokens: int = described("tokens of a prompt that is timed", 128)
+    new_tokens: int = described("tokens of an answer that is timed", 32)
+    batch_size: int = described("rows of a pass that is timed", 8)
 
 
 @dataclass
 class Trainer:
-    """Where training and inference run; never part of a result. `micro_batch_tokens` bounds padded tokens a pass.
+    """Where training and inference run; never part of a result."""
 
-    `gradient_checkpointing` keeps one state a block in training: less memory for about a third more time.
-    """
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    threads: int | None = None
-    micro_batch_tokens: int = 4096
-    inference_batch_size: int = 32
-    attention: str = "sdpa"
-    checkpoint_every: int = 50
-    gradient_checkpointing: bool = False
+    accelerator: str = described("cpu or gpu", "cpu")
+    devices: int = described("devices of a job", 1)
+    threads: int | None = described("CPU threads; null leaves it to PyTorch", None)
+    micro_batch_tokens: int = described("padded tokens of a training pass at most", 4096)
+    inference_batch_size: int = described("rows of a pass without gradients", 32)
+    attention: str = described("the implementation of attention", "sdpa")
+    checkpoint_every: int = described("steps between checkpoints to go on from", 50)
+    gradient_checkpointing: bool = described("one state a block is kept: less memory, a third more time", False)
 
 
 @dataclass
 class Paths:
-    artifacts: str = "artifacts"
+    """Where things lie."""
+
+    artifacts: str = described("folder of the artifacts", "artifacts")
 
 
 @dataclass
 class Store:
-    missing: str = "build"
+    """How artifacts are come by."""
+
+    missing: str = described("what is done where an artifact is not there: build it, or raise", "build")
 
 
 @dataclass
 class Config:
-    """One node per config group; `width_metric` is a second `metric`, for channels where blocks go too; `study` holds
-    values that an experiment's other settings refer to.
-    """
+    """One node per config group."""
 
-    model: Model = field(default_factory=Model)
-    teacher: Teacher = field(default_factory=Teacher)
-    metric: dict[str, Any] = field(default_factory=dict)
-    width_metric: dict[str, Any] = field(default_factory=dict)
-    calibration: Calibration = field(default_factory=Calibration)
-    pruning: Pruning = field(default_factory=Pruning)
-    repair: Repair = field(default_factory=Repair)
-    dataset: Dataset = field(default_factory=Dataset)
-    finetune: Finetune = field(default_factory=Finetune)
-    adapter: Adapter = field(default_factory=Adapter)
-    engine: dict[str, Any] = field(default_factory=dict)
-    merge: Merge = field(default_factory=Merge)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    analysis: Analysis = field(default_factory=Analysis)
-    trainer: Trainer = field(default_factory=Trainer)
-    logger: dict[str, Any] = field(default_factory=dict)
-    study: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    paths: Paths = field(default_factory=Paths)
-    store: Store = field(default_factory=Store)
-    dry_run: bool = False
+    model: Model = described("the unpruned model", Model)
+    teacher: Teacher = described("who rewrites, where it is not the unpruned model", Teacher)
+    metric: dict[str, Any] = described("the criterion by which blocks, or channels, go", {})
+    width_metric: dict[str, Any] = described("a second criterion, for channels where blocks go too", {})
+    calibration: Calibration = described("running text that a criterion or a repair looks at", Calibration)
+    pruning: Pruning = described("how much is cut, and where", Pruning)
+    repair: Repair = described("what is done at the cut without training", Repair)
+    dataset: Dataset = described("the rows that are rewritten and trained on", Dataset)
+    finetune: Finetune = described("whose answers are the targets, and how long and hard is trained", Finetune)
+    adapter: Adapter = described("what is trained of the student", Adapter)
+    engine: dict[str, Any] = described("how rewrites are generated", {})
+    merge: Merge = described("how several students become one", Merge)
+    evaluation: Evaluation = described("the tasks that a student is scored on", Evaluation)
+    analysis: Analysis = described("what is measured of a student besides its scores", Analysis)
+    trainer: Trainer = described("where training and inference run; never part of a result", Trainer)
+    logger: dict[str, Any] = described("the tracker that training reports to", {})
+    study: dict[str, Any] = described("values that an experiment's other settings refer to", {})
+    seed: int = described("of training, and of what it draws", 0)
+    paths: Paths = described("where things lie", Paths)
+    store: Store = described("how artifacts are come by", Store)
+    dry_run: bool = described("show what would be built and what it takes, and build nothing", False)
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

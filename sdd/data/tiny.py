@@ -16,11 +16,12 @@ CALIBRATION_SEED = 1_000_003
 
 
 @cache
-def _drawn(seed: int, n: int, families: tuple[str, ...] | None) -> tuple[Instance, ...]:
+def _drawn(seed: int, n: int, families: tuple[str, ...] | None, key: str) -> tuple[Instance, ...]:
+    """`key` is the setting that asks for so many."""
     try:
         return tuple(instances("pool", seed, n, list(families) if families else None))
     except ValueError as error:
-        raise UserError(f"dataset: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
 class TinyTasks:
@@ -50,7 +51,7 @@ class TinyTasks:
     def examples(self) -> list[Example]:
         return [
             Example(task.id, task.prompt, task.reference, task.answer, task.gold, task.family)
-            for task in _drawn(self.seed, self.num_rows, self.families)
+            for task in _drawn(self.seed, self.num_rows, self.families, "dataset.num_rows")
         ]
 
     def spec(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class TinyTexts:
     def texts(self) -> list[str]:
         rng = random.Random("calibration")
         texts: list[str] = []
-        for task in _drawn(CALIBRATION_SEED, self.num_texts, None):
+        for task in _drawn(CALIBRATION_SEED, self.num_texts, None, "calibration.num_texts"):
             words = task.gold.split(" ")
             answer = " ".join(words[: rng.randint(1, len(words))])
             texts.append(OwnText(f"<|user|>{task.prompt}<|end|><|assistant|>{answer}"))

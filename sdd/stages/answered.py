@@ -61,12 +61,12 @@ def recipe(study: Study, student: Recipe | None) -> Recipe:
 def _held_out(study: Study) -> int:
     """How many prompts: those that no student is trained on, or as many as are asked for."""
     asked = study.config.analysis.num_prompts
-    return int(study.config.finetune.validation_rows if asked is None else asked)
+    return int(study.validation_rows if asked is None else asked)
 
 
 def check_held_out(study: Study, num_examples: int) -> None:
     """Refuse prompts that are not there, or not held out."""
-    held_out, validation = _held_out(study), study.config.finetune.validation_rows
+    held_out, validation = _held_out(study), study.validation_rows
     if held_out < 1:
         raise UserError("finetune.validation_rows=0 holds no prompt out; raise it, or set analysis.prompts")
     if held_out > num_examples:

@@ -11,6 +11,8 @@ from sdd.errors import UserError
 from sdd.stages import answered, evaluated, merged, pruned, targets, tuned
 from sdd.store import ANALYSES, Recipe
 from sdd.study import Study
+from sdd.study.calibration import EMBEDDED_TEXTS
+from sdd.study.rows import EMBEDDED
 
 
 def student(study: Study) -> Recipe | None:
@@ -35,6 +37,31 @@ def wanted(study: Study, script: str) -> Recipe | None:
         raise UserError(f"analysis={kind} compares a student with the unpruned model; add for example pruning=n2")
     asked: Recipe = import_module(f"sdd.stages.{ANALYSES[kind]}").recipe(study, own)
     return asked
+
+
+LARGEST_VOCABULARY = 8_192
+"""Tokens of a model that the embedded tasks are for: theirs has 768, public models have 32 thousand and more."""
+
+
+def embedded_groups(study: Study, recipes: list[Recipe] | None) -> list[str]:
+    """The groups by which a model that is not of the embedded one's kind would be given embedded texts or tasks.
+
+    Of what the recipes use; of all that the config names where there are none yet (None).
+    """
+    vocabulary, config = study.models.sizes.get("vocab_size"), study.config
+    if not isinstance(vocabulary, int) or vocabulary <= LARGEST_VOCABULARY:
+        return []
+    embedded = {
+        "calibration": config.calibration._target_ == EMBEDDED_TEXTS,
+        "dataset": any(part._target_ == EMBEDDED for one in [study, *study.students] for part in one.rows.parts),
+        "evaluation": config.evaluation.suite == "tiny",
+    }
+    if recipes is not None:
+        stages = {recipe.stage for recipe in recipes}
+        embedded["calibration"] &= any("texts" in recipe.spec for recipe in recipes)
+        embedded["dataset"] &= bool(stages & {"rewrites", "targets", "answered"})
+        embedded["evaluation"] &= "evaluated" in stages
+    return [group for group, is_embedded in embedded.items() if is_embedded]
 
 
 def read_data(study: Study, missing: list[Recipe]) -> None:

@@ -65,7 +65,7 @@ def recipe(study: Study) -> Recipe:
     if (rows := study.rows.source.known_rows()) is not None:
         check_rows(study, rows)
     _check_adapter(study)
-    settings = plain(finetune)
+    settings = plain(finetune) | {"validation_rows": study.validation_rows}
     for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "temperature", "precision"):
         settings.pop(key)
     distillation, loss = None, MODES[finetune.mode].loss if finetune.mode in MODES else None
@@ -101,16 +101,16 @@ def _adapter_spec(study: Study) -> dict[str, Any]:
 def check_rows(study: Study, num_examples: int) -> None:
     """Refuse a split that the dataset is too small for."""
     finetune = study.config.finetune
-    rows = num_examples - finetune.validation_rows
+    rows = num_examples - study.validation_rows
     if rows < 1:
         raise UserError(
-            f"finetune.validation_rows={finetune.validation_rows} leaves no row to train on; "
+            f"finetune.validation_rows={study.validation_rows} leaves no row to train on; "
             f"the dataset has {num_examples} rows"
         )
     if finetune.num_rows is not None and finetune.num_rows > rows:
         raise UserError(
             f"finetune.num_rows={finetune.num_rows}, but {rows} rows are left beside "
-            f"{finetune.validation_rows} for validation; raise dataset.num_rows"
+            f"{study.validation_rows} for validation; raise dataset.num_rows"
         )
 
 
@@ -176,7 +176,7 @@ def _check_adapter(study: Study) -> None:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
-    left = max(1, sizes.rows - finetune.validation_rows)
+    left = max(1, sizes.rows - spec.finetune["validation_rows"])
     rows = finetune.epochs * min(finetune.num_rows or left, left)
     length = min(sizes.prompt + sizes.answer, finetune.max_length)
     cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens

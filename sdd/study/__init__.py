@@ -5,7 +5,9 @@ Recipes are made of it, in `sdd/stages/`. Reads only configs, digests and row co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ from omegaconf import DictConfig
 from sdd.config import check_pruning
 from sdd.store import STAGES, Recipe, canonical
 from sdd.study.calibration import Calibration
+from sdd.study.keeping import with_size
 from sdd.study.models import STAND_IN, Models
 from sdd.study.rows import Rows
+
+log = logging.getLogger(__name__)
+
+MOST_HELD_OUT = 5
+"""One row in so many may be held out."""
 
 __all__ = ["Study", "is_provisional"]
 
@@ -32,10 +40,11 @@ class Study:
     """
 
     def __init__(self, config: DictConfig, digest_memory: Path, students: Sequence[Study] = ()) -> None:
-        self.config, self.digest_memory, self.students = config, digest_memory, list(students)
+        self.digest_memory, self.students = digest_memory, list(students)
         self.sources: dict[str, Path] = {}
         self.texts: dict[str, list[str]] = {}
         self.models = Models(config, digest_memory, self.sources)
+        self.config = config = with_size(config, self.models)
         self.rows = Rows(config.dataset, self.sources)
         self.prompts = self.rows if config.analysis.prompts is None else Rows(config.analysis.prompts, self.sources)
         self.calibration = Calibration(config, self.rows)
@@ -45,6 +54,18 @@ class Study:
     def blocks_removed(self) -> int:
         pruning = self.config.pruning
         return int(pruning.size if pruning.blocks is None else len(pruning.blocks))
+
+    @cached_property
+    def validation_rows(self) -> int:
+        """Rows that no student is trained on: as many as are asked for, at most a fifth of those that there are."""
+        asked, rows = int(self.config.finetune.validation_rows), self.rows.source.known_rows()
+        if rows is None or asked <= rows // MOST_HELD_OUT:
+            return asked
+        held_out = rows // MOST_HELD_OUT
+        log.warning(
+            "finetune.validation_rows=%d is over a fifth of the %d rows; %d are held out", asked, rows, held_out
+        )
+        return int(held_out)
 
     def recipe(
         self, stage: str, spec: Any, inputs: dict[str, Recipe], labels: dict[str, str], raised: int = 0

@@ -11,6 +11,8 @@ from sdd.study.rows import Rows, part_node
 
 FROM_DATASET = "sdd.data.texts.DatasetTexts"
 """The calibration texts that are made of the fine-tuning rows."""
+EMBEDDED_TEXTS = "sdd.data.tiny.TinyTexts"
+"""Those of the embedded tasks."""
 OF_RECIPES = ("max_length",)
 """Settings of the node that no constructor of texts is told."""
 LOCAL_TEXTS = "sdd.data.texts.LocalTexts"

@@ -65,10 +65,14 @@ class Rows:
         return spec
 
     @property
+    def parts(self) -> list[DictConfig]:
+        """The nodes of a mixture's parts, or the one node."""
+        return list(self.node.parts.values()) or [self.node]
+
+    @property
     def examples(self) -> list[Example] | None:
         """The rows; None where they would have to be asked of the hub."""
-        parts = list(self.node.parts.values()) or [self.node]
-        if any(part.path is None and part.hub.repository is not None for part in parts):
+        if any(part.path is None and part.hub.repository is not None for part in self.parts):
             return None
         examples: list[Example] = self.source.examples()
         return examples
@@ -93,5 +97,4 @@ class Rows:
 
         Those of the embedded tasks are bare numbers and words, which are read as ever.
         """
-        parts = list(self.node.parts.values()) or [self.node]
-        return any(part.answer_rule != "none" and part._target_ != EMBEDDED for part in parts)
+        return any(part.answer_rule != "none" and part._target_ != EMBEDDED for part in self.parts)

@@ -14,8 +14,10 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 
 SPLITS = {"teacher": range(29), "pool": range(29, 37), "dev": range(37, 38), "test": range(38, 40)}
 BUCKETS = 40
@@ -78,32 +80,54 @@ def _instance(
 # ---- chains of arithmetic: word problems and bare expressions ---------------------------------------------------
 
 LIMIT = 40
+STARTS = range(2, 21)
+LENGTHS = (2, 3)
+"""Steps of a chain."""
 
 
 def _chain(rng: random.Random) -> tuple[int, list[tuple[int, str, int, int]]]:
     """A start and two or three steps (before, operator, operand, after), all values in 0..LIMIT."""
-    start = value = rng.randint(2, 20)
+    start = value = rng.choice(STARTS)
     steps = []
-    for _ in range(rng.choice([2, 3])):
-        operator = rng.choice("++--*")
-        if operator == "*" and value * 2 > LIMIT:
-            operator = "-"
-        if operator == "-" and value < 2:
-            operator = "+"
-        if operator == "+":
-            operand = rng.randint(2, 9)
-            after = value + operand
-        elif operator == "-":
-            operand = rng.randint(1, min(value, 9))
-            after = value - operand
-        else:
-            operand = rng.randint(2, max(2, min(3, LIMIT // max(value, 1))))
-            after = value * operand
-        if after > LIMIT:
-            operator, operand, after = "-", min(value, 9), value - min(value, 9)
-        steps.append((value, operator, operand, after))
-        value = after
+    for _ in range(rng.choice(LENGTHS)):
+        operator, operands = _operands(value, rng.choice("++--*"))
+        steps.append(_step(value, operator, rng.choice(operands)))
+        value = steps[-1][3]
     return start, steps
+
+
+def _operands(value: int, operator: str) -> tuple[str, range]:
+    """The operator that a value bears, and what may stand after it."""
+    if operator == "*" and value * 2 > LIMIT:
+        operator = "-"
+    if operator == "-" and value < 2:
+        operator = "+"
+    most = {"+": 9, "-": min(value, 9), "*": max(2, min(3, LIMIT // max(value, 1)))}[operator]
+    return operator, range(1 if operator == "-" else 2, most + 1)
+
+
+def _step(value: int, operator: str, operand: int) -> tuple[int, str, int, int]:
+    after = {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
+    if after > LIMIT:
+        return value, "-", min(value, 9), value - min(value, 9)
+    return value, operator, operand, after
+
+
+@cache
+def _chain_keys() -> set[str]:
+    """The keys of all chains that there are."""
+    chains: list[tuple[int, list[tuple[int, str, int, int]]]] = [(start, []) for start in STARTS]
+    found: set[str] = set()
+    for length in range(1, max(LENGTHS) + 1):
+        longer = []
+        for start, steps in chains:
+            value = steps[-1][3] if steps else start
+            nexts = {_step(value, own, k) for operator in "+-*" for own, ks in [_operands(value, operator)] for k in ks}
+            longer += [(start, [*steps, step]) for step in nexts]
+        chains = longer
+        if length in LENGTHS:
+            found |= {_chain_key(start, steps) for start, steps in chains}
+    return found
 
 
 def _chain_key(start: int, steps: list[tuple[int, str, int, int]]) -> str:
@@ -353,6 +377,10 @@ def stated(creature: str, attribute: str, value: str) -> str:
     return _STATEMENTS[attribute].format(creature, value)
 
 
+def _fact_key(pair: Iterable[tuple[str, str]]) -> str:
+    return "fact " + ", ".join(sorted(f"{creature} {attribute}" for creature, attribute in pair))
+
+
 def fact(rng: random.Random) -> Instance:
     """Two facts of a made-up world, asked together. Every fact is in every split; the pairs are not."""
     (first, second) = rng.sample(sorted(WORLD), 2)
@@ -368,7 +396,7 @@ def fact(rng: random.Random) -> Instance:
     return _instance(
         rng,
         "fact",
-        "fact " + ", ".join(sorted(f"{creature} {attribute}" for creature, attribute in (first, second))),
+        _fact_key((first, second)),
         prompt,
         answer,
         gold,
@@ -381,6 +409,33 @@ def fact(rng: random.Random) -> Instance:
 FAMILIES: dict[str, Callable[[random.Random], Instance]] = {
     family.__name__: family for family in (word, arithmetic, sort, reverse, rotate, shift, initials, fact)
 }
+
+
+PLENTY = {"teacher": 9_000, "pool": 2_500, "dev": 300, "test": 600}
+"""Instances that a split has of every family: up to here nothing needs counting."""
+MOST = 200_000
+"""Instances of a family that are drawn at most; only chains and facts have fewer, the other families have millions."""
+
+
+@cache
+def available(split: str, family: str) -> int:
+    """How many distinct instances of a family can be drawn from a split."""
+    if family in ("word", "arithmetic"):
+        keys: Iterable[str] = _chain_keys()
+    elif family == "fact":
+        keys = (_fact_key(pair) for pair in combinations(sorted(WORLD), 2))
+    else:
+        return MOST
+    return sum(split_of(key) == split for key in keys)
+
+
+def check_available(split: str, n: int, families: list[str]) -> None:
+    """Refuse at once more instances than there are, the families in turn."""
+    if n <= PLENTY[split] * len(families):
+        return
+    most = len(families) * min(available(split, family) for family in families)
+    if n > most:
+        raise ValueError(f"{n:,} of the embedded tasks, but the {split} split has {most:,} of these families")
 
 
 def draw(family: str, split: str, rng: random.Random) -> Instance:
@@ -398,6 +453,7 @@ def instances(split: str, seed: int, n: int, families: list[str] | None = None) 
     names = list(families or FAMILIES)
     if unknown := set(names) - set(FAMILIES):
         raise ValueError(f"unknown family {sorted(unknown)[0]!r}; choose from {', '.join(FAMILIES)}")
+    check_available(split, n, names)
     rng = random.Random(f"{split} {seed}")
     seen: set[tuple[str, str]] = set()
     for i in range(n):

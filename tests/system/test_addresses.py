@@ -89,6 +89,7 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("width_metric.seed", 1, {"pruned"}, ["metric@width_metric=random_width"], {"pruning.ratio": 0.2}),
     ("model.dtype", "bfloat16", {"scores", "rewrites"}, [], {}),
     ("pruning.size", 1, {"pruned"}, [], {}),
+    ("pruning.keep", 0.3, {"pruned"}, ["pruning=n1"], {}),
     ("pruning.start", 1, {"pruned"}, [], {"pruning.blocks": None, "pruning.start": 0}),
     ("pruning.blocks", [0, 3], {"pruned"}, [], {"pruning.blocks": [0, 2]}),
     ("dataset.num_rows", 139, {"rewrites"}, [], {}),

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
+from hydra.types import RunMode
 from launching import REPOSITORY
+from omegaconf import open_dict
 
-from sdd.cli.app import config_folder
-from sdd.cli.students import quoted
+from sdd.cli.loader import own_loader
+from sdd.cli.program import SCRIPTS, TOOLS
+from sdd.cli.words import arranged
 from sdd.config import check_values
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -26,8 +27,16 @@ def commands() -> Iterator[str]:
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith(("python ", "make ")):
-                    yield line.partition(" #")[0].strip()
+                if line.startswith(("python ", "make ", "sdd ")):
+                    yield plain(line.partition(" #")[0].strip())
+
+
+def plain(command: str) -> str:
+    """A command of the program `sdd` as the script or module that it runs."""
+    program, name, *words = command.split(" ")
+    if program != "sdd":
+        return command
+    return " ".join([f"python {name}.py" if name in SCRIPTS else f"python -m {TOOLS[name]}", *words])
 
 
 COMMANDS = sorted(set(commands()))
@@ -36,7 +45,7 @@ COMMANDS = sorted(set(commands()))
 def first_choices(words: list[str]) -> list[str]:
     """The words of a sweep's first job."""
     found = []
-    for word in map(quoted, words):
+    for word in arranged(["-m", *words])[1:]:
         override = OverridesParser.create().parse_override(word)
         if override.is_sweep_override():
             first = next(iter(override.sweep_string_iterator()))
@@ -57,12 +66,14 @@ def test_script_composes(command: str) -> None:
     assert (REPOSITORY / script).is_file()
     is_sweep = words[:1] == ["-m"]
     words = words[is_sweep:]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        launcher = [word for word in words if word.startswith("hydra")]
-        config = compose("config", [*first_choices([word for word in words if word not in launcher])])
-        compose("config", launcher, return_hydra_config=True)
-    GlobalHydra.instance().clear()
+    launcher = [word for word in words if word.startswith("hydra")]
+    loader = own_loader()
+    loader.load_configuration("config", launcher, RunMode.RUN)
+    config = loader.load_configuration(
+        "config", first_choices([word for word in words if word not in launcher]), RunMode.RUN
+    )
+    with open_dict(config):
+        del config.hydra
     check_values(config)
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"study"},
     {"stages"},
     {"report", "export"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 COMPUTING = ("architectures", "models", "tiny", "forward", "finetuning", *LAYERS[6])

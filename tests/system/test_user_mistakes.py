@@ -24,7 +24,6 @@ BAD = {
     "every block": ("prune", ["pruning.blocks=[0,1,2,3]"], "removes all 4 blocks"),
     "blocks and start": ("prune", ["pruning.blocks=[1]", "pruning.start=0"], "exclude each other"),
     "too many rows": ("train", ["finetune.num_rows=137"], "finetune.num_rows=137, but 136 rows"),
-    "all rows held out": ("train", ["finetune.validation_rows=140"], "finetune.validation_rows=140 leaves no row"),
     "negative rate": ("train", ["finetune.learning_rate=-1e-3"], "finetune.learning_rate=-0.001 must be positive"),
     "no rate": ("train", ["finetune.learning_rate=0"], "must be positive"),
     "rate not a number": ("train", ["finetune.learning_rate=nan"], "finetune.learning_rate=nan must be"),

@@ -11,7 +11,24 @@ import pytest
 
 from sdd import answers
 from sdd.data.tiny import CALIBRATION_SEED
-from sdd.tiny.tasks import BUCKETS, FAMILIES, SPLITS, WORLD, Instance, draw, instances, main, split_of
+from sdd.tiny.tasks import (
+    BUCKETS,
+    FAMILIES,
+    PLENTY,
+    SPLITS,
+    WORLD,
+    Instance,
+    _chain,
+    _chain_key,
+    _chain_keys,
+    _fact_key,
+    available,
+    check_available,
+    draw,
+    instances,
+    main,
+    split_of,
+)
 
 DRAWS = {"teacher": 4000, "pool": 3000, "dev": 1000, "test": 1500}
 SEEDS = (0, 1, 17)
@@ -157,6 +174,19 @@ def test_calibration_draws_apart_from_fine_tuning() -> None:
 def test_unknown_names_are_refused(split: str, families: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(instances(split, 0, 1, families))
+
+
+def test_more_instances_than_there_are_is_told_at_once() -> None:
+    """What is counted is what can be drawn; below PLENTY nothing needs counting."""
+    for split, plenty in PLENTY.items():
+        assert plenty <= min(available(split, family) for family in FAMILIES)
+    facts = available("pool", "fact")
+    assert facts == sum(split_of(_fact_key(pair)) == "pool" for pair in combinations(sorted(WORLD), 2))
+    rng = random.Random(0)
+    assert {_chain_key(*_chain(rng)) for _ in range(2_000)} <= _chain_keys()
+    check_available("pool", 8 * facts, list(FAMILIES))
+    with pytest.raises(ValueError, match=f"but the pool split has {8 * facts:,} of these families"):
+        next(instances("pool", 0, 8 * facts + 1))
 
 
 def test_the_command_prints_four_keys_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""The schema as a table: what each setting of the config is, by its dotted key."""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from sdd.config.schema import Config
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The type of a setting, and whether it may be null."""
+
+    type: Any
+    optional: bool
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it holds settings of its own."""
+        return is_dataclass(self.type)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words: "a whole number, or null"."""
+        origin, words = get_origin(self.type), NAMES.get(self.type, "settings by name, {key: value}")
+        if origin is list:
+            items = NAMES.get(get_args(self.type)[0], "values").removeprefix("a ").removesuffix(" number")
+            words = {"whole": "a list of whole numbers", "": "a list of numbers", "text": "a list of words"}.get(
+                items, "a list"
+            )
+        return f"{words}, or null" if self.optional else words
+
+
+def setting(key: str) -> Setting | None:
+    """The setting at a dotted key; None for what the schema leaves open, or does not have."""
+    current = Setting(Config, False)
+    for part in key.split("."):
+        if current.is_group:
+            hint = get_type_hints(current.type).get(part)
+        elif get_origin(current.type) is dict:
+            hint = get_args(current.type)[1]
+        else:
+            return None
+        if hint is None or hint is Any:
+            return None
+        current = _of(hint)
+    return current
+
+
+def descriptions(kind: Any = Config, before: str = "") -> dict[str, str]:
+    """What each setting and group of the schema says that it is, by dotted key."""
+    hints, found = get_type_hints(kind), {}
+    for field in fields(kind):
+        key, own = f"{before}{field.name}", _of(hints[field.name])
+        found[key] = str(field.metadata.get("description", ""))
+        if own.is_group:
+            found |= descriptions(own.type, f"{key}.")
+    return found
+
+
+def _of(hint: Any) -> Setting:
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
+        return Setting(inner, True)
+    return Setting(hint, False)
+
+
+def keys(kind: Any = Config, before: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, groups of settings included."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        key, own = f"{before}{field.name}", _of(hints[field.name])
+        yield key
+        if own.is_group:
+            yield from keys(own.type, f"{key}.")
