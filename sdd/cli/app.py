@@ -21,9 +21,11 @@ import hydra
 import hydra._internal.hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.loader import PACKAGE, CheckedConfigLoader, config_folder
+from sdd.cli.progress import bars_into
 from sdd.cli.students import composed_students, quoted
 from sdd.config import Config, check_values, plain
 from sdd.errors import UserError
@@ -119,6 +121,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
     else:
         _check_machine(config.trainer)
+    from sdd.cli.endings import ending
     from sdd.config.provenance import provenance
     from sdd.stages import graph, tuned
     from sdd.store import Store
@@ -135,6 +138,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         folder = study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if not store.has(wanted):
         from sdd.stages import builds
 
@@ -146,11 +150,14 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         _use_threads(config.trainer.threads)
         how = builds(_runtime(config, study, run_folder))
         merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
-        if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
-            for student, (own, words) in zip(study.students, students, strict=True):
-                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
-        store.ensure(wanted, how, config.store.missing)
+        with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
+            if merging and config.store.missing == "build":  # so that a student's manifest names its own command
+                for student, (own, words) in zip(study.students, students, strict=True):
+                    Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
+            store.ensure(wanted, how, config.store.missing)
     path = store.folder(wanted)
+    for line in ending(wanted, study, store, sys.argv[1:], is_sweep):
+        print(line, file=sys.stderr)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
 

@@ -24,13 +24,13 @@ def subject(shared_study: Any, read_study: Any) -> Subject:
 
 
 def test_sections_of_a_study(subject):
-    everything = ["findings", "compared", "table", "differences", "retention", "gain", "cost", "redundancy"]
-    assert anchors(subject) == [*everything, "answers", "rewrites", "provenance"]
+    everything = ["findings", "compared", "table", "differences", "health", "retention", "gain", "cost"]
+    assert anchors(subject) == [*everything, "redundancy", "answers", "rewrites", "provenance"]
 
 
 def test_sections_without_artifacts_are_absent(artifacts, read_study):
     artifacts.evaluated(None, {"add": [1, 0]})
-    assert anchors(read_study(artifacts.root)) == ["findings", "compared", "table", "answers", "provenance"]
+    assert anchors(read_study(artifacts.root)) == ["findings", "compared", "table", "health", "answers", "provenance"]
 
 
 def test_charts_show_the_numbers_of_the_table(subject):
