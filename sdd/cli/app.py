@@ -156,7 +156,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
                     Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
             store.ensure(wanted, how, config.store.missing)
     path = store.folder(wanted)
-    for line in ending(wanted, study, store, sys.argv[1:], is_sweep):
+    for line in ending(wanted, study, store, sys.argv[1:], HydraConfig.get().job.num if is_sweep else None):
         print(line, file=sys.stderr)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}

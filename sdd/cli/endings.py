@@ -23,8 +23,11 @@ log = logging.getLogger(__name__)
 SIZES = CUT | {"kind?": str, "width_before?": int, "width_after?": int}
 
 
-def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], is_sweep: bool) -> list[str]:
-    """Lines about an artifact that was asked for in `words` of a command line; none where nothing can be read of it."""
+def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], job: int | None) -> list[str]:
+    """Lines about an artifact that was asked for in `words` of a command line; none where nothing can be read of it.
+
+    `job` is its number in a sweep, None outside of one.
+    """
     tellers: dict[str, Callable[[Path], list[str]]] = {
         "pruned": lambda folder: [*cut_lines(folder), *_next_commands(words)],
         "targets": targets_lines,
@@ -37,7 +40,7 @@ def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], is_
     except (UserError, OSError) as error:
         log.warning("what this came to cannot be read: %s", printable(str(error)))
         return []
-    return [printable(line) for line in (lines[:1] if is_sweep else lines)]
+    return [printable(line) for line in (lines if job is None else [f"#{job} {line}" for line in lines[:1]])]
 
 
 def _command(script: str, words: Sequence[str], *own: str) -> str:

@@ -78,7 +78,7 @@ def last_bar(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         text = file.read().decode("utf-8", "replace")
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    lines = [line.strip() for line in re.split(r"(?:[\r\n]|\x1b\[[0-9;]*[A-Za-z])+", text) if line.strip()]
     return printable(" ".join(re.sub(r"\|[^|]*\|", " ", lines[-1]).split())) if lines else "begun"
 
 

@@ -12,7 +12,6 @@ hides that other items are right than before (flips: Dutta et al. 2024, arXiv 24
 What they do not know: a loop that counts on ("Step 1, Step 2, ..."), and whether a short answer is a worse one.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +26,8 @@ LEAST = 60
 """Characters that all copies together must have, so that "no, no, no" is none."""
 LONGEST = 400
 """Characters of the longest words that are looked for."""
+TAIL = LEAST // COPIES
+"""Characters of the end that every copy must hold again."""
 
 SHARE = 0.02
 """By how much of all answers a rate must be above the unpruned model's."""
@@ -50,16 +51,23 @@ RATES = {
 def repeats(text: str) -> bool:
     """Whether a text ends in `COPIES` or more of the same characters, a last copy being perhaps cut.
 
-    Where a text ends inside a copy, its end is still periodic: the last characters of any such length repeat.
+    Where a text ends inside a copy, its end is still periodic: the last characters of any such length repeat. The
+    lengths that come into question are the distances at which its very end stood before.
     """
     text = text.rstrip()
-    longest = min(LONGEST, len(text) // COPIES)
-    return any(text.endswith(text[-n:] * max(COPIES, -(-LEAST // n))) for n in range(1, longest + 1))
+    end = len(text) - TAIL
+    tail = text[end:] if len(text) >= LEAST else ""
+    at = text.rfind(tail, 0, -1) if tail else -1
+    while at >= 0 and (length := end - at) <= LONGEST:
+        if text.endswith(text[-length:] * max(COPIES, -(-LEAST // length))):
+            return True
+        at = text.rfind(tail, 0, at + TAIL - 1)
+    return False
 
 
 def words(text: str) -> int:
-    """Words and signs in a text."""
-    return len(re.findall(r"\w+|[^\w\s]", text))
+    """Words in a text, as spaces part them."""
+    return len(text.split())
 
 
 def flips(student: Array, teacher: Array) -> tuple[Array, Array]:

@@ -6,7 +6,6 @@ Each step is a sentence with the settings that do it. Only the largest compariso
 from typing import Any
 
 from sdd.report.arms import Arm, text_of
-from sdd.report.collect import spans
 from sdd.report.contrasts import Study
 from sdd.report.measures import Comparison
 from sdd.report.tables import pairs_of, percent
@@ -51,29 +50,29 @@ def _hidden_damage(study: Study, comparison: Comparison) -> list[str]:
 
 def _open_differences(study: Study, arms: dict[str, Arm]) -> list[str]:
     """Of ways of fine-tuning whose difference could be chance, and of those that rest on one seed."""
-    seldom, seeded = [], []
+    few_seeds, many_seeds = [], []
     for (a, b), by in pairs_of(study.contrasts).items():
         if a not in arms or b not in arms or arms[a].look == arms[b].look:
             continue
         value = by["average"]
         if value["low"] <= 0 <= value["high"]:
-            (seldom if len(value["seeds"]) < ENOUGH_SEEDS else seeded).append((a, b, value))
+            (few_seeds if len(value["seeds"]) < ENOUGH_SEEDS else many_seeds).append((a, b, value))
     steps = []
-    if seldom:
-        a, b, value = max(seldom, key=_width)
+    if few_seeds:
+        a, b, value = max(few_seeds, key=_width)
         more = max(value["seeds"], default=-1) + 1
-        seeds = spans(list(range(more, more + ENOUGH_SEEDS - len(value["seeds"])))).replace("-", " to ")
+        seeds = ",".join(map(str, range(more, more + ENOUGH_SEEDS - len(value["seeds"]))))
         steps.append(
-            f"Run more seeds ({_seeds(value['seeds'])} so far; seed {seeds} next): {a} minus {b} is "
-            f"{percent(value, signed=True)} points, which holds zero."
+            f"Run more seeds (seed={seeds}): {a} minus {b} is {percent(value, signed=True)} points over "
+            f"{_plural(len(value['seeds']))}, which could be chance."
         )
     elif any(len(arm.seeds) == 1 for arm in arms.values()):
         steps.append("Run more seeds: with one, an interval says nothing of what another seed would give.")
-    if seeded:
-        a, b, value = max(seeded, key=_width)
+    if many_seeds:
+        a, b, value = max(many_seeds, key=_width)
         steps.append(
-            f"Ask more items (evaluation.limit) or take {a} minus {b}, {percent(value, signed=True)} points over "
-            f"{len(value['seeds'])} seeds, for too small to matter."
+            f"Ask more items (evaluation.limit): {a} minus {b} is {percent(value, signed=True)} points over "
+            f"{_plural(len(value['seeds']))}, and still could be chance."
         )
     return steps
 
@@ -82,8 +81,8 @@ def _width(difference: tuple[str, str, dict[str, Any]]) -> float:
     return float(difference[2]["high"] - difference[2]["low"])
 
 
-def _seeds(seeds: list[int]) -> str:
-    return f"{len(seeds)} in common" if seeds else "none"
+def _plural(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def _rates(tuned: list[Arm]) -> list[str]:

@@ -37,7 +37,7 @@ def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     assert [records[n]["path"] for n in range(4)] == outcome.lines
     bars = (tmp_path / "sweep" / "1" / "progress.log").read_text()
     assert "tune:" in bars and "tune:" not in outcome.stderr
-    assert outcome.stderr.count("average ") == 4
+    assert [f"#{n} average " in outcome.stderr for n in range(4)] == [True] * 4
     assert (tmp_path / "sweep" / "report" / "table.json").is_file()
 
     before = state_of(tmp_path / "artifacts")

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from sdd.cli.progress import Progress, bars_into, number_of_jobs
 
 BAR = "\rtune:   0%|          | 0/64 [00:00<?, ?step/s]"
-BAR += "\rtune:  45%|████▌     | 29/64 [00:10<00:12,  2.80step/s, loss=0.4]"
+BAR += "\rtune:  45%|████▌     | 29/64 [00:10<00:12,  2.80step/s, loss=0.4]\x1b[A"
 
 
 def write(path: Path, text: str) -> None:

@@ -16,6 +16,8 @@ from sdd.store import STAGES
 ORDER = list(STAGES)
 MOST_CONTRASTS = 300
 MOST_VALUES = 12
+MOST_SENTENCES = 8
+"""Of the findings before the rest is folded; the last, on what they rest, is always there."""
 DIMENSIONS = {"mode": "mode", "pruning": "size", "metric": "metric", "dataset": "dataset"}
 """What the page filters by; `size` is the name of the pruning."""
 
@@ -48,7 +50,9 @@ def model_name(subject: Subject) -> str:
 
 def in_words(subject: Subject) -> Section:
     """The findings in sentences, and what to try next."""
-    body = render("findings.html", sentences=findings(subject.study), steps=next_steps(subject.study))
+    body = render(
+        "findings.html", sentences=findings(subject.study), steps=next_steps(subject.study), first=MOST_SENTENCES
+    )
     return Section("findings", "In words", "What the tables and figures below come to.", body=body)
 
 
