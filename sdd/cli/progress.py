@@ -18,7 +18,7 @@ from sdd.untrusted import printable, read_json
 
 FILE = "progress.log"
 TAIL = 2_000
-"""Bytes of a job's file in which its last bar is."""
+"""Bytes at the end of a job's file in which its last bar is, or the stage that it builds."""
 ON_TERMINAL, ELSEWHERE = 10.0, 60.0
 """Seconds between two lines."""
 MOST = 8
@@ -73,13 +73,25 @@ def number_of_jobs(config: Any) -> int | None:
     return len(jobs)
 
 
-def last_bar(path: Path) -> str:
-    """'tune: 45% 29/64 [00:10<00:12, 2.8step/s]': the last line of a file, the drawn part of its bar left out."""
+def _end_of(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
-        text = file.read().decode("utf-8", "replace")
-    lines = [line.strip() for line in re.split(r"(?:[\r\n]|\x1b\[[0-9;]*[A-Za-z])+", text) if line.strip()]
+        return file.read().decode("utf-8", "replace")
+
+
+def last_bar(path: Path) -> str:
+    """'tune: 45% 29/64 [00:10<00:12, 2.8step/s]': the last line of a file, the drawn part of its bar left out."""
+    parts = re.split(r"(?:[\r\n]|\x1b\[[0-9;]*[A-Za-z])+", _end_of(path))
+    lines = [line.strip() for line in parts if line.strip()]
     return printable(" ".join(re.sub(r"\|[^|]*\|", " ", lines[-1]).split())) if lines else "begun"
+
+
+def stage_of(folder: Path) -> str:
+    """What a job builds, by the last such line of its log."""
+    for path in folder.glob("*.log"):
+        if path.name != FILE and (stages := re.findall(r" building ([a-z]+)/", _end_of(path))):
+            return f"{stages[-1]}, "
+    return ""
 
 
 class Progress:
@@ -95,14 +107,14 @@ class Progress:
         return [path for name in ("result.json", FILE) for path in self.folder.rglob(name)]
 
     def line(self) -> str:
-        """'3 of 12 jobs done, 1 of them failed; running: #3 tune: 45% 29/64 [...]; #4 begun'."""
+        """'3 of 12 jobs done, 1 of them failed; running: #3 tuned, tune: 45% 29/64 [...]; #4 begun'."""
         fresh = [path for path in self._files() if path.stat().st_mtime_ns != self.earlier.get(path)]
         through = {path.parent for path in fresh if path.name == "result.json"}
         failed = sum(_has_failed(folder / "result.json") for folder in through)
         running = sorted((p for p in fresh if p.name == FILE and p.parent not in through), key=_order)
         text = f"{len(through)}{'' if self.jobs is None else f' of {self.jobs}'} jobs done"
         text += f", {failed} of them failed" if failed else ""
-        named = [f"#{path.parent.relative_to(self.folder)} {last_bar(path)}" for path in running[:MOST]]
+        named = [f"#{p.parent.relative_to(self.folder)} {stage_of(p.parent)}{last_bar(p)}" for p in running[:MOST]]
         named += [f"and {len(running) - MOST} more"] if len(running) > MOST else []
         return text + (f"; running: {'; '.join(named)}" if named else "")
 

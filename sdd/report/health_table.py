@@ -21,9 +21,9 @@ CRITERION = (
 METHOD = (
     f"Percent of answers in the model's own words, means over tasks. Repeated: the answer ends in {health.COPIES} or "
     "more copies of the same characters. Cut: it fills the limit of generated tokens, counted anew from its text. "
-    "Malformed: it ends without stating an answer in the form that the task wants. Flips: percent of items scored "
-    "right or wrong. Calibration error: of choices by likelihood, in ten bins of confidence. A dash: the evaluation "
-    "cannot tell."
+    "Malformed: it ends without stating an answer in the form that the task wants. Length ratio: of words to the "
+    "unpruned model's. Flips, right to wrong and back: percent of items scored right or wrong. Calibration error: of "
+    "choices by likelihood, in ten bins of confidence. A dash: the evaluation cannot tell."
 )
 NO_SAMPLING = "pass@1 against pass@k is absent: every item was answered once, or its several answers have no scores."
 
@@ -35,7 +35,7 @@ def times(value: dict[str, Any] | None) -> str:
 
 def health_cells(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A header, and a line for each arm."""
-    header = ["arm", *health.RATES, "words", "length of the unpruned model's", "right to wrong", "wrong to right"]
+    header = ["arm", *health.RATES, "words", "length ratio", "right to wrong", "wrong to right"]
     header += ["calibration error", "worse than the unpruned model", "hidden by the average"]
 
     def cells(record: dict[str, Any]) -> list[str]:

@@ -122,7 +122,7 @@ def pairs_of(contrasts: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str,
 
 def own_settings(by_measure: dict[str, dict[str, Any]]) -> str:
     """What two arms have each at its own, by short names; "" where their settings are equal."""
-    return ", ".join(name.rpartition(".")[2] for name in by_measure["average"]["settings_differ"])
+    return ", ".join(name.rpartition(".")[2].replace("_", " ") for name in by_measure["average"]["settings_differ"])
 
 
 def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sdd.report import write_report
+from sdd.report.facts import facts_of
 from sdd.report.health import calibration_error, confidence, flips, repeats, symptoms, words
 from sdd.report.library import find_evaluated
 from sdd.report.limits import cut_at
@@ -168,3 +169,15 @@ def test_choices_have_a_calibration_error_and_no_length(artifacts, tmp_path):
     assert record["calibration"]["error"] == pytest.approx(0.4)
     assert (record["calibration"]["confidence"], record["calibration"]["choices"]) == (pytest.approx(0.9), 40)
     assert record["words"] is record["repeated"] is record["cut"] is None
+
+
+def test_several_answers_to_an_item_count_as_one_and_given_answers_not_at_all():
+    rows: list[dict[str, Any]] = [
+        {"id": "several", "score": 1.0, "response": ["one two", "la " * 40], "malformed": True},
+        {"id": "choice", "score": 0.5, "response": "b", "log_likelihoods": [-1.0, -1.0], "metrics": {"acc,none": 1.0}},
+        {"id": "given", "score": 0.3, "response": "given", "log_likelihood": -3.0},
+    ]
+    several, choice, given = facts_of(rows, lambda texts: [len(text) > 20 for text in texts])
+    assert several == {"score": 1, "answers": 2, "words": 21, "repeated": 0.5, "malformed": 1, "cut": 0.5}
+    assert choice == {"confidence": 0.5, "right": 1}
+    assert given == {}

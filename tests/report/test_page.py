@@ -139,6 +139,8 @@ def test_page_names_nothing_outside_itself(subject):
     ids = set(re.findall(r'\sid="([^"]*)"', html))
     assert {link[1:] for link in links} <= ids
     assert page(subject) == whole
+    first = ["<h1", 'id="findings"', "What to try next", 'id="filters"', 'id="compared"']
+    assert sorted(first, key=html.index) == first
 
 
 def test_every_number_leads_to_its_command(study, read_study):

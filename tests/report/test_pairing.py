@@ -42,7 +42,7 @@ def test_arms_tuned_by_themselves_are_compared_where_no_settings_are_equal(artif
     evaluated("self_distill", 3e-3, 20)
     assert [*differences(artifacts, tmp_path)] == [("self_distill lr=0.003", "sft lr=0.0003")]
     words = (tmp_path / "table.md").read_text().rpartition("## In words")[2]
-    assert "- self_distill lr=0.003 minus sft lr=0.0003, each at its own learning_rate: +25.0 [" in words
+    assert "- self_distill lr=0.003 minus sft lr=0.0003, each at its own learning rate: +25.0 [" in words
     evaluated("sft", 3e-3, 5)
     shown = differences(artifacts, tmp_path)
     assert {("self_distill lr=0.003", "sft lr=0.003"), ("self_distill lr=0.003", "sft lr=0.0003")} <= shown.keys()
@@ -52,9 +52,9 @@ def test_arms_tuned_by_themselves_are_compared_where_no_settings_are_equal(artif
     place = [name.strip() for name in header.split("|")].index("each at its own")
     assert {equal[1].split()[-1]: equal[place].strip(), own[1].split()[-1]: own[place].strip()} == {
         "lr=0.003": "",
-        "lr=0.0003": "learning_rate",
+        "lr=0.0003": "learning rate",
     }
-    assert "self_distill lr=0.003 minus sft lr=0.0003, each at its own learning_rate: +25.0 [" in table
+    assert "self_distill lr=0.003 minus sft lr=0.0003, each at its own learning rate: +25.0 [" in table
     for rate in (1e-3, 1e-2):  # of a grid that pair beside, whose arms score best
         evaluated("sft", rate, 15)
         evaluated("self_distill", rate, 16)

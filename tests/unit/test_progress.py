@@ -27,7 +27,8 @@ def test_jobs_done_failed_and_running(tmp_path):
     write(tmp_path / "1" / "result.json", json.dumps({"error": "no such thing"}))
     write(tmp_path / "10" / "progress.log", "")
     write(tmp_path / "2" / "progress.log", f"loading\n{BAR}")
-    bar = "tune: 45% 29/64 [00:10<00:12, 2.80step/s, loss=0.4]"
+    write(tmp_path / "2" / "train.log", "[..] scores/ab built in 3 s\n[..] building tuned/0123456789ab\n")
+    bar = "tuned, tune: 45% 29/64 [00:10<00:12, 2.80step/s, loss=0.4]"
     assert progress.line() == f"2 of 12 jobs done, 1 of them failed; running: #2 {bar}; #10 begun"
     stream = io.StringIO()
     progress.show(stream)

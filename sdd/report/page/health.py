@@ -16,7 +16,7 @@ def _cells(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "hidden by the average": plain(*(("⚠ yes", 1.0) if record["hidden"] else ("–", None))),
         **{name: cell(record[name]) for name in RATES},
         "words": cell(record["words"], scale=1),
-        "length of the unpruned model's": cell(record["length"], 2, 1),
+        "length ratio": cell(record["length"], 2, 1),
         "right to wrong": cell(flips.get("right_to_wrong")),
         "wrong to right": cell(flips.get("wrong_to_right")),
         "calibration error": plain("–" if error is None else f"{error:.1f}", error),
