@@ -30,7 +30,7 @@ def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], job
     """
     tellers: dict[str, Callable[[Path], list[str]]] = {
         "pruned": lambda folder: [*cut_lines(folder), *_next_commands(words)],
-        "targets": targets_lines,
+        "targets": lambda folder: targets_lines(folder, "rewrites" in wanted.inputs),
         "tuned": training_lines,
         "evaluated": lambda folder: _evaluated(folder, wanted, study, store, words),
     }
@@ -87,14 +87,14 @@ def _name(word: str) -> str:
 # ---- rewriting and training -----------------------------------------------------------------------------------------
 
 
-def targets_lines(folder: Path) -> list[str]:
+def targets_lines(folder: Path, are_rewritten: bool) -> list[str]:
     """How many rows there are, and how many of them the unpruned model rewrote."""
     summary = read_facts(folder / "summary.json", SUMMARY | {"rows": int})
     reasons = summary.get("reasons", {})
-    if "ok" not in reasons:
+    if not are_rewritten:
         return [f"{summary['rows']:,} rows, as they are"]
     others = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in reasons.items() if name != "ok")
-    kept = f"{reasons['ok']:,} of {summary['rows']:,} rewrites kept"
+    kept = f"{reasons.get('ok', 0):,} of {summary['rows']:,} rewrites kept"
     return [f"{kept}; the reference stayed in the others: {others}" if others else kept]
 
 

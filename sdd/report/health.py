@@ -15,6 +15,7 @@ What they do not know: a loop that counts on ("Step 1, Step 2, ..."), and whethe
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sdd.report.intervals import Array
 
@@ -81,7 +82,7 @@ def confidence(log_likelihoods: Sequence[float]) -> float:
     return float(1 / np.exp(nats - nats.max()).sum())
 
 
-def calibration_error(confidences: Sequence[float], right: Sequence[float], bins: int = 10) -> float:
+def calibration_error(confidences: npt.ArrayLike, right: npt.ArrayLike, bins: int = 10) -> float:
     """Mean over items of |accuracy - confidence| of their bin, in [0, 1]; bins of equal width, (0, 1/bins] the first.
 
     With few items in a bin it is more than 0 by chance alone.

@@ -50,7 +50,8 @@ def _hidden_damage(study: Study, comparison: Comparison) -> list[str]:
 
 def _open_differences(study: Study, arms: dict[str, Arm]) -> list[str]:
     """Of ways of fine-tuning whose difference could be chance, and of those that rest on one seed."""
-    few_seeds, many_seeds = [], []
+    few_seeds: list[tuple[str, str, dict[str, Any]]] = []
+    many_seeds: list[tuple[str, str, dict[str, Any]]] = []
     for (a, b), by in pairs_of(study.contrasts).items():
         if a not in arms or b not in arms or arms[a].look == arms[b].look:
             continue

@@ -97,7 +97,7 @@ def test_dry_run_says_what_exists(small: list[str], copied: Path) -> None:
 def test_each_script_prints_its_own_artifact(small: list[str], study: Path, manifests: dict, copied: Path) -> None:
     stages = {"prune": "pruned", "generate": "targets", "train": "tuned", "evaluate": "evaluated"}
     endings = {
-        "prune": r"removed blocks 1,2 of 4 .*\nsaves \d.*\nnext, .*: python evaluate.py --config-dir=.* finetune=none",
+        "prune": r"removed blocks \d,\d of .*\nsaves \d.*\nnext, .*: python evaluate.py --config-dir=.* finetune=none",
         "generate": r"\d+ of 140 rewrites kept",
         "train": r"\d+ steps: loss [\d.]+ -> [\d.]+, on validation rows ",
         "evaluate": r"average [\d.]+ percent over 2 tasks\ntask +percent .*(\n.*){3} pruning=none finetune=none\n",

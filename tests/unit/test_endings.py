@@ -53,5 +53,8 @@ def test_training_and_rewriting_in_a_line(tmp_path):
     assert training_lines(write(tmp_path, "history.csv", history)) == [line]
     summary = {"rows": 1200, "reasons": {"ok": 1100, "wrong_answer": 100}}
     line = "1,100 of 1,200 rewrites kept; the reference stayed in the others: wrong answer 100"
-    assert targets_lines(write(tmp_path, "summary.json", summary)) == [line]
-    assert targets_lines(write(tmp_path, "summary.json", {"rows": 9, "reasons": {"sft": 9}})) == ["9 rows, as they are"]
+    assert targets_lines(write(tmp_path, "summary.json", summary), True) == [line]
+    nothing = {"rows": 9, "reasons": {"leak": 9}}
+    (line,) = targets_lines(write(tmp_path, "summary.json", nothing), True)
+    assert line == "0 of 9 rewrites kept; the reference stayed in the others: leak 9"
+    assert targets_lines(write(tmp_path, "summary.json", nothing), False) == ["9 rows, as they are"]
