@@ -20,9 +20,11 @@ from typing import Any
 import hydra
 import hydra._internal.hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.loader import CheckedConfigLoader, config_folder
+from sdd.cli.progress import bars_into
 from sdd.cli.students import composed_students
 from sdd.cli.words import arranged
 from sdd.config import check_values, plain
@@ -125,6 +127,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
     else:
         _check_machine(config.trainer)
+    from sdd.cli.endings import ending
     from sdd.config.provenance import provenance
     from sdd.stages import graph, tuned
     from sdd.store import Store
@@ -146,6 +149,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         folder = study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if missing := store.missing(wanted):
         from sdd.stages import builder
 
@@ -157,11 +161,15 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
                 _check_quantisation(one.config.adapter.quantisation)
         _use_threads(config.trainer.threads)
         build = builder(_runtime(config, study.sources, study.texts, run_folder))
-        if "merged" in stages and config.store.missing == "build":  # so that a student's manifest names its own command
-            for student, (_, words) in zip(study.students, students, strict=True):
-                Store(root, provenance("train", words, plain(student.config))).ensure(tuned.recipe(student), build)
-        store.ensure(wanted, build, config.store.missing)
+        with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
+            if "merged" in stages and config.store.missing == "build":  # so that a student's manifest names its command
+                for student, (_, words) in zip(study.students, students, strict=True):
+                    own = Store(root, provenance("train", words, plain(student.config)))
+                    own.ensure(tuned.recipe(student), build)
+            store.ensure(wanted, build, config.store.missing)
     path = store.folder(wanted)
+    for line in ending(wanted, study, store, sys.argv[1:], HydraConfig.get().job.num if is_sweep else None):
+        print(line, file=sys.stderr)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
 

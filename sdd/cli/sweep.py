@@ -9,6 +9,7 @@ import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from sdd.cli.progress import Progress, number_of_jobs
 from sdd.config.checks import LOGGER_SETTINGS
 from sdd.errors import UserError
 from sdd.untrusted import ANY, check_shape, printable, read_json, read_text
@@ -33,14 +34,20 @@ class SweepEnd(Callback):
 
     def __init__(self) -> None:
         self.earlier: set[tuple[Path, int]] = set()
+        self.progress: Progress | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the records that an earlier sweep left in the same folder."""
-        self.earlier = set(_records(Path(config.hydra.sweep.dir)))
+        """Remember the records that an earlier sweep left in the same folder, and begin to tell how far this one is."""
+        folder = Path(config.hydra.sweep.dir)
+        self.earlier = set(_records(folder))
+        self.progress = Progress(folder, number_of_jobs(config))
+        self.progress.start()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from sdd.cli import app
 
+        if self.progress:
+            self.progress.stop()
         folder = Path(config.hydra.sweep.dir)
         names = {str(p.parent.relative_to(folder)): p for p, _ in set(_records(folder)) - self.earlier}
         jobs = [(name, _record(names[name])) for name in sorted(names, key=lambda n: (len(n), n))]

@@ -2,11 +2,12 @@
 
     python -m sdd.report FOLDER [FOLDER ...] --out DIR
 
-Reads artifacts and writes a report; builds nothing, and knows nothing of models, torch or Hydra. The work is in
+Reads artifacts and writes a report; builds nothing, and knows nothing of torch or Hydra, nor of models, except that a
+tokenizer counts the tokens of answers. The work is in
 `library` and `collect` (artifacts to runs), `arms` and `pairing` (runs to arms, and which of them are contrasted),
-`intervals` (the statistics), `measures` and `contrasts` (arms to numbers), `analyses` (what was measured besides),
-`findings`, `tables`, `latex`, `plots` and `page` (numbers to sentences and files). Imports are deferred, so that
-`--help` answers at once.
+`intervals` (the statistics), `measures` and `contrasts` (arms to numbers), `health` and `examined` (what averages
+hide), `analyses` (what was measured besides), `findings`, `next_steps`, `tables`, `latex`, `plots` and `page` (numbers
+to sentences and files). Imports are deferred, so that `--help` answers at once.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,10 @@ def write_report(folders: list[Path], artifacts: Path, out: Path, baselines: Seq
     from sdd.report.collect import collect
     from sdd.report.contrasts import compare
     from sdd.report.findings import findings
+    from sdd.report.health_table import write_health
     from sdd.report.latex import write_latex
     from sdd.report.library import Library
+    from sdd.report.next_steps import next_steps
     from sdd.report.page import write_page
     from sdd.report.plots import write_plots
     from sdd.report.tables import write_tables
@@ -41,7 +44,8 @@ def write_report(folders: list[Path], artifacts: Path, out: Path, baselines: Seq
         return None
     study = compare(build_arms(runs), notes, baselines)
     out.mkdir(parents=True, exist_ok=True)
-    write_tables(study, findings(study), out)
+    write_tables(study, findings(study), next_steps(study), out)
+    write_health(study, out)
     write_latex(study, out)
     analyses = analyse(study, library)
     write_analyses(analyses, out)

@@ -69,6 +69,7 @@ class Run:
     flops_saved: float | None
     results: dict[str, Any]
     histories: list[Path] = field(default_factory=list)
+    checkpoint: Path | None = None  # of the pruned model, with the tokenizer of all
 
 
 def _digest(value: Any) -> str:
@@ -228,6 +229,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         flops_saved=pruning.get("flops_saved") if pruned else 0.0,
         results=read_results(evaluated.path / "results.json"),
         histories=[artifact.path / "history.csv" for artifact in tuned] if not merged else [],
+        checkpoint=pruned[0].path if pruned else None,
     )
 
 

@@ -2,14 +2,16 @@
 
 A difference is paired by seed and item, so it is better known than two separate intervals suggest. Which arms are
 subtracted from which is `pairing`'s. Pairs whose settings differ, apart from what the pair is about, are kept and say
-in what they differ; they are not comparable, unless each arm was tuned by itself.
+in what they differ; they are not comparable, unless each arm was tuned by itself: that pair stands beside the one with
+equal settings.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sdd.report.arms import Arm
+from sdd.report.examined import examine
 from sdd.report.intervals import Estimate, interval
 from sdd.report.measures import Comparison, Measures, compare_items, row_of, trained_tasks
 from sdd.report.pairing import Pair, check_baselines, pairs
@@ -24,6 +26,8 @@ class Study:
     pairs: list[Pair]
     contrasts: list[dict[str, Any]]
     arms: dict[str, Arm]
+    health: dict[str, dict[str, Any]]
+    """By the name of the arm, as in `health.json`."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -31,19 +35,32 @@ TUNED = {"finetune.learning_rate", "finetune.epochs", "adapter.rank"}
 """What is tuned for each way of fine-tuning by itself."""
 
 
-def comparable(pairs: list[Pair]) -> set[tuple[str, str]]:
-    """The names of pairs with equal settings; and where two modes have none on a model and dataset, of tuned ones."""
+def comparable(pairs: list[Pair], averages: Mapping[str, float]) -> set[tuple[str, str]]:
+    """The names of pairs with equal settings, and beside them of two modes with each at its own tuned ones.
+
+    Where several pairs differ in tuned settings alone, that one is meant whose arms score best, if no pair with equal
+    settings scores better: the best of one evaluation, so tune on another split than the one that is reported.
+    """
 
     def group(pair: Pair) -> tuple[Any, ...]:
         return pair.a.mode, pair.b.mode, pair.a.run.base, pair.a.run.dataset, pair.a.run.merge, pair.baseline
 
-    differences = [(pair, pair.settings_differ) for pair in pairs]
-    equal = {group(pair) for pair, differ in differences if not differ}
-    return {
-        (pair.a.name, pair.b.name)
-        for pair, differ in differences
-        if not differ or (differ.keys() <= TUNED and group(pair) not in equal)
-    }
+    def score(pair: Pair) -> float:
+        return averages[pair.a.name] + averages[pair.b.name]
+
+    by_group: dict[tuple[Any, ...], tuple[list[Pair], list[Pair]]] = {}
+    for pair in pairs:
+        differ = pair.settings_differ
+        if differ.keys() <= TUNED:
+            by_group.setdefault(group(pair), ([], []))[bool(differ)].append(pair)
+    chosen: list[Pair] = []
+    for equal, tuned in by_group.values():
+        chosen += equal
+        if not equal or len(tuned) == 1:
+            chosen += tuned
+        elif tuned and score(best := max(tuned, key=score)) >= max(map(score, equal)):
+            chosen.append(best)
+    return {(pair.a.name, pair.b.name) for pair in chosen}
 
 
 def _contrast(pair: Pair, is_comparable: bool, measures: Measures, notes: list[str]) -> list[dict[str, Any]]:
@@ -106,12 +123,15 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
     rows: list[dict[str, Any]] = []
     all_pairs: list[Pair] = []
     contrasts: list[dict[str, Any]] = []
+    health: dict[str, dict[str, Any]] = {}
     for key in dict.fromkeys(arm.run.comparison for arm in arms):
         comparison = compare_items([arm for arm in arms if arm.run.comparison == key], notes)
         measures = Measures(comparison)
-        rows += [row_of(arm, measures) for arm in comparison.arms]
+        own = [row_of(arm, measures) for arm in comparison.arms]
+        rows += own
+        health |= {record["arm"]: record for record in examine(comparison, own)}
         compared = pairs(comparison.arms, baselines)
-        alike = comparable(compared)
+        alike = comparable(compared, {row["arm"]: row["average"]["mean"] for row in own})
         for pair in compared:
             contrasts += _contrast(pair, (pair.a.name, pair.b.name) in alike, measures, notes)
         all_pairs += compared
@@ -123,4 +143,5 @@ def compare(arms: list[Arm], notes: list[str], baselines: Sequence[str] = ()) ->
                 f"{alone} fine-tuned arm{'s lack' if alone > 1 else ' lacks'} the pruned model to be compared with: "
                 "`finetune=none`, with the same evaluation settings, gives it."
             )
-    return Study(comparisons, rows, all_pairs, contrasts, {arm.name: arm for arm in arms}, list(dict.fromkeys(notes)))
+    by_name = {arm.name: arm for arm in arms}
+    return Study(comparisons, rows, all_pairs, contrasts, by_name, health, list(dict.fromkeys(notes)))

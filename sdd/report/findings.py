@@ -7,7 +7,8 @@ from typing import Any
 
 from sdd.report.arms import Arm, text_of
 from sdd.report.contrasts import Study
-from sdd.report.tables import evaluation_of, pairs_of, percent
+from sdd.report.health_table import damage
+from sdd.report.tables import evaluation_of, own_settings, pairs_of, percent
 
 WAYS = {
     "sft": "fine-tuned on the reference answers",
@@ -25,7 +26,7 @@ def findings(study: Study) -> list[str]:
     comparison = study.comparisons[0]
     rows = {row["arm"]: row for row in study.rows}
     tuned = [arm for arm in comparison.arms if arm.tuned]
-    sentences = []
+    sentences = _answer(study, {arm.name: arm for arm in tuned}, rows)
     if (teacher := comparison.teacher) is not None:
         sentences.append(f"The unpruned model scores {percent(rows[teacher.name]['average'])} percent.")
     sentences += [_kept(arm, rows[arm.name]) for arm in comparison.arms if arm.mode == "pruned"][:MOST]
@@ -35,6 +36,7 @@ def findings(study: Study) -> list[str]:
         sentences.append(
             f"All {len(tuned)} fine-tuned arms score between {min(means):.1f} and {max(means):.1f} percent."
         )
+    sentences += _damaged(study, [arm.name for arm in comparison.arms])[:MOST]
     differences = _differences(study, {arm.name: arm for arm in tuned})
     sentences += differences[:MOST]
     if len(differences) > MOST:
@@ -45,6 +47,41 @@ def findings(study: Study) -> list[str]:
     rests = evaluation_of(comparison) + runs
     sentences.append(f"This rests on one unpruned model and {rests}; brackets are 95% intervals over seeds and items.")
     return sentences
+
+
+def _answer(study: Study, arms: dict[str, Arm], rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The study's question in one sentence: rewrites against references, each at its own rates where that was run."""
+    pairs = [
+        (a, b, by)
+        for (a, b), by in pairs_of(study.contrasts).items()
+        if a in arms and b in arms and (arms[a].mode, arms[b].mode) == ("self_distill", "sft") and arms[a].run.base
+    ]
+    if not pairs:
+        return []
+
+    def weight(pair: tuple[str, str, dict[str, dict[str, Any]]]) -> tuple[int, bool, float]:
+        return len(pair[2]["average"]["seeds"]), bool(own_settings(pair[2])), rows[pair[0]]["average"]["mean"]
+
+    a, b, by = max(pairs, key=weight)
+    is_kept = "retention" in by
+    scores = [rows[arm]["retention"]["ratio_of_means"] if is_kept else rows[arm]["average"] for arm in (a, b)]
+    ours, theirs = (percent(score).replace(" ", "% ", 1) for score in scores)
+    difference = by["retention" if is_kept else "average"]
+    verb, of = ("keeps", " of what the unpruned model scores") if is_kept else ("scores", "")
+    return [
+        f"{_cut(arms[a]).capitalize()}, the model {verb} {ours}{of} when it is fine-tuned on the unpruned model's own "
+        f"rewrites, and {theirs} on the reference answers{_at(by)}; the difference, "
+        f"{percent(difference, signed=True)} points, {_verdict(difference, 'is ')}."
+    ]
+
+
+def _damaged(study: Study, arms: list[str]) -> list[str]:
+    """Arms whose average is fine and whose answers are not."""
+    return [
+        f"{arm} hides damage behind its average: {damage(study.health[arm])}."
+        for arm in arms
+        if study.health[arm]["hidden"]
+    ]
 
 
 def _differences(study: Study, arms: dict[str, Arm]) -> list[str]:
@@ -72,6 +109,14 @@ def _kept(arm: Arm, row: dict[str, Any]) -> str:
 
 def _difference(a: Arm, b: Arm, by: dict[str, dict[str, Any]]) -> str:
     value = by["average"]
+    return f"{a.name} minus {b.name}{_at(by)}: {percent(value, signed=True)} points, {_verdict(value, '', 'which ')}."
+
+
+def _at(by: dict[str, dict[str, Any]]) -> str:
+    own = own_settings(by)
+    return f", each at its own {own}" if own else ""
+
+
+def _verdict(value: dict[str, Any], verb: str, relative: str = "") -> str:
     chance = value["low"] <= 0 <= value["high"]
-    verdict = "which could be chance" if chance else "more than chance explains"
-    return f"{a.name} minus {b.name}: {percent(value, signed=True)} points, {verdict}."
+    return f"{relative}could be chance" if chance else f"{verb}more than chance explains"

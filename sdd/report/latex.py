@@ -61,7 +61,7 @@ def write_latex(study: Study, out: Path) -> None:
         names = {arm.name for arm in comparison.arms}
         about = comment(evaluation_of(comparison))
         tasks = [task.replace("_", " ") for task in comparison.tasks]
-        arms += [about, *tabular(*arm_cells([by_name[arm.name] for arm in comparison.arms])), ""]
+        arms += [about, *tabular(*arm_cells([by_name[arm.name] for arm in comparison.arms], study.health)), ""]
         pairs = contrast_cells([row for row in study.contrasts if row["a"] in names])
         contrasts += [about, comment(f"tasks: {', '.join(tasks)}"), *tabular(*pairs), ""] if pairs[1] else []
     for name, lines in (("table.tex", arms), ("contrasts.tex", contrasts)):

@@ -18,12 +18,16 @@ import numpy as np
 from sdd.errors import UserError
 from sdd.report.arms import Arm
 from sdd.report.collect import Run
+from sdd.report.facts import SHAPE, cut_in, facts_of
 from sdd.report.intervals import Array, Estimate, average, interval, mean_of, ratio, ratio_of_sums
 from sdd.store.files import AGAIN, shown_rows
 from sdd.untrusted import check_shape
 
 ANSWER = {"id": (str, int), "log_likelihood": float, "tokens": int}
-SAMPLE = {"id": (str, int), "score": (float, bool), "task?": (str, None)}
+SAMPLE = {"id": (str, int), "score": (float, bool), "task?": (str, None), **SHAPE}
+
+Facts = dict[str, dict[str, dict[str, Array]]]
+"""Fact -> task -> key of an arm -> (S, N), of the tasks of which every item has it in every run."""
 
 
 @dataclass
@@ -38,29 +42,38 @@ class Comparison:
     items: dict[str, int]
     scores: dict[str, dict[str, Array]]
     likelihoods: dict[str, tuple[Array, Array]]
+    facts: Facts
 
     @property
     def teacher(self) -> Arm | None:
         return next((arm for arm in self.arms if arm.mode == "teacher"), None)
 
 
-def read_scores(run: Run, task: str) -> dict[str, float]:
+def read_samples(run: Run, task: str) -> list[dict[str, Any]]:
+    """The samples of one task, each item once."""
+    path = run.path / "samples" / f"{task}.jsonl"
+    samples = list(shown_rows(path, run.path))
+    ids: set[str] = set()
+    for row in samples:
+        check_shape(row, SAMPLE, f"{path} has a broken row; {AGAIN}: row")
+        if str(row["id"]) in ids:
+            raise UserError(f"{path} has item {row['id']} twice; {AGAIN}")
+        ids.add(str(row["id"]))
+    return samples
+
+
+def scores_of(samples: list[dict[str, Any]], is_weighted: bool) -> dict[str, float]:
     """Score per item id of one task, so that their mean is the task's value.
 
     In a group that is the plain mean over its tasks, an item's score is scaled by what its task is smaller than the
     others.
     """
-    path = run.path / "samples" / f"{task}.jsonl"
-    scores: dict[str, float] = {}
-    parts: dict[str, list[str]] = {}
-    for row in shown_rows(path, run.path):
-        check_shape(row, SAMPLE, f"{path} has a broken row; {AGAIN}: row")
-        if str(row["id"]) in scores:
-            raise UserError(f"{path} has item {row['id']} twice; {AGAIN}")
-        scores[str(row["id"])] = float(row["score"])
-        parts.setdefault(row.get("task") or task, []).append(str(row["id"]))
-    if run.results["tasks"][task].get("weight_by_size", True):
+    scores = {str(row["id"]): float(row["score"]) for row in samples}
+    if is_weighted:
         return scores
+    parts: dict[str, list[str]] = {}
+    for row in samples:
+        parts.setdefault(row.get("task") or "", []).append(str(row["id"]))
     return {id: scores[id] * len(scores) / len(parts) / len(ids) for ids in parts.values() for id in ids}
 
 
@@ -74,8 +87,15 @@ def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:
         )
     by_arm: dict[str, dict[str, Array]] = {arm.run.key: {} for arm in arms}
     items = {}
+    facts: Facts = {}
+    are_cut = cut_in(runs)
     for task in tasks:
-        scores = [read_scores(run, task) for run in runs]
+        scores: list[dict[str, float]] = []
+        named: list[dict[str, dict[str, float]]] = []
+        for run in runs:
+            samples = read_samples(run, task)
+            scores.append(scores_of(samples, run.results["tasks"][task].get("weight_by_size", True)))
+            named.append(dict(zip(scores[-1], facts_of(samples, are_cut), strict=True)))
         shared = sorted(set.intersection(*(set(by_item) for by_item in scores)))
         if not shared:
             raise UserError(f"task {task}: no item was answered by every arm; evaluate all arms on the same items")
@@ -91,7 +111,11 @@ def compare_items(arms: list[Arm], notes: list[str]) -> Comparison:
         for arm, rows in zip(arms, _by_arm(arms, table), strict=True):
             by_arm[arm.run.key][task] = rows
         items[task] = len(shared)
-    return Comparison(tasks, arms, items, by_arm, _likelihoods(arms))
+        for name in set.intersection(*(set(by_item[item]) for by_item in named for item in shared)):
+            table = np.array([[by_item[item][name] for item in shared] for by_item in named])
+            own = zip(arms, _by_arm(arms, table), strict=True)
+            facts.setdefault(name, {})[task] = {arm.run.key: rows for arm, rows in own}
+    return Comparison(tasks, arms, items, by_arm, _likelihoods(arms), facts)
 
 
 def _by_arm(arms: list[Arm], table: Array) -> list[Array]:
@@ -167,7 +191,7 @@ def _chosen(arm: Arm, table: Array, seeds: Sequence[int]) -> Array:
     return table[[arm.seeds.index(seed) for seed in seeds]] if seeds and arm.seeds else table
 
 
-def _score(estimate: Estimate) -> dict[str, float] | None:
+def share_of(estimate: Estimate | None) -> dict[str, float] | None:
     """The interval of a share, which lies in [0, 1]."""
     share = interval(estimate)
     return share and share | {"low": max(share["low"], 0.0), "high": min(share["high"], 1.0)}
@@ -180,7 +204,7 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
     untrained = None if trained is None else [task for task in tasks if task not in trained]
 
     def over_tasks(chosen: list[str] | None) -> dict[str, float] | None:
-        return _score(measures.average(arm, chosen)) if chosen else None
+        return share_of(measures.average(arm, chosen)) if chosen else None
 
     retention: dict[str, Any] | None = None
     if measures.teacher_average is not None:

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ def _seeds(seeds: list[int]) -> str:
     return " ".join(map(str, seeds)) or "-"
 
 
-def arm_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A header, and a line for each arm."""
+def arm_cells(rows: list[dict[str, Any]], health: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A header, and a line for each arm; the last column names what its average hides."""
     header = ["arm", "seeds", "average", "retention", "mean of ratios", "trained on", "not trained on"]
-    header += ["nll (nats per token)", "parameters", "FLOPs saved"]
+    header += ["nll (nats per token)", "parameters", "FLOPs saved", "hidden damage"]
 
     def cells(row: dict[str, Any]) -> list[str]:
         retention = row["retention"] or {}
@@ -85,9 +85,15 @@ def arm_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             nats(row["nll"]),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}",
+            hidden_damage(health[row["arm"]]),
         ]
 
     return header, [cells(row) for row in rows]
+
+
+def hidden_damage(record: dict[str, Any]) -> str:
+    """Names of the symptoms that a fine average hides; "-" where it hides none."""
+    return ", ".join(record["symptoms"]) if record["hidden"] else "-"
 
 
 def _answers_table(rows: list[dict[str, Any]], tasks: list[str]) -> list[str]:
@@ -114,13 +120,19 @@ def pairs_of(contrasts: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str,
     return pairs
 
 
+def own_settings(by_measure: dict[str, dict[str, Any]]) -> str:
+    """What two arms have each at its own, by short names; "" where their settings are equal."""
+    return ", ".join(name.rpartition(".")[2].replace("_", " ") for name in by_measure["average"]["settings_differ"])
+
+
 def contrast_cells(contrasts: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A header, and a line for each pair of comparable arms."""
-    header = ["difference", "seeds", "average", "trained on", "not trained on", "retention", "nll (lower is better)"]
+    header = ["difference", "seeds", "each at its own", "average", "trained on", "not trained on", "retention"]
+    header += ["nll (lower is better)"]
     lines = []
     for (a, b), by in pairs_of(contrasts).items():
         cells = [(nats if name == "nll" else percent)(by.get(name), signed=True) for name in SHOWN]
-        lines.append([f"{a} - {b}", _seeds(by["average"]["seeds"]), *cells])
+        lines.append([f"{a} - {b}", _seeds(by["average"]["seeds"]), own_settings(by), *cells])
     return header, lines
 
 
@@ -145,8 +157,8 @@ def evaluation_of(comparison: Comparison) -> str:
     return f"{len(comparison.tasks)} tasks, {items} items each" + (f", split {text_of(split)}" if split else "")
 
 
-def table_markdown(study: Study, findings: Sequence[str]) -> str:
-    """The report to read: notes, for each evaluation the arms, their tasks and their differences; the findings."""
+def table_markdown(study: Study, findings: Sequence[str], next_steps: Sequence[str]) -> str:
+    """The report to read: notes, for each evaluation arms, tasks and differences; what to try next; the findings."""
     lines = [METHOD, "", *(f"Note: {_note(note)}" for note in study.notes), *([""] if study.notes else [])]
     by_name = {row["arm"]: row for row in study.rows}
     for comparison in study.comparisons:
@@ -154,7 +166,7 @@ def table_markdown(study: Study, findings: Sequence[str]) -> str:
         names = {arm.name for arm in comparison.arms}
         tasks = [[row["arm"], *(percent(row["tasks"][task]) for task in comparison.tasks)] for row in rows]
         sections = [
-            (f"Arms ({as_markdown(evaluation_of(comparison))})", markdown(*arm_cells(rows))),
+            (f"Arms ({as_markdown(evaluation_of(comparison))})", markdown(*arm_cells(rows, study.health))),
             ("Tasks", markdown(["arm", *comparison.tasks], tasks)),
             ("Free-form answers: strict / lenient / malformed endings", _answers_table(rows, comparison.tasks)),
             *_contrast_tables([row for row in study.contrasts if row["a"] in names]),
@@ -162,7 +174,8 @@ def table_markdown(study: Study, findings: Sequence[str]) -> str:
         for title, table in sections:
             if table:
                 lines += [f"## {title}", "", *table, ""]
-    lines += ["## In words", "", *(f"- {as_markdown(sentence)}" for sentence in findings), ""]
+    for title, sentences in (("What to try next", next_steps), ("In words", findings)):
+        lines += [f"## {title}", "", *(f"- {as_markdown(sentence)}" for sentence in sentences), ""] if sentences else []
     return "\n".join(lines)
 
 
@@ -202,7 +215,7 @@ def inert(value: Any) -> Any:
     return f"'{value}" if value.lstrip().startswith(FORMULA) or value.startswith(("\t", "\r", "\n")) else value
 
 
-def write_tables(study: Study, findings: Sequence[str], out: Path) -> None:
+def write_tables(study: Study, findings: Sequence[str], next_steps: Sequence[str], out: Path) -> None:
     """Write table.json, contrasts.json, table.csv and table.md."""
     for name, content in (("table.json", study.rows), ("contrasts.json", study.contrasts)):
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str)
@@ -214,4 +227,4 @@ def write_tables(study: Study, findings: Sequence[str], out: Path) -> None:
     writer.writerow(map(inert, columns))
     writer.writerows([inert(row.get(name)) for name in columns] for row in flat)
     write(out / "table.csv", file.getvalue())
-    write(out / "table.md", table_markdown(study, findings))
+    write(out / "table.md", table_markdown(study, findings, next_steps))

@@ -24,13 +24,13 @@ def subject(shared_study: Any, read_study: Any) -> Subject:
 
 
 def test_sections_of_a_study(subject):
-    everything = ["findings", "compared", "table", "differences", "retention", "gain", "cost", "redundancy"]
-    assert anchors(subject) == [*everything, "answers", "rewrites", "provenance"]
+    everything = ["findings", "compared", "table", "differences", "health", "retention", "gain", "cost"]
+    assert anchors(subject) == [*everything, "redundancy", "answers", "rewrites", "provenance"]
 
 
 def test_sections_without_artifacts_are_absent(artifacts, read_study):
     artifacts.evaluated(None, {"add": [1, 0]})
-    assert anchors(read_study(artifacts.root)) == ["findings", "compared", "table", "answers", "provenance"]
+    assert anchors(read_study(artifacts.root)) == ["findings", "compared", "table", "health", "answers", "provenance"]
 
 
 def test_charts_show_the_numbers_of_the_table(subject):
@@ -139,6 +139,8 @@ def test_page_names_nothing_outside_itself(subject):
     ids = set(re.findall(r'\sid="([^"]*)"', html))
     assert {link[1:] for link in links} <= ids
     assert page(subject) == whole
+    first = ["<h1", 'id="findings"', "What to try next", 'id="filters"', 'id="compared"']
+    assert sorted(first, key=html.index) == first
 
 
 def test_every_number_leads_to_its_command(study, read_study):

@@ -31,7 +31,7 @@ def right(count: int) -> dict[str, list[int]]:
 
 
 def test_arms_tuned_by_themselves_are_compared_where_no_settings_are_equal(artifacts, tmp_path):
-    """Two rates of one way and one of the other: the two at the same rate, or, without such, each at its own."""
+    """Two rates of one way and one of the other: the two at the same rate, and beside them each at its own."""
     pruned = artifacts.pruned(4)
 
     def evaluated(mode: str, rate: float, count: int) -> None:
@@ -42,10 +42,26 @@ def test_arms_tuned_by_themselves_are_compared_where_no_settings_are_equal(artif
     evaluated("self_distill", 3e-3, 20)
     assert [*differences(artifacts, tmp_path)] == [("self_distill lr=0.003", "sft lr=0.0003")]
     words = (tmp_path / "table.md").read_text().rpartition("## In words")[2]
-    assert "- self_distill lr=0.003 minus sft lr=0.0003: +25.0 [" in words
+    assert "- self_distill lr=0.003 minus sft lr=0.0003, each at its own learning rate: +25.0 [" in words
     evaluated("sft", 3e-3, 5)
-    assert ("self_distill lr=0.003", "sft lr=0.003") in differences(artifacts, tmp_path)
-    assert ("self_distill lr=0.003", "sft lr=0.0003") not in differences(artifacts, tmp_path)
+    shown = differences(artifacts, tmp_path)
+    assert {("self_distill lr=0.003", "sft lr=0.003"), ("self_distill lr=0.003", "sft lr=0.0003")} <= shown.keys()
+    table = (tmp_path / "table.md").read_text()
+    (header,) = (line for line in table.splitlines() if "each at its own" in line and line.startswith("|"))
+    (equal, own) = (line.split("|") for line in table.splitlines() if line.startswith("| self_distill lr=0.003 - sft"))
+    place = [name.strip() for name in header.split("|")].index("each at its own")
+    assert {equal[1].split()[-1]: equal[place].strip(), own[1].split()[-1]: own[place].strip()} == {
+        "lr=0.003": "",
+        "lr=0.0003": "learning rate",
+    }
+    assert "self_distill lr=0.003 minus sft lr=0.0003, each at its own learning rate: +25.0 [" in table
+    for rate in (1e-3, 1e-2):  # of a grid that pair beside, whose arms score best
+        evaluated("sft", rate, 15)
+        evaluated("self_distill", rate, 16)
+    shown = differences(artifacts, tmp_path)
+    across = {(a, b) for a, b in shown if a.startswith("self_distill") and b.startswith("sft")}
+    equal = {(f"self_distill lr={rate}", f"sft lr={rate}") for rate in ("0.001", "0.003", "0.01")}
+    assert len(across - equal) == 1 and ("self_distill lr=0.003", "sft lr=0.0003") not in across
 
 
 def test_a_merge_is_compared_with_each_of_its_students_and_no_other(artifacts, tmp_path):

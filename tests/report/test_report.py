@@ -17,6 +17,7 @@ from sdd.report.library import find_evaluated
 
 PLOTS = {"retention_by_size.png", "tasks.png", "gain_forgetting.png", "learning_curves.png"}
 TABLES = {"table.json", "table.md", "table.csv", "table.tex", "contrasts.json", "contrasts.tex"}
+TABLES |= {"health.json", "health.md"}
 HALF = [1, 0] * 20
 
 
@@ -114,7 +115,14 @@ def test_findings_are_sentences_of_the_table(study, tmp_path):
         mean, low, high = (f"{100 * value[name]:{sign}.1f}" for name in ("mean", "low", "high"))
         return f"{mean} [{low}, {high}]"
 
-    assert words[0] == f"The unpruned model scores {said(rows['teacher']['average'])} percent."
+    pairs = {size: one(contrasts, f"self_distill {size}", f"sft {size}", "retention") for size in ("n2", "n4")}
+    size, better = max(pairs.items(), key=lambda pair: rows[f"self_distill {pair[0]}"]["average"]["mean"])
+    shares = (rows[f"{mode} {size}"]["retention"]["ratio_of_means"] for mode in ("self_distill", "sft"))
+    ours, theirs = (said(share).replace(" ", "% ", 1) for share in shares)
+    assert words[0].startswith(f"With {size[1]} blocks removed, the model keeps {ours} of what the unpruned model")
+    assert f", and {theirs} on the reference answers; the difference, {said(better, '+')} points, " in words[0]
+    assert words[0].endswith(("points, could be chance.", "points, is more than chance explains."))
+    assert words[1] == f"The unpruned model scores {said(rows['teacher']['average'])} percent."
     student = rows["sft n4"]
     kept = said(student["retention"]["ratio_of_means"])
     assert (

@@ -1,6 +1,7 @@
 """The four scripts from the outside: quick help, one line on stdout, and no shadow over Hugging Face's `evaluate`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,8 +96,15 @@ def test_dry_run_says_what_exists(small: list[str], copied: Path) -> None:
 
 def test_each_script_prints_its_own_artifact(small: list[str], study: Path, manifests: dict, copied: Path) -> None:
     stages = {"prune": "pruned", "generate": "targets", "train": "tuned", "evaluate": "evaluated"}
+    endings = {
+        "prune": r"removed blocks \d,\d of .*\nsaves \d.*\nnext, .*: python evaluate.py --config-dir=.* finetune=none",
+        "generate": r"\d+ of 140 rewrites kept",
+        "train": r"\d+ steps: loss [\d.]+ -> [\d.]+, on validation rows ",
+        "evaluate": r"average [\d.]+ percent over 2 tasks\ntask +percent .*(\n.*){3} pruning=none finetune=none\n",
+    }
     for script, stage in stages.items():
         outcome = run(script, *small, cwd=copied)
+        assert re.search(endings[script], outcome.stderr), outcome.stderr
         assert outcome.path == copied / "artifacts" / stage / manifests[stage]["address"]
         assert outcome.built == []
 

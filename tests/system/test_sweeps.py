@@ -35,6 +35,9 @@ def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     assert all(Path(line).is_dir() and Path(line).parent.name == "evaluated" for line in outcome.lines)
     records = records_of(tmp_path / "sweep")
     assert [records[n]["path"] for n in range(4)] == outcome.lines
+    bars = (tmp_path / "sweep" / "1" / "progress.log").read_text()
+    assert "tune:" in bars and "tune:" not in outcome.stderr
+    assert [f"#{n} average " in outcome.stderr for n in range(4)] == [True] * 4
     assert (tmp_path / "sweep" / "report" / "table.json").is_file()
 
     before = state_of(tmp_path / "artifacts")

@@ -20,7 +20,7 @@ from typing import Any
 from sdd.report.contrasts import Study
 from sdd.report.files import write
 from sdd.report.library import Library
-from sdd.report.page import charts, costs, heat_map, merging, samples, shift, speculative, words
+from sdd.report.page import charts, costs, health, heat_map, merging, samples, shift, speculative, words
 from sdd.report.page.marks import dark_palette, glyph_rules
 from sdd.report.page.section import FOLDER, Section, Subject, render
 
@@ -29,6 +29,7 @@ SECTIONS: tuple[Callable[[Subject], Section | None], ...] = (
     words.compared,
     words.arms_table,
     words.differences,
+    health.health,
     charts.retention,
     charts.gain,
     merging.merging,

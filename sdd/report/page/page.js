@@ -73,6 +73,17 @@
     showTheme();
   });
   preference.addEventListener("change", showTheme);
+  find("#print").addEventListener("click", async () => { // paper is light: charts are drawn anew for it, and then again
+    const before = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    await drawAll();
+    addEventListener("afterprint", () => {
+      if (before) document.documentElement.dataset.theme = before;
+      else delete document.documentElement.dataset.theme;
+      showTheme();
+    }, { once: true });
+    print();
+  });
 
   // ---- charts
   const views = new Map();

@@ -7,14 +7,17 @@ from sdd.report.arms import COLUMNS, DIGEST, Arm, text_of
 from sdd.report.collect import flatten, spans
 from sdd.report.findings import findings
 from sdd.report.library import Artifact
+from sdd.report.next_steps import next_steps
 from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.section import Section, Subject, render
-from sdd.report.tables import METHOD, evaluation_of, pairs_of
+from sdd.report.tables import METHOD, evaluation_of, hidden_damage, own_settings, pairs_of
 from sdd.store import STAGES
 
 ORDER = list(STAGES)
 MOST_CONTRASTS = 300
 MOST_VALUES = 12
+MOST_SENTENCES = 8
+"""Of the findings before the rest is folded; the last, on what they rest, is always there."""
 DIMENSIONS = {"mode": "mode", "pruning": "size", "metric": "metric", "dataset": "dataset"}
 """What the page filters by; `size` is the name of the pruning."""
 
@@ -46,8 +49,10 @@ def model_name(subject: Subject) -> str:
 
 
 def in_words(subject: Subject) -> Section:
-    """The findings, in sentences."""
-    body = render("findings.html", sentences=findings(subject.study))
+    """The findings in sentences, and what to try next."""
+    body = render(
+        "findings.html", sentences=findings(subject.study), steps=next_steps(subject.study), first=MOST_SENTENCES
+    )
     return Section("findings", "In words", "What the tables and figures below come to.", body=body)
 
 
@@ -93,8 +98,9 @@ def compared(subject: Subject) -> Section:
     )
 
 
-def _arm_cells(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _arm_cells(row: dict[str, Any], record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     retention = row["retention"] or {}
+    symptoms = len(record["symptoms"]) if record["hidden"] else None
     return {
         "average": cell(row["average"]),
         "retention": cell(retention.get("ratio_of_means")),
@@ -106,6 +112,7 @@ def _arm_cells(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "FLOPs saved": plain(
             "–" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}", row["flops_saved"]
         ),
+        "hidden damage": plain(f"⚠ {hidden_damage(record)}" if symptoms else "–", symptoms),
     }
 
 
@@ -115,7 +122,7 @@ def arms_table(subject: Subject) -> Section:
     for comparison in subject.study.comparisons:
         about = evaluation_of(comparison)
         for title, cells in (
-            (f"Arms ({about})", _arm_cells),
+            (f"Arms ({about})", lambda row: _arm_cells(row, subject.study.health[row["arm"]])),
             ("Tasks", lambda row: {task.replace("_", " "): cell(value) for task, value in row["tasks"].items()}),
         ):
             lines = [line_of(subject, arm, cells(subject.rows[arm.name])) for arm in comparison.arms]
@@ -138,11 +145,13 @@ def differences(subject: Subject) -> Section | None:
         seeds = spans(by["average"]["seeds"]) or "–"
         lines.append(
             {"a": a, "b": b, "anchors": (subject.anchors[a], subject.anchors[b]), "seeds": seeds, "cells": cells}
+            | {"own": own_settings(by)}
         )
     more = f" {len(pairs) - len(lines)} more are in contrasts.json." if len(pairs) > len(lines) else ""
     lead = (
         "The first arm minus the second on the same seeds and items, in percentage points (nll: nats per token, lower "
-        f"is better). ▲ and ▼: the 95% interval leaves out zero. Each pair differs in one thing.{more}"
+        f"is better). ▲ and ▼: the 95% interval leaves out zero. Each pair differs in one thing, or "
+        f"has each arm at its own tuned settings, and says so.{more}"
     )
     body = render("contrasts.html", title="Scores", lines=lines, columns=columns(lines))
     return Section("differences", "Paired differences", lead, body=body)
