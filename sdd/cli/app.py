@@ -7,35 +7,28 @@ mistake, else 1.
 
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
-import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 import hydra._internal.hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from sdd.cli.loader import PACKAGE, CheckedConfigLoader, config_folder
-from sdd.cli.students import composed_students, quoted
-from sdd.config import Config, check_values, plain
+from sdd.cli.job import Job
+from sdd.cli.loader import CheckedConfigLoader, config_folder
+from sdd.cli.students import quoted
 from sdd.errors import UserError
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
-from sdd.untrusted import expanded, printable
+from sdd.untrusted import printable
 
 log = logging.getLogger(__name__)
-
-ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
-OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 USER, FAILURE = 2, 1
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -114,43 +107,15 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     """Check the config, derive the recipe, and have it built; what the job's record says of it."""
-    check_values(config)
+    job = Job(config, HydraConfig.get().overrides.task, run_folder)
+    wanted = job.wanted(script)
     if config.dry_run:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
-    else:
-        _check_machine(config.trainer)
-    from sdd.config.provenance import provenance
-    from sdd.stages import graph, tuned
-    from sdd.store import Store
-    from sdd.study import Study
-
-    root = expanded(config.paths.artifacts).absolute()
-    store = Store(root, provenance(script, HydraConfig.get().overrides.task, plain(config)))
-    students = composed_students(config)
-    study = Study(config, root / ".digests", [Study(student, root / ".digests") for student, _ in students])
-    wanted = graph.wanted(study, script)
-    if config.dry_run:
-        return {"dry_run": True, "plan": print_plan(wanted, study, store)}
+        return {"dry_run": True, "plan": print_plan(wanted, job.study, job.store(script))}
     if wanted is None:
-        folder = study.models.checkpoint.folder
+        folder = job.study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
-    if not store.has(wanted):
-        from sdd.stages import builds
-
-        graph.read_data(study, (recipe for recipe in wanted.walk() if not store.has(recipe)))
-        if any(recipe.stage == "tuned" and not store.has(recipe) for recipe in wanted.walk()):
-            check_tracker(config.logger)
-            for one in study.students or [study]:
-                _check_quantisation(one.config.adapter.quantisation)
-        _use_threads(config.trainer.threads)
-        how = builds(_runtime(config, study, run_folder))
-        merging = any(recipe.stage == "merged" and not store.has(recipe) for recipe in wanted.walk())
-        if merging and config.store.missing == "build":  # so that a student's manifest names its own command and config
-            for student, (own, words) in zip(study.students, students, strict=True):
-                Store(root, provenance("train", words, plain(own))).ensure(tuned.recipe(student), how)
-        store.ensure(wanted, how, config.store.missing)
-    path = store.folder(wanted)
+    path = job.build(wanted, script)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
 
@@ -170,60 +135,6 @@ def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
     if any(artifact.provisional for artifact in plan):
         log.info("addresses with a question mark are known once the model and the data have been fetched")
     return records
-
-
-def check_tracker(logger: Mapping[Any, Any]) -> None:
-    """Refuse to begin what would end at the tracker's door."""
-    offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
-    if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:
-        return
-    import wandb
-
-    if not wandb.login(prompt=False, verify=False):
-        raise UserError("logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true")
-
-
-def _check_quantisation(quantisation: str | None) -> None:
-    if quantisation is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"adapter.quantisation={quantisation} needs bitsandbytes; run: pip install 'sdd[quantisation]'")
-
-
-def _check_machine(trainer: DictConfig) -> None:
-    """What the trainer asks of this machine, before anything is fetched."""
-    if trainer.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            "trainer.attention=flash_attention_2 needs the package flash-attn; choose trainer.attention=sdpa"
-        )
-    if trainer.accelerator == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _runtime(config: DictConfig, study: Any, run_folder: Path) -> Any:
-    from sdd.stages.runtime import Runtime
-
-    trainer = config.trainer
-    return Runtime(
-        sources=study.sources,
-        texts=study.texts,
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        attention=trainer.attention,
-        **Runtime.sizes(config),
-        checkpoint_every=trainer.checkpoint_every,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        logger=plain(config.logger),
-        run_folder=run_folder,
-    )
 
 
 def prune() -> None:

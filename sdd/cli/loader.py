@@ -18,6 +18,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,7 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sdd
 from sdd.cli.students import COMPOSING
-from sdd.config.allowed import check_targets
+from sdd.config import Config
+from sdd.config.allowed import check_targets, name_own
+from sdd.config.own import allow
 from sdd.config.shared import LARGEST, check_defaults, check_jobs, check_shared, check_yaml
 from sdd.errors import UserError
 from sdd.untrusted import printable, read_text
@@ -41,6 +44,10 @@ LONGEST_LINE = 2_000
 """Characters of a refusal: more than any of ours."""
 MOST_FILES = 1_000
 """Files of a config, counted once for each place that names them; ours is made of some hundred."""
+
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
+OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
 Composed = TypeVar("Composed")
 
@@ -127,6 +134,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super().__init__(config_search_path)
         self.repository = _composed(lambda: CheckedRepository(config_search_path=config_search_path))
         self.files = FilesOfOne(self.repository)
+        self.given: dict[str, Path] = {}
+        """The files of folders that somebody named, which a composition has read, and the folder of each."""
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         def load() -> DictConfig:
@@ -137,7 +146,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     raise
                 cause = (str(error.__cause__ or "").splitlines() or [""])[0]
                 raise UserError(f"{str(error).partition('Config search path:')[0]} {cause}") from None
-            check_targets(config)
+            own = self._allowed(config)
+            check_targets(config, own)
+            name_own(config, own)
             if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
             sweeper = config.hydra.sweeper
@@ -146,6 +157,17 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             return config
 
         return _composed(load)
+
+    def _allowed(self, config: DictConfig) -> dict[str, str]:
+        """The classes of the user's own that the command line allows, and the id of each."""
+        typed = [word for word in config.hydra.overrides.task if re.match(r"\+*allow=", word)]
+        if config.get("allow") is not None and not typed:
+            raise UserError("a config file sets allow, which it may not; say allow=... on the command line")
+        names: list[Any] = []
+        for word in typed:
+            value = OverridesParser.create().parse_override(word).value()
+            names += value if isinstance(value, list) else [] if value is None else [value]
+        return {str(name): allow(str(name)) for name in names}
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -182,6 +204,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
         loaded = repo.load_config(config_path=default.config_path)
+        folder = Path(loaded.path.removeprefix("file://"))
+        if loaded.path.startswith("file://") and not folder.samefile(config_folder()):
+            self.given[default.config_path] = folder
         if is_shared(loaded, default.config_path):
             placed = self._embed_result_config(loaded, default.package)
             check_shared(_content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")

@@ -259,7 +259,7 @@ class Store:
 @dataclass
 class Config:
     """One node per config group; `width_metric` is a second `metric`, for channels where blocks go too; `study` holds
-    values that an experiment's other settings refer to.
+    values that an experiment's other settings refer to; `allow` is the command line's alone (`sdd.config.own`).
     """
 
     model: Model = field(default_factory=Model)
@@ -283,6 +283,7 @@ class Config:
     paths: Paths = field(default_factory=Paths)
     store: Store = field(default_factory=Store)
     dry_run: bool = False
+    allow: Any = None
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ MOST_JOBS = 10_000
 """Jobs of a sweep."""
 TRACKED = ("project", "group", "job_type", "tags", "notes")
 """What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
-NEVER_SWEPT = ("hydra", "paths", "logger")
+NEVER_SWEPT = ("hydra", "paths", "logger", "allow")
 AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
 LARGEST_NUMBER = 1_000_000
 """Of the launcher's and the sweeper's."""
@@ -126,6 +126,8 @@ def check_shared(config: Any, where: str) -> None:
             _check_paths(value, where)
         elif key == "logger":
             _check_logger(value, where)
+        elif key == "allow":
+            raise UserError(f"{where}: allow={value} is not a config file's to set; say it on the command line")
         else:
             _check_value(value, str(key), where)
 

@@ -18,6 +18,8 @@ LAYERS = (
     {"stages"},
     {"report", "export"},
     {"cli"},
+    {"api"},
+    {"share"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 COMPUTING = ("architectures", "models", "tiny", "forward", "finetuning", *LAYERS[6])
