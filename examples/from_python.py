@@ -7,7 +7,8 @@ import json
 
 from sdd.api import compose
 
-job = compose("metric=angular", "pruning=n2", "finetune=none", "calibration.num_texts=16", "evaluation.limit=4")
+words = ["metric=angular", "calibration.num_texts=16", "pruning=n2", "finetune=none"]
+job = compose(*words, "evaluation.tasks=[arithmetic,fact_choice]", "evaluation.limit=8")
 pruned = job.wanted("prune")
 scores = json.loads((job.build(pruned.inputs["scores"]) / "scores.json").read_text())
 student = json.loads((job.build(pruned) / "pruning.json").read_text())

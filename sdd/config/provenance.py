@@ -131,7 +131,7 @@ def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
         kept = {}
         for key, item in value.items():
             where, below = _below(path, str(key), kind)
-            if below is not None:
+            if below is not None or _is_of_criterion(where, item):
                 kept[str(key)] = _kept(item, below, where, typed)
         return kept
     if path == "merge.students" and isinstance(value, list):
@@ -146,8 +146,16 @@ def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
 
 def _shared_word(override: str, typed: Iterable[str]) -> str | None:
     key, separator, value = override.partition("=")
-    shared = _word(key, value, typed) if is_known(key) else None
+    number = _NUMBER.fullmatch(value) is not None and _is_of_criterion(key.lstrip("+"), 0)
+    shared = _word(key, value, typed) if number or is_known(key) else None
     return None if shared is None else f"{key}{separator}{shared}"
+
+
+def _is_of_criterion(path: str, value: Any) -> bool:
+    """Whether a setting is a number of a criterion's, which may be the user's own and have names of its own."""
+    node, _, name = path.partition(".")
+    plain = _PLAIN.fullmatch(name) is not None and "." not in name and not is_secret(name)
+    return node in ("metric", "width_metric") and plain and isinstance(value, bool | int | float)
 
 
 def _values_left_out(override: str) -> list[str]:

@@ -3,9 +3,9 @@
     python -m sdd.share FOLDER --out study.zip [--weights]
     python -m sdd.share rerun study.zip [OVERRIDE ...] [--yes]
 
-`gathering` turns the folder of a sweep, or of a report, into members; `bundle` writes and reads the file; `looking` says
-what of it can be repeated here, `repeating` does so and compares. The file of somebody else is data: it says nothing
-that a config file may not say.
+`gathering` turns the folder of a sweep, or of a report, into members; `bundle` writes and reads the file; `looking`
+says what of it can be repeated here, `repeating` does so and compares. The file of somebody else is data: it says
+nothing that a config file may not say.
 """
 
 import argparse
@@ -22,11 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sdd.share", description="Write a study as one file: configs, tables, page, manifests, versions."
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of a sweep, or of a report above sweeps")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a sweep, or of a report above sweeps")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write, such as study.zip")
     parser.add_argument("--weights", action="store_true", help="with all files of the artifacts, checkpoints included")
     parser.add_argument(
-        "--allow", action="append", default=[], metavar="CLASS", help="import path of a class of your own in its configs"
+        "--allow", action="append", default=[], metavar="CLASS", help="import path of a class of yours in its configs"
     )
     options = parser.parse_args(argv)
 
@@ -49,7 +49,7 @@ def rerun(argv: list[str] | None = None) -> int:
     Exit code 0: everything is as it was; 1: something differs; 2: it cannot be repeated, and a line says why.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m sdd.share rerun", description="Look at a study's file; with --yes, repeat the study and compare."
+        prog="python -m sdd.share rerun", description="Look at a study's file; with --yes, repeat it and compare."
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="what python -m sdd.share wrote")
     parser.add_argument(
@@ -60,7 +60,7 @@ def rerun(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--yes", action="store_true", help="really run its jobs; without, nothing is fetched or built")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the new report goes (outputs/rerun/BUNDLE)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
 
     def look() -> int:
         from sdd.share.repeating import rerun_bundle

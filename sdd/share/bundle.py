@@ -1,6 +1,6 @@
 """The file: a zip of plain members, the same bytes for the same members; read as what may be a stranger's.
 
-    study.json                              its jobs (script, overrides, stage, address); versions of packages and stages
+    study.json                              jobs (script, overrides, stage, address); versions of packages and stages
     jobs/N/config.yaml                      the composed config of job N
     given/GROUP/NAME.yaml                   config files of a folder that was named with --config-dir
     artifacts/STAGE/ADDRESS/manifest.json   of every artifact concerned; with weights, its other files too
@@ -30,20 +30,20 @@ STUDY = "study.json"
 MOST_FILES = 20_000
 LARGEST_DIRECTORY = 4 << 20
 """Bytes of the list of members, and of any single read."""
-MOST_BYTES = 256 << 20
+MOST_BYTES = 64 << 20
 """Of all that is taken out."""
 LONGEST_NAME = 300
 LIMITS = {
     r"study\.json": 4 << 20,
     r"jobs/\d{1,5}/config\.yaml": shared.LARGEST,
     r"given/[\w.@-]+(/[\w.@-]+)*\.yaml": shared.LARGEST,
-    r"artifacts/[a-z]+/[0-9a-f]{16}/manifest\.json": store.LARGEST,
+    r"artifacts/[a-z]+/[0-9a-f]{16}/manifest\.json": 1 << 20,
     r"report/table\.json": 16 << 20,
 }
 """What is taken out, and the most bytes of each."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError)
+_BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError, ValueError)
 
 
 def write_bundle(path: Path, members: Mapping[str, bytes | Path]) -> None:
@@ -78,9 +78,9 @@ class _Bounded(io.FileIO):
     """A file of which no more is read at once than a list of members may take."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= LARGEST_DIRECTORY:
+        if size is not None and size > LARGEST_DIRECTORY:
             raise UserError(f"a list of members of more than {LARGEST_DIRECTORY:,} bytes")
-        return super().read(size)
+        return super().read(LARGEST_DIRECTORY if size is None or size < 0 else size)
 
 
 def take_out(path: Path, folder: Path) -> None:
