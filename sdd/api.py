@@ -57,6 +57,8 @@ def composing(
             config = hydra.compose("config", words, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
             yield config, loader
+    except UserError as error:
+        raise UserError(" ".join(str(error).split())) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError((str(error).splitlines() or [type(error).__name__])[0]) from None
     finally:

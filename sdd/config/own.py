@@ -44,11 +44,13 @@ def allow(path: str) -> str:
         raise UserError(f"allow={path} is no import path of a class of your own, such as my_package.metrics.Mine")
     kind = _imported(path)
     try:
+        if not isinstance(kind, type):
+            raise TypeError
         source = Path(inspect.getsourcefile(kind) or "")
         id = f"{path}@{file_digest(source)[:DIGITS]}"
     except (TypeError, OSError):
         raise UserError(f"allow={path}: no class that is written in a file, whose digest would be in keys") from None
-    if any(other is kind and known != id for known, other in CLASSES.items()):
+    if any(other is kind and known != id and known.startswith(f"{path}@") for known, other in CLASSES.items()):
         raise UserError(f"allow={path}: {source.name} has changed since it was imported; start Python anew")
     CLASSES[id] = kind
     return id

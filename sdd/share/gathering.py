@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from packaging.utils import canonicalize_name
 
 from sdd.api import composing
 from sdd.cli.loader import PACKAGE, config_folder
@@ -237,7 +236,7 @@ def _report(folder: Path) -> Members:
 
 def _environment() -> Members:
     packages = {
-        f"{canonicalize_name(name)}=={package.version}\n"
+        f"{re.sub(r'[-_.]+', '-', name).lower()}=={package.version}\n"
         for package in importlib.metadata.distributions()
         if (name := package.metadata["Name"])
     }

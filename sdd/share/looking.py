@@ -180,5 +180,6 @@ def described(study: Study, jobs: Sequence[Repeated]) -> tuple[list[str], bool]:
     if unknown:
         lines.append(f"  {len(unknown)} are known once their models and data have been fetched")
     lines += _lines("recipes", (line for job in other for line in study.reasons(job))) if other else []
-    lines.append(f"here: {summary(records)}")
+    missing = any(not record["exists"] for record in records)
+    lines.append(f"here: {summary(records) if missing else 'all of it is built already'}")
     return lines, not (packages or versions or settings or unknown or other)
