@@ -27,6 +27,7 @@ from sdd.store import store
 from sdd.untrusted import check_regular, printable
 
 STUDY = "study.json"
+FORMAT = 1
 MOST_FILES = 20_000
 LARGEST_DIRECTORY = 4 << 20
 """Bytes of the list of members, and of any single read."""

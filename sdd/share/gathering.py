@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sdd.config import plain
 from sdd.config.provenance import LEFT_OUT, provenance, shareable, shared_words
 from sdd.config.shared import check_yaml
 from sdd.errors import UserError
-from sdd.share.bundle import STUDY
+from sdd.share.bundle import FORMAT, STUDY
 from sdd.store import STAGES, Store
 from sdd.store.files import AGAIN, shown_json
 from sdd.store.store import MANIFEST, current_commit, installed_versions, is_place
@@ -40,68 +40,76 @@ NOT_CARRIED = ("hydra", "allow", *(name for name in LEFT_OUT if name != "study")
 Members = dict[str, bytes | Path]
 
 
-def members_of(folder: Path, allowed: Iterable[str] = (), weights: bool = False) -> Members:
+def members_of(folder: Path, allowed: Sequence[str] = (), weights: bool = False) -> Members:
     """Names in the bundle -> what stands there."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a sweep, or of a report above sweeps")
-    members: Members = {}
-    jobs: list[dict[str, Any]] = []
-    stores: dict[str, Store] = {}
+    gathered = _Gathered()
     for record in _records(folder):
-        place = Path(record["path"])
-        if not is_place(place) or not (place / MANIFEST).is_file():
-            raise UserError(f"{record['folder']} names {place}, which is gone; run the sweep again")
-        config, given = _composed(record, allowed)
-        for name, file in given.items():
-            text = _carried(file, name)
-            if members.setdefault(f"given/{name}", text) != text:
-                raise UserError(f"{folder}: jobs of two files {name} that differ; share their sweeps one by one")
-        members[f"jobs/{len(jobs)}/config.yaml"] = _yaml(config)
-        jobs.append(_job(record["script"], record["overrides"], place))
-        stores[place.name] = Store(place.parent.parent)
-    if not jobs:
+        gathered.add_recorded(record, allowed)
+    if not gathered.jobs:
         raise UserError(f"{folder} holds no job that built anything (no result.json); give the folder of a sweep")
     report = folder / "report" if (folder / "report" / "table.json").exists() else folder
     if (report / "table.json").exists():
-        members |= _report(report)
-        for address in _others(report / "table.json", stores):
-            store = next((s for s in stores.values() if _has(s, address)), None)
-            if store is None:
-                raise UserError(f"{report}/table.json rests on {address}, which is gone; write the report again")
-            manifest = store.manifest(store.find(address))
-            members[f"jobs/{len(jobs)}/config.yaml"] = _yaml(manifest.get("config", {}))
-            jobs.append(_job(*_command(manifest), store.find(address)))
-            stores[address] = store
-    elif any(job["stage"] == "evaluated" for job in jobs):
+        gathered.add_report(report)
+    elif any(job["stage"] == "evaluated" for job in gathered.jobs):
         raise UserError(f"{folder} holds no report; run: python -m sdd.report {folder} --out {folder}/report")
-    for address, store in stores.items():
+    members = gathered.members | _environment()
+    for address, store in gathered.stores.items():
         members |= _artifacts(store, address, weights)
-    members[STUDY] = _json(
-        {
-            "format": 1,
-            "jobs": jobs,
-            "stages": {name: stage.version for name, stage in STAGES.items()},
-            "versions": installed_versions(),
-            "commit": current_commit(),
-        }
-    )
-    members |= _environment()
+    stages = {name: stage.version for name, stage in STAGES.items()}
+    facts = {"format": FORMAT, "jobs": gathered.jobs, "stages": stages}
+    members[STUDY] = _json(facts | {"versions": installed_versions(), "commit": current_commit()})
     _check_places(members)
     return members
 
 
+class _Gathered:
+    """Jobs, their members, and by the address of what each built the store that holds it."""
+
+    def __init__(self) -> None:
+        self.members: Members = {}
+        self.jobs: list[dict[str, Any]] = []
+        self.stores: dict[str, Store] = {}
+
+    def add_job(self, script: str, overrides: Iterable[str], place: Path, config: dict[str, Any]) -> None:
+        words = [word for word in shared_words(overrides) if _group(word) not in NOT_CARRIED]
+        self.members[f"jobs/{len(self.jobs)}/config.yaml"] = _yaml(config)
+        self.jobs.append({"script": script, "overrides": words, "stage": place.parent.name, "address": place.name})
+        self.stores[place.name] = Store(place.parent.parent)
+
+    def add_recorded(self, record: dict[str, Any], allowed: Sequence[str]) -> None:
+        """A job of a sweep, with the config files that it is made of."""
+        folder, place = record["folder"], Path(record["path"])
+        if not is_place(place) or not (place / MANIFEST).is_file():
+            raise UserError(f"{folder} names {place}, which is gone; run the sweep again")
+        config, given = _composed(record, allowed)
+        for name, file in given.items():
+            content = _carried(file, name)
+            if self.members.setdefault(f"given/{name}", content) != content:
+                raise UserError(f"{folder} has another {name} than the jobs before; share their sweeps one by one")
+        self.add_job(record["script"], record["overrides"], place, config)
+
+    def add_report(self, folder: Path) -> None:
+        """Tables and page, and what the table rests on besides: the unpruned model's results, found beside theirs."""
+        self.members |= _report(folder)
+        rows = shown_json(folder / "table.json", TABLE)
+        for address in sorted({address for row in rows for address in row.get("addresses", [])} - self.stores.keys()):
+            places = (store.root / "evaluated" / address for store in self.stores.values())
+            place = next((place for place in places if is_place(place) and (place / MANIFEST).is_file()), None)
+            if place is None:
+                raise UserError(f"{folder}/table.json rests on {address}, which is gone; write the report again")
+            manifest = Store(place.parent.parent).manifest(place)
+            self.add_job(*_command(manifest), place, manifest.get("config", {}))
+
+
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _yaml(value: Any) -> bytes:
     text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1 << 16)
     return text.encode()
-
-
-def _job(script: str, overrides: Iterable[str], place: Path) -> dict[str, Any]:
-    words = [word for word in shared_words(overrides) if _group(word) not in NOT_CARRIED]
-    return {"script": script, "overrides": words, "stage": place.parent.name, "address": place.name}
 
 
 def _group(override: str) -> str:
@@ -124,7 +132,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _composed(record: dict[str, Any], allowed: Iterable[str]) -> tuple[dict[str, Any], dict[str, Path]]:
+def _composed(record: dict[str, Any], allowed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     """The job's config as a manifest has it, composed anew, and the files of named folders that it was made of."""
     folder, words = record["folder"], [word for word in record["overrides"] if _group(word) not in NOT_CARRIED]
     words += [f"allow=[{','.join(allowed)}]"] if allowed else []
@@ -174,31 +182,20 @@ def _carried(file: Path, name: str) -> bytes:
     check_yaml(text, name)
     content = yaml.safe_load(text)
     kept = {key: value for key, value in (content or {}).items() if key not in NOT_CARRIED}
-    kept = {key: value if key == "defaults" else shareable(value) for key, value in kept.items()}
+    defaults = {"defaults": kept.pop("defaults")} if "defaults" in kept else {}
     header = re.findall(r"^\s*#\s*@package\s+[\w.]+", text, re.M)[:1]
-    return "".join(f"{line.strip()}\n" for line in header).encode() + _yaml(kept)
+    return "".join(f"{line.strip()}\n" for line in header).encode() + _yaml(defaults | shareable(kept))
 
 
 # ---- what they built ------------------------------------------------------------------------------------------------
 
 
-def _others(table: Path, known: Iterable[str]) -> list[str]:
-    """What a table rests on besides what the jobs asked for: the unpruned model's results, found beside theirs."""
-    rows = shown_json(table, TABLE)
-    return sorted({address for row in rows for address in row.get("addresses", [])} - set(known))
-
-
-def _has(store: Store, address: str) -> bool:
-    place = store.root / "evaluated" / address
-    return is_place(place) and (place / MANIFEST).is_file()
-
-
 def _command(manifest: dict[str, Any]) -> tuple[str, list[str]]:
+    """The script that asked for an artifact, and its overrides."""
     words = shlex.split(manifest.get("command", ""))
-    script = STAGES[manifest["stage"]].script
-    if words[:2] != ["python", f"{script}.py"]:
+    if not words:
         raise UserError(f"{manifest['stage']}/{manifest['address']} does not say what asked for it; {AGAIN}")
-    return script, words[2:]
+    return STAGES[manifest["stage"]].script, [word for word in words if "=" in word or word.startswith("~")]
 
 
 def _artifacts(store: Store, address: str, weights: bool) -> Members:

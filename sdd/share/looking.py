@@ -19,7 +19,7 @@ from sdd.config import plain
 from sdd.config.provenance import provenance
 from sdd.config.shared import LARGEST, check_words, check_yaml
 from sdd.errors import UserError
-from sdd.share.bundle import STUDY
+from sdd.share.bundle import FORMAT, STUDY
 from sdd.stages.__main__ import recipe_of
 from sdd.store import STAGES, Recipe, Store
 from sdd.store.__main__ import differences, flat
@@ -28,7 +28,6 @@ from sdd.store.store import MANIFEST, installed_versions
 from sdd.study import is_provisional
 from sdd.untrusted import ANY, check_shape, read_text
 
-FORMAT = 1
 SHAPE = {
     "format": int,
     "jobs": [{"script": str, "overrides": [str], "stage": str, "address": str}],
@@ -85,7 +84,7 @@ class Study:
         manifest = self.manifests.get(job["address"])
         if manifest is None or manifest["stage"] != job["stage"]:
             raise UserError(f"{place}: the bundle has no manifest of {job['stage'][:40]}/{job['address'][:40]}")
-        recorded = recipe_of(self.store, manifest, self.inputs_left)
+        recorded, config = recipe_of(self.store, manifest, self.inputs_left), self._config(number)
         typed_keys = {_key(word) for word in typed}
         words = [word for word in job["overrides"] if _key(word) not in typed_keys]
         if cut := sorted(_key(word)[:80] for word in words if _is_cut(word)):
@@ -102,7 +101,7 @@ class Study:
         own = provenance(job["script"], words, plain(composed.config))["config"]
         settings = {
             key: (before, after)
-            for key, before, after in _unlike(self._config(number), own)
+            for key, before, after in _unlike(config, own)
             if not any(key == name or key.startswith(f"{name}.") for name in typed_keys)
         }
         return Repeated(job["script"], composed, wanted, recorded, settings)
