@@ -13,8 +13,8 @@ from sdd.api import compose
 
 MINE = Path(__file__).parent / "mine"
 
-words = ["dataset=choices", f"dataset.path={MINE / 'questions.jsonl'}", "allow=mine.rows.Choices", "finetune=sft"]
-job = compose(*words, "finetune.num_rows=4", "finetune.validation_rows=1", config_dir=MINE / "conf")
+words = ["dataset=choices", f"dataset.path={MINE / 'questions.jsonl'}", "allow=mine.rows.Choices"]
+job = compose(*words, "finetune=sft", config_dir=MINE / "conf")
 targets = job.wanted("generate")
 for line in (job.build(targets) / "train.jsonl").read_text().splitlines():
     row = json.loads(line)

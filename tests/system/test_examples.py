@@ -54,7 +54,7 @@ def test_scores_prunes_and_evaluates(printed: tuple[Path, dict[str, str]]) -> No
 
 def test_own_metric_is_in_the_key_with_its_source(printed: tuple[Path, dict[str, str]]) -> None:
     folder, outputs = printed
-    assert outputs["own_metric"] == "centre 0.5: blocks [5, 6] removed\ncentre 0.75: blocks [7, 8] removed\n"
+    assert outputs["own_metric"] == "centre 0.5: blocks [5, 6] removed\ncentre 0.75: blocks [8, 9] removed\n"
     outcome = run("prune", *OWN, "allow=mine.metrics.Middle", cwd=folder)
     assert outcome.built == []
     address = json.loads((outcome.path / "manifest.json").read_text())["inputs"]["scores"]
@@ -80,9 +80,7 @@ def test_own_metric_is_rebuilt_only_if_allowed(
 
 
 def test_own_rows_become_targets(printed: tuple[Path, dict[str, str]]) -> None:
-    lines = printed[1]["own_dataset"].splitlines()
-    assert len(lines) == 4
-    assert set(lines) < {
+    assert set(printed[1]["own_dataset"].splitlines()) == {
         f"{prompt!r} -> {target!r}"
         for prompt, target in (
             ("Which is cold? Choose: fire, ice, tea.", "It is ice."),
