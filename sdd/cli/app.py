@@ -7,13 +7,11 @@ mistake, else 1.
 
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
-import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sdd.cli.job import Job
 from sdd.cli.loader import CheckedConfigLoader, config_folder
 from sdd.cli.progress import bars_into
-from sdd.cli.students import composed_students
 from sdd.cli.words import arranged
-from sdd.config import check_values, plain
 from sdd.errors import UserError
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
-from sdd.untrusted import expanded, printable
+from sdd.untrusted import printable
 
 log = logging.getLogger(__name__)
 
@@ -122,70 +119,24 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     """Check the config, derive the recipe, and have it built; what the job's record says of it."""
-    check_values(config)
+    job = Job(config, typed(), run_folder)
+    wanted = job.wanted(script)
     if config.dry_run:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
-    else:
-        _check_machine(config.trainer)
-    from sdd.cli.endings import ending
-    from sdd.config.provenance import provenance
-    from sdd.stages import graph, tuned
-    from sdd.store import Store
-    from sdd.study import Study
-
-    root = expanded(config.paths.artifacts).absolute()
-    students = composed_students(config)
-    study = Study(config, root / ".digests", [Study(student, root / ".digests") for student, _ in students])
-    store = Store(root, provenance(script, typed(), plain(study.config)))
-    try:
-        wanted = graph.wanted(study, script)
-    except UserError:
-        check_fits(script, config, graph.embedded_groups(study, None))
-        raise
-    check_fits(script, config, graph.embedded_groups(study, list(wanted.walk()) if wanted else []))
-    if config.dry_run:
-        return {"dry_run": True, "plan": print_plan(wanted, study, store)}
+        return {"dry_run": True, "plan": print_plan(wanted, job.study, job.store(script))}
     if wanted is None:
-        folder = study.models.checkpoint.folder
+        folder = job.study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if missing := store.missing(wanted):
-        from sdd.stages import builder
+    with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
+        path = job.build(wanted, script)
+    from sdd.cli.endings import ending
 
-        graph.read_data(study, missing)
-        stages = {recipe.stage for recipe in missing}
-        if "tuned" in stages:
-            check_tracker(config.logger)
-            for one in study.students or [study]:
-                _check_quantisation(one.config.adapter.quantisation)
-        _use_threads(config.trainer.threads)
-        build = builder(_runtime(config, study.sources, study.texts, run_folder))
-        with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
-            if "merged" in stages and config.store.missing == "build":  # so that a student's manifest names its command
-                for student, (_, words) in zip(study.students, students, strict=True):
-                    own = Store(root, provenance("train", words, plain(student.config)))
-                    own.ensure(tuned.recipe(student), build)
-            store.ensure(wanted, build, config.store.missing)
-    path = store.folder(wanted)
-    for line in ending(wanted, study, store, sys.argv[1:], HydraConfig.get().job.num if is_sweep else None):
+    number = HydraConfig.get().job.num if is_sweep else None
+    for line in ending(wanted, job.study, job.store(script), typed(), number):
         print(line, file=sys.stderr)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}
-
-
-def check_fits(script: str, config: DictConfig, embedded: list[str]) -> None:
-    """Refuse the embedded texts and tasks (the groups that chose them) for a public model, with what was meant."""
-    if not embedded:
-        return
-    chosen, replaced = HydraConfig.get().runtime.choices, (*embedded, "experiment")
-    kept = [word for word in typed() if word.partition("=")[0] not in replaced and not word.startswith("settings=")]
-    instead = "experiment=quickstart" if chosen.get("experiment") else "settings=public"
-    words = " ".join([f"python {script}.py", instead, *kept])
-    raise UserError(
-        f"{' '.join(f'{group}={chosen.get(group)}' for group in embedded)}: made for the embedded model, which "
-        f"{config.model.path} is not; you probably meant: {words}"
-    )
 
 
 def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
@@ -203,60 +154,6 @@ def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
     if any(artifact.provisional for artifact in plan):
         log.info("addresses with a question mark are known once the model and the data have been fetched")
     return records
-
-
-def check_tracker(logger: Mapping[Any, Any]) -> None:
-    """Refuse to begin what would end at the tracker's door."""
-    offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
-    if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:
-        return
-    import wandb
-
-    if not wandb.login(prompt=False, verify=False):
-        raise UserError("logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true")
-
-
-def _check_quantisation(quantisation: str | None) -> None:
-    if quantisation is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"adapter.quantisation={quantisation} needs bitsandbytes; run: pip install 'sdd[quantisation]'")
-
-
-def _check_machine(trainer: DictConfig) -> None:
-    """What the trainer asks of this machine, before anything is fetched."""
-    if trainer.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            "trainer.attention=flash_attention_2 needs the package flash-attn; choose trainer.attention=sdpa"
-        )
-    if trainer.accelerator == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _runtime(config: DictConfig, sources: dict[str, Path], texts: dict[str, list[str]], run_folder: Path) -> Any:
-    from sdd.stages.runtime import Runtime
-
-    trainer = config.trainer
-    return Runtime(
-        sources=sources,
-        texts=texts,
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        attention=trainer.attention,
-        **Runtime.sizes(config),
-        checkpoint_every=trainer.checkpoint_every,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        logger=plain(config.logger),
-        run_folder=run_folder,
-    )
 
 
 def prune() -> None:

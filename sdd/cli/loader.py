@@ -35,7 +35,8 @@ from sdd.cli.mistakes import Composition, hydras_words
 from sdd.cli.students import COMPOSING
 from sdd.cli.words import chosen
 from sdd.config import Config
-from sdd.config.allowed import check_targets
+from sdd.config.allowed import check_targets, name_own
+from sdd.config.own import allow
 from sdd.config.shared import LARGEST, check_defaults, check_jobs, check_shared, check_yaml
 from sdd.errors import UserError
 from sdd.untrusted import printable, read_text
@@ -147,6 +148,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super().__init__(config_search_path)
         self.repository = _composed(lambda: CheckedRepository(config_search_path=config_search_path))
         self.files = FilesOfOne(self.repository)
+        self.given: dict[str, Path] = {}
+        """The files of folders that somebody named, which a composition has read, and the folder of each."""
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any
@@ -158,7 +161,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                 if _is_full_error():
                     raise
                 raise UserError(self._mistake(config_name, overrides, run_mode) or hydras_words(error)) from None
-            check_targets(config)
+            own = self._allowed(config)
+            check_targets(config, own)
+            name_own(config, own)
             if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
             sweeper = config.hydra.sweeper
@@ -200,6 +205,17 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         except (HydraException, OmegaConfBaseException):
             return None
 
+    def _allowed(self, config: DictConfig) -> dict[str, str]:
+        """The classes of the user's own that the command line allows, and the id of each."""
+        typed = [word for word in config.hydra.overrides.task if re.match(r"\+*allow=", word)]
+        if config.get("allow") is not None and not typed:
+            raise UserError("a config file sets allow, which it may not; say allow=... on the command line")
+        names: list[Any] = []
+        for word in typed:
+            value = OverridesParser.create().parse_override(word).value()
+            names += value if isinstance(value, list) else [] if value is None else [value]
+        return {str(name): allow(str(name)) for name in names}
+
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
     ) -> tuple[list[Any], CachingConfigRepository]:
@@ -235,6 +251,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
         loaded = repo.load_config(config_path=default.config_path)
+        folder = Path(loaded.path.removeprefix("file://"))
+        if loaded.path.startswith("file://") and not folder.samefile(config_folder()):
+            self.given[default.config_path] = folder
         if is_shared(loaded, default.config_path):
             placed = self._embed_result_config(loaded, default.package)
             check_shared(_content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")

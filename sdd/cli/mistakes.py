@@ -187,15 +187,15 @@ def _no_setting(parts: list[str], number: int, names: list[str], config: DictCon
 
 
 def _dotted(node: DictConfig, before: str = "") -> list[str]:
-    found: list[str] = []
-    for name in node:
+    keys: list[str] = []
+    for name in map(str, node):
         if not before and name == "hydra":
             continue
         child = node._get_node(name)
-        found.append(f"{before}{name}")
+        keys.append(f"{before}{name}")
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            found += _dotted(child, f"{before}{name}.")
-    return found
+            keys += _dotted(child, f"{before}{name}.")
+    return keys
 
 
 def _wrong_type(config: DictConfig, key: str, value: Any, shown: Any) -> str | None:

@@ -78,10 +78,11 @@ class SweepEnd(Callback):
         trackers = [_tracker(names[name].parent) for name, job in jobs if job.get("stage") == "evaluated"]
         tracker = next((tracker for tracker in trackers if tracker), None)
         if report and tracker:
+            from sdd.cli.job import check_tracker
             from sdd.report.tracking import log_report
 
             try:
-                app.check_tracker(tracker)
+                check_tracker(tracker)
                 log_report(report, [path.name for path in unique], tracker)
             except Exception:
                 log.exception("the report was written, but could not be logged")

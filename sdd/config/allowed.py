@@ -6,6 +6,7 @@ else. The list is checked on every composed config, the `hydra` node included, b
 """
 
 import re
+from collections.abc import Container, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
+from sdd.config.own import CLASSES, check_base, is_own
 from sdd.config.parts import PLACES, TARGETS, maker_of
 from sdd.errors import UserError
 
@@ -48,38 +50,52 @@ _REFUSED_SETTINGS = {
 _SAMPLER = re.compile(r"optuna\.samplers\.[A-Z][A-Za-z]*Sampler")
 
 
-def check_targets(config: DictConfig) -> None:
-    """Refuse a composed config (its `hydra` node included) that names anything outside the allow-list.
+def check_targets(config: DictConfig, own: Container[str] = ()) -> None:
+    """Refuse a composed config (its `hydra` node included) that names anything outside the allow-list and `own`.
 
     Names of classes are literals. Inside the `hydra` node, which is instantiated before any of our code is asked, an
     interpolation stands for a plain value, so that what is checked here is what Hydra will see.
     """
-    _check_node(OmegaConf.to_container(config, resolve=False), (), config)
+    _check_node(OmegaConf.to_container(config, resolve=False), (), config, own)
 
 
-def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig) -> None:
+def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig, own: Container[str]) -> None:
     if isinstance(node, list):
         for index, value in enumerate(node):
-            _check_node(value, (*where, index), root)
+            _check_node(value, (*where, index), root, own)
     elif isinstance(node, dict):
         for key, value in node.items():
             path = (*where, key)
             if path in _REFUSED_SETTINGS and value:
                 raise UserError(f"{_dotted(path)} {_REFUSED_SETTINGS[path]}; refused in a config")
             if key == "_target_" and value != MISSING:
-                _check_target(value, path)
+                _check_target(value, path, own)
             elif key == "()" or (key == "class" and _in_logging(path)):
                 if str(value) not in ALLOWED_LOGGING:
                     raise UserError(f"{_dotted(path)}={value} is not an allowed logging class; refused")
             else:
-                _check_node(value, path, root)
+                _check_node(value, path, root, own)
     elif isinstance(node, str):
         _check_text(node, where, root)
 
 
-def _check_target(value: Any, path: tuple[Any, ...]) -> None:
+def name_own(config: DictConfig, own: Mapping[str, str]) -> None:
+    """Give every class of the user's own its id in a composed config that has been checked."""
+    nodes: list[Any] = [config._get_node(key) for key in config if key != "hydra"] if own else []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            nodes += [node._get_node(key) for key in node]
+            if (name := node.get("_target_")) in own:
+                node["_target_"] = own[str(name)]
+
+
+def _check_target(value: Any, path: tuple[Any, ...], own: Container[str]) -> None:
     plugin = path in (("hydra", "launcher", "_target_"), ("hydra", "sweeper", "_target_"))
     if path == ("hydra", "sweeper", "sampler", "_target_") and _SAMPLER.fullmatch(str(value)):
+        return
+    if isinstance(value, str) and value in own and _targets_at(path[:-1]):
+        check_base(value, str(path[0]), _dotted(path))
         return
     if str(value) not in (ALLOWED_PLUGINS if plugin else _targets_at(path[:-1])):
         raise UserError(f"{_dotted(path)}={value} is not one of this project's parts; refused")
@@ -164,9 +180,11 @@ def build(node: Any, *args: Any, **values: Any) -> Any:
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
     name = node.get("_target_")
-    if name not in PLACES:
+    if is_own(name) and name not in CLASSES:
+        raise UserError(f"_target_={name} is a class of somebody's own, with the digest of its source; allow that one")
+    if name not in PLACES and name not in CLASSES:
         raise UserError(f"_target_={name} is not one of this project's parts; refused")
-    maker = maker_of(name)
+    maker = CLASSES[name] if name in CLASSES else maker_of(name)
     arguments = {key: value for key, value in node.items() if key != "_target_"} | values
     try:
         inspect.signature(maker).bind(*args, **arguments)

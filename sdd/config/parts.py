@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from sdd.config.own import CLASSES
+
 _CRITERIA = {
     "sdd.importance.Angular": "sdd.importance.states",
     "sdd.importance.BlockInfluence": "sdd.importance.states",
@@ -81,6 +83,8 @@ def class_of(id: str) -> type[Any]:
 def id_of(part: Any) -> str:
     """The id of a class's instance."""
     kind = type(part)
+    if own := [id for id, allowed in CLASSES.items() if allowed is kind]:
+        return own[0]
     ids = [id for id, place in PLACES.items() if (place, id.rpartition(".")[2]) == (kind.__module__, kind.__name__)]
     if len(ids) != 1:
         raise KeyError(f"{kind.__module__}.{kind.__name__} has no id; add one to sdd.config.parts")

@@ -66,14 +66,14 @@ def provenance(script: str, overrides: Iterable[str], config: Mapping[str, Any])
 
 
 def command(script: str, overrides: Iterable[str]) -> str:
+    return " ".join([f"python {script}.py", *map(shlex.quote, shared_words(overrides))])
+
+
+def shared_words(overrides: Iterable[str]) -> list[str]:
+    """The overrides that are kept, as they are kept."""
     overrides = list(overrides)
     typed = [value for word in overrides for value in _values_left_out(word)]
-    words = [f"python {script}.py"]
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if is_known(key) and (shared := _word(key, value, typed)) is not None:
-            words.append(shlex.quote(f"{key}{separator}{shared}"))
-    return " ".join(words)
+    return [shared for override in overrides if (shared := _shared_word(override, typed)) is not None]
 
 
 def _word(key: str, value: str, typed: Iterable[str]) -> str | None:
@@ -131,12 +131,12 @@ def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
         kept = {}
         for key, item in value.items():
             where, below = _below(path, str(key), kind)
-            if below is not None:
+            if below is not None or _is_of_criterion(where, item):
                 kept[str(key)] = _kept(item, below, where, typed)
         return kept
     if path == "merge.students" and isinstance(value, list):
         return [
-            [w for override in overrides if (w := _student_word(str(override), typed)) is not None]
+            [w for override in overrides if (w := _shared_word(str(override), typed)) is not None]
             for overrides in value
         ]
     if path.endswith("revision") and isinstance(value, str) and _COMMIT.fullmatch(value):
@@ -144,10 +144,18 @@ def _kept(value: Any, kind: Any, path: str, typed: Iterable[str]) -> Any:
     return shareable(value, typed)
 
 
-def _student_word(override: str, typed: Iterable[str]) -> str | None:
+def _shared_word(override: str, typed: Iterable[str]) -> str | None:
     key, separator, value = override.partition("=")
-    shared = _word(key, value, typed) if is_known(key) else None
+    number = _NUMBER.fullmatch(value) is not None and _is_of_criterion(key.lstrip("+"), 0)
+    shared = _word(key, value, typed) if number or is_known(key) else None
     return None if shared is None else f"{key}{separator}{shared}"
+
+
+def _is_of_criterion(path: str, value: Any) -> bool:
+    """Whether a setting is a number of a criterion's, which may be the user's own and have names of its own."""
+    node, _, name = path.partition(".")
+    plain = _PLAIN.fullmatch(name) is not None and "." not in name and not is_secret(name)
+    return node in ("metric", "width_metric") and plain and isinstance(value, bool | int | float)
 
 
 def _values_left_out(override: str) -> list[str]:

@@ -9,7 +9,7 @@ written so that it would be resolved a second time. Knows nothing of where files
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ DEEPEST = 100
 MOST_NODES = 50_000
 """Values of a config file once its aliases are written out."""
 
+LONGEST_WORD = 20_000
+"""Characters of an override in a file."""
 MOST_JOBS = 10_000
 """Jobs of a sweep."""
 TRACKED = ("project", "group", "job_type", "tags", "notes")
 """What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
-NEVER_SWEPT = ("hydra", "paths", "logger")
+NEVER_SWEPT = ("hydra", "paths", "logger", "allow")
 AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
 LARGEST_NUMBER = 1_000_000
 """Of the launcher's and the sweeper's."""
@@ -126,6 +128,8 @@ def check_shared(config: Any, where: str) -> None:
             _check_paths(value, where)
         elif key == "logger":
             _check_logger(value, where)
+        elif key == "allow":
+            raise UserError(f"{where}: allow={value} is not a config file's to set; say it on the command line")
         else:
             _check_value(value, str(key), where)
 
@@ -220,6 +224,21 @@ def _check_swept(params: dict[Any, Any], where: str) -> None:
             raise UserError(f"{where}: hydra.sweeper.params.{key}={value} leaves the search path; refused")
         if isinstance(value, dict | list) or "$" in str(value) or not str(value).isprintable():
             raise UserError(f"{where}: hydra.sweeper.params.{key}={value} must be plain choices, such as 1,2,3")
+
+
+def check_words(overrides: Iterable[str], where: str) -> None:
+    """Refuse overrides of a file that say more than a config file may: settings and choices of this project's."""
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        bare = key.lstrip("+~")
+        if not (_SWEPT.fullmatch(bare) and (separator or key.startswith("~")) and len(override) <= LONGEST_WORD):
+            raise UserError(f"{where}: {override[:80]!r} is no override; refused")
+        if re.split(r"[./@]", bare)[0] in (*NEVER_SWEPT, "store", "dry_run") or any(
+            sign in override for sign in ("$", "..")
+        ):
+            raise UserError(f"{where}: {override[:80]} is not a config file's to set; say it on the command line")
+        if not override.isprintable():
+            raise UserError(f"{where}: {override[:80]!r} holds control characters; refused")
 
 
 def check_jobs(params: Mapping[Any, Any], all_combined: bool) -> None:

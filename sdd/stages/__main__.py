@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdd.config.allowed import build
+from sdd.config.own import allow
 from sdd.data.texts import conversation
 from sdd.data.tiny import TinyTexts
 from sdd.errors import UserError
@@ -100,15 +101,19 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
         builder(runtime)(recipe, inputs, fresh)
-        recorded: dict[str, str] = manifest["files"]
-        differing = []
-        for name in sorted(set(recorded) - {TIMINGS}):
-            path = fresh / name
-            if not path.is_file():
-                differing.append(f"not made: {name}")
-            elif file_digest(path) != recorded[name]:
-                differing.append(f"differs: {name}")
-    return differing
+        return differing(manifest["files"], fresh)
+
+
+def differing(recorded: Mapping[str, str], folder: Path) -> list[str]:
+    """Which of the files that a manifest records are not in a folder, or have other bytes there."""
+    lines = []
+    for name in sorted(set(recorded) - {TIMINGS}):
+        path = folder / name
+        if not path.is_file():
+            lines.append(f"not made: {name}")
+        elif file_digest(path) != recorded[name]:
+            lines.append(f"differs: {name}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,14 +122,23 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("rerun", help="rebuild one artifact from its manifest")
     command.add_argument("address")
     add_arguments(command)
+    command.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="import path of a class of your own that it is made by",
+    )
     arguments = parser.parse_args(argv)
     try:
-        differing = rerun(Store(arguments.artifacts.absolute()), arguments.address, runtime_of(arguments))
+        for path in arguments.allow:
+            allow(path)
+        lines = rerun(Store(arguments.artifacts.absolute()), arguments.address, runtime_of(arguments))
     except UserError as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    print("\n".join(map(printable, differing)) if differing else "identical")
-    return 1 if differing else 0
+    print("\n".join(map(printable, lines)) if lines else "identical")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -44,14 +44,14 @@ def differences(
     made_over = [a["inputs"].get(a["stage"]), b["inputs"].get(b["stage"])]
     if (made_over[0] is None) != (made_over[1] is None):  # one is the other's like, worked on once more
         own, base = (b, a) if made_over[0] is None else (a, b)
-        for key, value in sorted(_flat(own["spec"]).items()):
-            if value != _flat(base["spec"]).get(key):
+        for key, value in sorted(flat(own["spec"]).items()):
+            if value != flat(base["spec"]).get(key):
                 yield {"where": prefix + key, "a": None if own is b else value, "b": value if own is b else None}
         yield from differences(store, made_over[0] or one, made_over[1] or other, where, compared, depth + 1)
         return
     if a["version"] != b["version"]:
         yield {"where": prefix + "version", "a": a["version"], "b": b["version"]}
-    left, right = _flat(a["spec"]), _flat(b["spec"])
+    left, right = flat(a["spec"]), flat(b["spec"])
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
             yield {"where": prefix + key, "a": left.get(key), "b": right.get(key)}
@@ -64,13 +64,14 @@ def differences(
             yield from differences(store, x, y, prefix + several, compared, depth + 1)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects by their dotted names."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     return {
         key: leaf
         for name, child in value.items()
-        for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+        for key, leaf in flat(child, f"{prefix}.{name}" if prefix else name).items()
     }
 
 

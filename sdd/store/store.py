@@ -272,7 +272,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{what}: it is of another artifact")
     if not all(map(ADDRESS.fullmatch, manifest["inputs"].values())) or folder.name in manifest["inputs"].values():
         raise UserError(f"{what}: an input that is no address")
-    if not all(map(_is_inner, manifest.get("files", ()))):
+    if not all(map(is_inner, manifest.get("files", ()))):
         raise UserError(f"{what}: a file outside")
     return manifest
 
@@ -281,7 +281,7 @@ def _damaged(folder: Path) -> str:
     return f"{folder}/{MANIFEST} is damaged; delete the folder and build it again"
 
 
-def _is_inner(name: str) -> bool:
+def is_inner(name: str) -> bool:
     """Whether a file's name stays within its folder, on any system, and steers no terminal."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)

@@ -172,6 +172,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("paths.artifacts", "elsewhere", [], {}),
     ("store.missing", "raise", [], {}),
     ("dry_run", True, [], {}),
+    ("allow", "mine.metrics.Middle", [], {}),
     ("dataset.name", "renamed", [], {}),
     ("engine.seed", 1, [], {}),
     ("dataset.template", "{prompt}", ["finetune=sft"], {}),

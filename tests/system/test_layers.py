@@ -17,7 +17,10 @@ LAYERS = (
     {"study"},
     {"stages"},
     {"report", "export"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"api"},
+    {"share"},
+    {"__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 COMPUTING = ("architectures", "models", "tiny", "forward", "finetuning", *LAYERS[6])

@@ -102,6 +102,11 @@ REFUSED = {
     "tracker of another swept": "hydra: {sweeper: {params: {logger.entity: evil}}}",
     "tracker's words from the environment": "logger: {notes: '${oc.env:SDD_SECRET}'}",
     "tracker as a list": "logger: [wandb]",
+    # Whose code may run.
+    "allowance": "allow: antigravity.x",
+    "allowances": "allow: [antigravity.x]",
+    "no allowance": "allow: null",
+    "allowance swept": "hydra: {sweeper: {params: {allow: antigravity.x}}}",
     # What is swept becomes overrides.
     "swept text that steers": "hydra: {sweeper: {params: {seed: \"'\\e[2J'\"}}}",
     "swept text reversed": 'hydra: {sweeper: {params: {seed: "a\\u202eb"}}}',
@@ -182,6 +187,16 @@ COMPOSED: dict[str, tuple[str, list[str]]] = {
         ["+logger.project=x"],
     ),
     "tracker of a student's experiment": (STUDENTS % "[experiment=tracked]", ["merge=slerp"]),
+    # Whose code may run.
+    "a class that nobody allowed": ("metric: {_target_: mine.metrics.Middle}", []),
+    "an allowance of a student": (STUDENTS % "['allow=antigravity.x']", ["merge=slerp"]),
+    "an option in place of allowances": ("defaults: [/pruning/n2@allow]", []),
+    "one class allowed, another named": ("metric: {_target_: os.mkdir, path: RAN}", ["allow=json.JSONEncoder"]),
+    "a class under a key of another kind": ("engine: {_target_: json.JSONEncoder}", ["allow=json.JSONEncoder"]),
+    "a class as callback": (
+        "hydra: {callbacks: {x: {_target_: json.JSONEncoder}}}",
+        ["allow=json.JSONEncoder"],
+    ),
     # Sizes.
     "files without an end": (MANY, []),
     "files that double": ("defaults: [/experiment/e0@study.z]", []),

@@ -1,0 +1,149 @@
+"""A composed config at work: its study, and the artifacts that it asks for, built where they are missing."""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sdd.cli.students import composed_students
+from sdd.config import check_values, plain
+from sdd.errors import UserError
+from sdd.store import STAGES, Recipe, Store
+from sdd.untrusted import expanded
+
+
+class Job:
+    """One config, composed with `overrides` and checked; its trackers and logs go to `run_folder`.
+
+    Make it while Hydra is there, which composes the students of a merge.
+    """
+
+    def __init__(self, config: DictConfig, overrides: Iterable[str], run_folder: Path) -> None:
+        check_values(config)
+        if config.dry_run:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
+        else:
+            _check_machine(config.trainer)
+        from sdd.study import Study
+
+        self.config, self.overrides, self.run_folder = config, list(overrides), run_folder
+        self.choices = dict(HydraConfig.get().runtime.choices)
+        self.root = expanded(config.paths.artifacts).absolute()
+        self.students = composed_students(config)
+        students = [Study(student, self.root / ".digests") for student, _ in self.students]
+        self.study = Study(config, self.root / ".digests", students)
+
+    def wanted(self, script: str) -> Recipe | None:
+        """The artifact that "prune", "generate", "train" or "evaluate" is asked for; None: the unpruned model itself.
+
+        What it is made of are its `inputs`: a pruned model's are its scores.
+        """
+        from sdd.stages import graph
+
+        try:
+            wanted = graph.wanted(self.study, script)
+        except UserError:
+            self._check_fits(script, graph.embedded_groups(self.study, None))
+            raise
+        self._check_fits(script, graph.embedded_groups(self.study, list(wanted.walk()) if wanted else []))
+        return wanted
+
+    def _check_fits(self, script: str, embedded: list[str]) -> None:
+        """Refuse the embedded texts and tasks (the groups that chose them) for a public model, with what was meant."""
+        if not embedded:
+            return
+        replaced = (*embedded, "experiment")
+        kept = [word for word in self.overrides if word.partition("=")[0] not in replaced]
+        instead = "experiment=quickstart" if self.choices.get("experiment") else "settings=public"
+        words = [f"python {script}.py", instead, *(word for word in kept if not word.startswith("settings="))]
+        raise UserError(
+            f"{' '.join(f'{group}={self.choices.get(group)}' for group in embedded)}: made for the embedded model, "
+            f"which {self.config.model.path} is not; you probably meant: {' '.join(words)}"
+        )
+
+    def store(self, script: str) -> Store:
+        """The store, in which what is new is said to be asked for by a script."""
+        return self._store(script, self.overrides, self.study.config)
+
+    def _store(self, script: str, overrides: Iterable[str], config: DictConfig) -> Store:
+        from sdd.config.provenance import provenance
+
+        return Store(self.root, provenance(script, overrides, plain(config)))
+
+    def build(self, wanted: Recipe, script: str | None = None) -> Path:
+        """The folder of an artifact, built with all that it needs where it is missing."""
+        from sdd.stages import builder, graph, tuned
+
+        store = self.store(script or STAGES[wanted.stage].script)
+        if missing := store.missing(wanted):
+            graph.read_data(self.study, missing)
+            stages = {recipe.stage for recipe in missing}
+            if "tuned" in stages:
+                check_tracker(self.config.logger)
+                for one in self.study.students or [self.study]:
+                    _check_quantisation(one.config.adapter.quantisation)
+            _use_threads(self.config.trainer.threads)
+            build = builder(self._runtime())
+            if "merged" in stages and self.config.store.missing == "build":
+                # So that a student's manifest names its own command and config.
+                for student, (_, words) in zip(self.study.students, self.students, strict=True):
+                    self._store("train", words, student.config).ensure(tuned.recipe(student), build)
+            store.ensure(wanted, build, self.config.store.missing)
+        return store.folder(wanted)
+
+    def _runtime(self) -> Any:
+        from sdd.stages.runtime import Runtime
+
+        trainer = self.config.trainer
+        return Runtime(
+            sources=self.study.sources,
+            texts=self.study.texts,
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            attention=trainer.attention,
+            **Runtime.sizes(self.config),
+            checkpoint_every=trainer.checkpoint_every,
+            gradient_checkpointing=trainer.gradient_checkpointing,
+            logger=plain(self.config.logger),
+            run_folder=self.run_folder,
+        )
+
+
+def check_tracker(logger: Mapping[Any, Any]) -> None:
+    """Refuse to begin what would end at the tracker's door."""
+    offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
+    if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:
+        return
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError("logger=wandb, but nobody is logged in here; run: wandb login, or add logger.offline=true")
+
+
+def _check_quantisation(quantisation: str | None) -> None:
+    if quantisation is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"adapter.quantisation={quantisation} needs bitsandbytes; run: pip install 'sdd[quantisation]'")
+
+
+def _check_machine(trainer: DictConfig) -> None:
+    """What the trainer asks of this machine, before anything is fetched."""
+    if trainer.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "trainer.attention=flash_attention_2 needs the package flash-attn; choose trainer.attention=sdpa"
+        )
+    if trainer.accelerator == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
