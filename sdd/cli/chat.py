@@ -16,6 +16,8 @@ from sdd.untrusted import expanded, printable
 
 QUIT = "/quit"
 NEW_TOKENS = 256
+DEEPEST = 5
+"""Artifacts from a student to one that names the model: merged, tuned, cut twice."""
 CONTEXT = 4096
 """Tokens of a line at most."""
 
@@ -46,22 +48,22 @@ def speakers(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         dtype = arguments.dtype or teacher.stored_dtype
         yield "teacher", _engine(teacher.model(dtype, runtime.device, runtime.attention), teacher, arguments)
     dtype = arguments.dtype or checkpoint_of(folder, runtime).stored_dtype
-    student = open_student(folder, runtime, dtype)
-    yield "student", _engine(*student, arguments)
+    model, base = open_student(folder, runtime, dtype)
+    yield "student", _engine(model, base, arguments)
 
 
 def _model_of(folder: Path) -> str:
     """The digest of the unpruned model that an artifact goes back to."""
     from sdd.store import read_manifest
 
-    manifest = read_manifest(folder)
-    while manifest["spec"].get("model") is None:
-        inputs = manifest["inputs"]
-        address = inputs.get("pruned") or next(iter(inputs.values()))
-        places = [folder.parent.parent / stage / address for stage in ("pruned", "tuned")]
-        folder = next((place for place in places if place.is_dir()), places[0])
+    for _ in range(DEEPEST):
         manifest = read_manifest(folder)
-    return str(manifest["spec"]["model"])
+        if (model := manifest["spec"].get("model")) is not None:
+            return str(model)
+        addresses = [manifest["inputs"].get("pruned"), *manifest["inputs"].values()]
+        places = [folder.parent.parent / stage / str(own) for own in addresses for stage in ("pruned", "tuned")]
+        folder = next((place for place in places if place.is_dir()), folder)
+    raise UserError(f"{folder}: its manifests lead to no model; were they edited?")
 
 
 def _engine(model: Any, checkpoint: Any, arguments: argparse.Namespace) -> Any:
