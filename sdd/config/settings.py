@@ -28,7 +28,7 @@ class Setting:
         origin, words = get_origin(self.type), NAMES.get(self.type, "settings by name, {key: value}")
         if origin is list:
             items = NAMES.get(get_args(self.type)[0], "values").removeprefix("a ").removesuffix(" number")
-            words = {"whole": "a list of whole numbers", "": "a list of numbers", "text": "a list of words"}.get(
+            words = {"whole": "a list of whole numbers", "number": "a list of numbers", "text": "a list of words"}.get(
                 items, "a list"
             )
         return f"{words}, or null" if self.optional else words
