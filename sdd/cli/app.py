@@ -215,6 +215,7 @@ def _runtime(config: DictConfig, study: Any, run_folder: Path) -> Any:
     return Runtime(
         sources=study.sources,
         texts=study.texts,
+        tasks=study.tasks,
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         attention=trainer.attention,
