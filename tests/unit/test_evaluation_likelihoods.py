@@ -106,13 +106,13 @@ def pairs() -> Pairs:
     prompts = [f"<|begin|><|user|>{item.prompt}<|end|><|assistant|>" for item in items[:5]]
     golds = [item.gold or "" for item in items]
     examples = "".join(f"{item.prompt} {item.gold}\n" for item in items[5:8])
-    long = [examples * 4 + item.prompt for item in items[:2]]
+    long = [examples * 4 + items[0].prompt]
     words = golds[0].split(" ")
     return {
         "several tokens": list(itertools.product(prompts, golds[:4])),
         "every beginning": [(prompts[0], " ".join(words[:n])) for n in range(1, len(words) + 1)],
         "one token after examples": list(itertools.product([examples + item.prompt for item in items[:4]], "abcd")),
-        "longer than the window": list(itertools.product(long, golds[:3])),
+        "longer than the window": list(itertools.product(long, golds[:2])),
         "no context": [("", gold) for gold in golds[:3]],
         "spaces at the end": [(f"{items[0].prompt}  ", golds[0]), (f"{items[0].prompt} ", golds[0])],
     }
@@ -150,7 +150,7 @@ def test_likelihoods_are_hflms(model: Any, wrapped: Wrapped, pairs: Pairs) -> No
             answers = asked(wrapped(Shared, batch_size), mixed)
         assert apart(answers, expected) < 1e-4
         assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
-        assert sum(passed) < before / 2
+        assert sum(passed) < 0.7 * before
     assert {greedy for _, greedy in expected} == {True, False}
     lengths = {len(wrapped(Shared, 1)._encode_pair(*pair)[1]) for pair in pairs["one token after examples"]}
     assert lengths == {1}
