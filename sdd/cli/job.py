@@ -102,6 +102,7 @@ class Job:
         return Runtime(
             sources=self.study.sources,
             texts=self.study.texts,
+            tasks=self.study.tasks,
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             attention=trainer.attention,

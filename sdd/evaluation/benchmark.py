@@ -150,10 +150,9 @@ class Benchmark:
         built.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return built
 
-    def check(self, files: Mapping[str, Path] | None) -> None:
-        """Fetch and read the rows of every task once, so that what is wrong with them is known before a model is."""
-        for task in self.tasks:
-            self.build(task.name, files)
+    def built(self, files: Mapping[str, Path] | None) -> dict[str, Any]:
+        """Every task by name; what is wrong with the rows of one is known before a model is."""
+        return {task.name: self.build(task.name, files) for task in self.tasks}
 
     @cached_property
     def _manager(self) -> Any:

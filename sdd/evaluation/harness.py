@@ -1,8 +1,8 @@
 """Run tasks on a model through lm-eval's evaluator, one task at a time, with per-sample records.
 
 The embedded model's tasks are handed over as lm-eval configs whose rows and scoring function come from this process;
-lm-eval's own tasks come as they are. Generation, batching, likelihoods and metrics are lm-eval's own. Knows nothing of
-the store, Hydra, or how the model came about.
+lm-eval's own tasks come as they are. Generation, batching and metrics are lm-eval's own; likelihoods are its values,
+computed in `likelihoods`. Knows nothing of the store, Hydra, or how the model came about.
 """
 
 import dataclasses
@@ -12,12 +12,13 @@ import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from sdd.answers import equal, extract
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
+from sdd.evaluation.likelihoods import SharedPrefixes
 from sdd.evaluation.tiny import Item, Task
 from sdd.models.chats import accepted, end_of_turn
 from sdd.models.control import control_of, is_masked, tokenized
@@ -102,7 +103,7 @@ def _chat_model() -> Any:
     """
     from lm_eval.models.huggingface import HFLM, has_bos_prefix
 
-    class ChatModel(HFLM):
+    class ChatModel(SharedPrefixes, HFLM):
         is_chat = True
         """Whether contexts come from `apply_chat_template`, their words masked there."""
         own_ending = ""
@@ -208,15 +209,16 @@ class Harness:
     def _evaluate(self, name: str, task: Any, **settings: Any) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
-        results: dict[str, Any] | None = evaluate(
-            self.language_model,
-            {"tasks": {name: task}},
-            apply_chat_template=self.chat_template,
-            fewshot_as_multiturn=self.chat_template,
-            system_instruction=self.system_prompt,
-            log_samples=True,
-            **settings,
-        )
+        with _templates_kept():
+            results: dict[str, Any] | None = evaluate(
+                self.language_model,
+                {"tasks": {name: task}},
+                apply_chat_template=self.chat_template,
+                fewshot_as_multiturn=self.chat_template,
+                system_instruction=self.system_prompt,
+                log_samples=True,
+                **settings,
+            )
         assert results is not None, "lm-eval answers None away from rank 0; there is one rank here"
         return results
 
@@ -274,6 +276,18 @@ class Harness:
             and all(isinstance(record["metrics"].get(key), float) for record in records)
         ]
         return Outcome(values, metrics, records)
+
+
+@contextmanager
+def _templates_kept() -> Iterator[None]:
+    """lm-eval's templates are compiled once while this lasts, and not again for every item."""
+    from lm_eval.utils import env
+
+    env.from_string = lru_cache(maxsize=64)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 @contextmanager

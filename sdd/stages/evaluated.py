@@ -128,10 +128,10 @@ def benchmark_of(settings: Any) -> Benchmark:
 
 
 def check_rows(study: Study) -> None:
-    """Read every row that lm-eval's tasks ask for, from the hub where no files are given."""
+    """Read every row that lm-eval's tasks ask for, from the hub where no files are given; the tasks are kept."""
     benchmark = benchmark_of(study.config.evaluation)
     data, files = benchmark.data(study.config.evaluation.data_dir, study.digest_memory)
-    benchmark.check({name: files[digest] for name, digest in data["files"].items()} if files else None)
+    study.tasks |= benchmark.built({name: files[digest] for name, digest in data["files"].items()} if files else None)
 
 
 def _stock_tasks(study: Study) -> dict[str, Any]:
@@ -233,7 +233,9 @@ def _stock(
     if "files" in spec.data:
         files = {name: runtime.source(digest, f"task file {name}") for name, digest in spec.data["files"].items()}
     names = [task.name for task in benchmark.tasks]
-    built = {name: benchmark.build(name, files) for name in names if not (scratch / f"{name}.jsonl").is_file()}
+    missing = [name for name in names if not (scratch / f"{name}.jsonl").is_file()]
+    built = {name: runtime.tasks.pop(name, None) for name in missing}
+    built |= {name: benchmark.build(name, files) for name, task in built.items() if task is None}
 
     def opened() -> Any:
         harness = _harness(runtime, spec, inputs)

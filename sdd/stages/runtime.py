@@ -10,13 +10,15 @@ from sdd.models.checkpoints import Checkpoint
 
 @dataclass(frozen=True)
 class Runtime:
-    """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine.
+    """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine; `tasks` are those
+    of lm-eval that were built when their rows were checked, each to be taken once.
 
     The defaults are those of `trainer=cpu`, so that a rebuilt artifact is rounded as the first one was.
     """
 
     sources: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
     accelerator: str = "cpu"
     devices: int = 1
     attention: str = "eager"

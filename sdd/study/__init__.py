@@ -36,13 +36,15 @@ def is_provisional(recipe: Recipe) -> bool:
 class Study:
     """One config; `students` are the studies of the students to merge.
 
-    `sources` maps the digests that recipes name to paths on this machine, `texts` to calibration texts.
+    `sources` maps the digests that recipes name to paths on this machine, `texts` to calibration texts; `tasks` are
+    lm-eval's, by name, where they have been built.
     """
 
     def __init__(self, config: DictConfig, digest_memory: Path, students: Sequence[Study] = ()) -> None:
         self.digest_memory, self.students = digest_memory, list(students)
         self.sources: dict[str, Path] = {}
         self.texts: dict[str, list[str]] = {}
+        self.tasks: dict[str, Any] = {}
         self.models = Models(config, digest_memory, self.sources)
         self.config = config = with_size(config, self.models)
         self.rows = Rows(config.dataset, self.sources)

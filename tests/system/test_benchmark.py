@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from launching import Outcome, files_of, run, spawn
 
+from sdd.evaluation.benchmark import Benchmark
+
 ARC = [
     ("What is hot?", ["ice", "a red fire"], "B"),
     ("What is wet?", ["water", "a dry stone", "salt"], "A"),
@@ -170,6 +172,19 @@ def test_prompts_that_are_cut_are_counted(words: list[str], rows: Path, tmp_path
     outcome = run("evaluate", *words, *more, cwd=tmp_path)
     assert outcome.path.is_dir()
     assert "arc_easy: lm-eval cut 2 requests to the model's 256 tokens, from the left" in outcome.stderr
+
+
+def test_tasks_are_built_once_a_job(
+    small: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where other artifacts come first, the rows are read before them, and the same tasks are run after."""
+    built: list[str] = []
+    real = Benchmark.build
+    monkeypatch.setattr(Benchmark, "build", lambda self, name, files: built.append(name) or real(self, name, files))
+    words = ["finetune=none", "evaluation=lm_eval", "evaluation.tasks=[arc_easy]", f"evaluation.data_dir={rows}"]
+    outcome = run("evaluate", *small, *words, cwd=tmp_path)
+    assert [artifact.split("/")[0] for artifact in outcome.built] == ["scores", "pruned", "evaluated"], outcome.stderr
+    assert built == ["arc_easy"]
 
 
 MISTAKES = {

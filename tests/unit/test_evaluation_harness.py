@@ -178,6 +178,19 @@ def test_records_do_not_depend_on_the_batch_size(
                 assert other[key] == (pytest.approx(value, abs=1e-3) if numeric else value), key
 
 
+def test_templates_are_not_compiled_for_every_item(
+    harness: Harness, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.utils import env
+
+    compiled: list[str] = []
+    real = env.compile
+    monkeypatch.setattr(env, "compile", lambda source, *rest: compiled.append(source) or real(source, *rest))
+    harness.run(tasks["nll"])
+    assert 0 < compiled.count("{{prompt}}") < len(tasks["nll"].items)
+    assert "from_string" not in vars(env), "lm-eval's own way is put back"
+
+
 def test_a_system_prompt_reaches_the_model(model: Any, tokenizer: Any, tasks: dict[str, Task]) -> None:
     task = tasks["nll"]
     harness = Harness(model, tokenizer, batch_size=4, max_new_tokens=NEW, system_prompt="Be brief.")

@@ -1,0 +1,180 @@
+"""Likelihoods of continuations as lm-eval's HFLM defines them, each token computed once.
+
+HFLM passes a context again for every choice, and takes logits of the whole row. Here the rows make a tree of common
+prefixes (`prefixes`), which is walked depth first: a node's keys and values are kept while the nodes after it are
+computed, and logits are taken where a target is predicted. Rows of a batch agree in what lies before them and are
+padded at their ends alone, so no mask and no position is given: any causal model will do whose cache keeps every token.
+For others HFLM's own way stands. What is tokenized, cut and summed, and in which precision, is HFLM's.
+"""
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from sdd.evaluation.prefixes import Node, prefix_tree
+from sdd.forward.batches import length_batches, padded
+
+MOST_TOKENS = 2048
+"""Tokens of a pass, unless one row has more; more in a pass make none faster."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary frequencies that change with a row's length, and with them the keys of its beginning."""
+
+
+def keeps_prefixes(model: Any, longest: int) -> bool:
+    """Whether rows of up to `longest` tokens can go on from what the model's cache keeps of their beginning.
+
+    So it is where every layer keeps the keys and values of every token: full attention, or a window that none of the
+    rows fills; and where a key does not depend on what comes after it.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not {"past_key_values", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
+        return False
+    rotary = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
+    if any(kind in LENGTH_DEPENDENT for kind in _rotary_kinds(rotary or {})):
+        return False
+    return all(
+        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and longest < layer.sliding_window)
+        for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def _rotary_kinds(parameters: Mapping[str, Any]) -> list[Any]:
+    """Kinds of rotary frequencies in a config's settings, which some architectures give per kind of layer."""
+    own = [parameters["rope_type"]] if "rope_type" in parameters else []
+    return own + [kind for value in parameters.values() if isinstance(value, Mapping) for kind in _rotary_kinds(value)]
+
+
+class SharedPrefixes:
+    """Goes before `HFLM` among the bases of a class. `batch_size` is the number of the longest rows that may be in
+    memory at once; of shorter ones there are more."""
+
+    def _loglikelihood_tokens(
+        self: Any, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """As HFLM's: a (log-likelihood, whether greedy decoding gives it) per (strings, context, continuation)."""
+        wholes = [tuple(context + continuation) for _, context, continuation in requests]
+        rows = [whole[-(self.max_length + 1) :][:-1] for whole in wholes]
+        longest = max(map(len, rows), default=0)
+        if not rows or self.backend != "causal" or not keeps_prefixes(self.model, longest):
+            inherited: list[tuple[float, bool]] = super()._loglikelihood_tokens(  # type: ignore[misc]
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+            return inherited
+        for _, context, continuation in requests:
+            assert context, "a context has at least one token"
+            assert 0 < len(continuation) <= self.max_length, f"{len(continuation)} tokens of a continuation"
+        _warn_of_cuts({whole[:-1] for whole in wholes}, self.max_length)
+        continuations = [continuation for _, _, continuation in requests]
+        walk = _Walk(self.model, [token for tokens in continuations for token in tokens], self.softmax_dtype)
+        lengths = [len(continuation) for continuation in continuations]
+        with tqdm(total=sum(lengths), desc="likelihoods", unit="token", disable=disable_tqdm) as progress:
+            values, greedy = walk.run(prefix_tree(rows, lengths), (override_bs or self.batch_size) * longest, progress)
+        answers = [
+            (float(of_tokens.sum()), bool(as_greedy.all()))
+            for of_tokens, as_greedy in zip(values.split(lengths), greedy.split(lengths), strict=True)
+        ]
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+
+def _warn_of_cuts(rows: set[tuple[int, ...]], max_length: int) -> None:
+    """What HFLM says, once a row, in its name."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    for row in rows:
+        if len(row) > max_length:
+            logger.warning("Truncating %d tokens from the left of %d", len(row) - max_length, len(row))
+
+
+class _Walk:
+    """One walk through a tree: the log-likelihood of every target, and whether it is the most likely token."""
+
+    def __init__(self, model: Any, targets: list[int], softmax_dtype: Any) -> None:
+        import torch
+
+        self.model, self.softmax_dtype = model, softmax_dtype
+        self.targets = torch.tensor(targets, device=model.device)
+        self._measured: list[tuple[Any, Any, Any]] = []
+
+    def run(self, roots: list[Node], capacity: int, progress: Any) -> tuple[Any, Any]:
+        """Values and whether greedy, (N,) each, on the CPU; at most `capacity` tokens are kept at a level of the tree,
+        unless one row has more."""
+        import torch
+
+        self.capacity, self.progress = capacity, progress
+        with torch.no_grad():
+            self._visit([(0, node) for node in roots], None)
+        order, values, greedy = (torch.cat(parts).cpu() for parts in zip(*self._measured, strict=True))
+        places = order.argsort()
+        return values[places], greedy[places]
+
+    def _visit(self, nodes: list[tuple[int, Node]], cache: Any) -> None:
+        """Nodes with the rows of `cache` that they go on from; those with others after them in batches of a length."""
+        inner: dict[int, list[tuple[int, Node]]] = {}
+        for row, node in nodes:
+            inner.setdefault(len(node.tokens) if node.children else 0, []).append((row, node))
+        leaves = inner.pop(0, [])
+        for alike in inner.values():
+            for batch in self._batches(alike):
+                grown = self._pass(batch, cache, True)
+                below = [(row, child) for row, (_, node) in enumerate(batch) for child in node.children]
+                self._visit(below, grown)
+        for batch in self._batches(leaves):
+            self._pass(batch, cache, False)
+
+    def _batches(self, nodes: list[tuple[int, Node]]) -> list[list[tuple[int, Node]]]:
+        if not nodes:
+            return []
+        lengths = [len(node.tokens) for _, node in nodes]
+        rows = max(1, self.capacity // (nodes[0][1].start + max(lengths)))
+        return [[nodes[index] for index in batch] for batch in length_batches(lengths, rows, MOST_TOKENS)]
+
+    def _pass(self, batch: list[tuple[int, Node]], cache: Any, keep: bool) -> Any:
+        """Compute nodes of one start, note what they predict, and give the cache that ends with them."""
+        import torch
+        from torch.nn.functional import log_softmax
+        from transformers.cache_utils import DynamicCache
+
+        device = self.targets.device
+        if cache is not None:
+            cache = _rows_of(cache, [row for row, _ in batch])
+        elif keep:
+            cache = DynamicCache(config=self.model.config)
+        ids, _ = padded([node.tokens for _, node in batch], device)
+        scored = [(row, place, number) for row, (_, node) in enumerate(batch) for place, number in node.scored]
+        places = sorted({place for _, place, _ in scored}) or [ids.shape[1] - 1]
+        logits = self.model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=torch.tensor(places, device=device),
+        ).logits
+        if scored:
+            cells = {cell: index for index, cell in enumerate(dict.fromkeys((row, place) for row, place, _ in scored))}
+            column = {place: index for index, place in enumerate(places)}
+            rows, columns = zip(*((row, column[place]) for row, place in cells), strict=True)
+            log_probs = log_softmax(logits[list(rows), list(columns)], dim=-1, dtype=self.softmax_dtype)
+            numbers = torch.tensor([number for _, _, number in scored], device=device)
+            at = torch.tensor([cells[row, place] for row, place, _ in scored], device=device)
+            targets = self.targets[numbers]
+            self._measured.append((numbers, log_probs[at, targets], log_probs.argmax(dim=-1)[at] == targets))
+            self.progress.update(len(scored))
+        return cache
+
+
+def _rows_of(cache: Any, rows: list[int]) -> Any:
+    """A cache of these rows, one after another, to go on from; one row alone is not copied for it."""
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in taken.layers:
+        if len(layer.keys) == 1:
+            layer.keys, layer.values = (kept.expand(len(rows), -1, -1, -1) for kept in (layer.keys, layer.values))
+        else:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    return taken
