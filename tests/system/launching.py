@@ -82,7 +82,7 @@ def _composing_once() -> Iterator[None]:
     from hydra._internal.hydra import Hydra
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Hydra, "get_mode", lambda *_: None)
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         yield
 
 
