@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,12 @@ def is_inner(name: str) -> bool:
     return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)
 
 
+@cache
 def current_commit() -> str | None:
-    """The commit of the checkout this package runs from, `+` when files differ from it; None outside a checkout."""
+    """The commit of the checkout this package runs from, `+` when files differ from it; None outside a checkout.
+
+    Looked up once: what a process has imported stays what it was.
+    """
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -303,6 +308,7 @@ def current_commit() -> str | None:
         return None
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -55,8 +55,9 @@ TURNS = [
     [(group, options[turn]) for group, options in CHOICES.items() if turn < len(options)]
     for turn in range(max(map(len, CHOICES.values())))
 ]
-TURNS += [[("experiment", study)] for study in EXPERIMENTS]
-"""Every option once: several groups at a time, whose options say nothing of each other; studies alone."""
+TURNS += [[("experiment", study)] for study in EXPERIMENTS if study.split("/")[0] not in ("paper", "ablations")]
+"""Every option once: several groups at a time, whose options say nothing of each other; studies alone, and those of the
+paper and the ablations with what they sweep over, further down."""
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +117,14 @@ def test_every_file_is_an_option_that_hydra_lists() -> None:
 
 def test_every_option_has_a_turn() -> None:
     assert sorted(choice for turn in TURNS for choice in turn) == sorted(
-        (group.split("/")[0], str(option)) for group, option in OPTIONS
+        (group.split("/")[0], str(option))
+        for group, option in OPTIONS
+        if group not in ("experiment/paper", "experiment/ablations")
     )
 
 
-@pytest.mark.parametrize("turn", TURNS, ids=lambda turn: " ".join(f"{group}-{option}" for group, option in turn))
-def test_options_compose_and_bind(turn: list[tuple[str, str]], composed: Any) -> None:
-    config = composed(*(word for choice in turn for word in ("=".join(choice), *NEEDS.get(choice, []))))
-    chosen = config.hydra.runtime.choices
-    assert {group: chosen[group] for group, _ in turn} == dict(turn)
+def assert_sound(config: DictConfig) -> None:
+    """Its targets are allowed and take the settings that stand beside them; its values pass the checks."""
     check_targets(config)
     with_hydra = OmegaConf.to_container(config, resolve=False)
     assert isinstance(with_hydra, dict)
@@ -140,6 +140,14 @@ def test_options_compose_and_bind(turn: list[tuple[str, str]], composed: Any) ->
     assert build(config.engine).spec()["kind"]
 
 
+@pytest.mark.parametrize("turn", TURNS, ids=lambda turn: " ".join(f"{group}-{option}" for group, option in turn))
+def test_options_compose_and_bind(turn: list[tuple[str, str]], composed: Any) -> None:
+    config = composed(*(word for choice in turn for word in ("=".join(choice), *NEEDS.get(choice, []))))
+    chosen = config.hydra.runtime.choices
+    assert {group: chosen[group] for group, _ in turn} == dict(turn)
+    assert_sound(config)
+
+
 STUDIES = {"cell", "main_table", "metrics", "calibration", "scaling", "adapters"}
 
 
@@ -151,12 +159,12 @@ def test_every_study_of_the_paper_composes_with_every_option_it_sweeps_over(comp
         assert f"experiment={option}" in header and "Costs" in header
         config = composed(f"experiment={option}")
         swept = {key: _split(values) for key, values in (config.hydra.sweeper.params or {}).items()}
+        assert_sound(config)
         for turn in range(max(map(len, swept.values()), default=0)):  # every option once, several of them together
             chosen = composed(
                 f"experiment={option}", *(f"{key}={v[min(turn, len(v) - 1)]}" for key, v in swept.items())
             )
-            del chosen.hydra
-            check_values(chosen)
+            assert_sound(chosen)
     table = composed("experiment=paper/main_table").hydra.sweeper.params
     assert [len(_split(table[key])) for key in ("model", "pruning", "dataset", "finetune")] == [2, 5, 4, 3]
 
@@ -174,16 +182,18 @@ def test_every_ablation_composes_with_every_option_it_sweeps_over_on_dev(compose
         header = (CONF / "experiment" / f"{option}.yaml").read_text()
         assert f"experiment={option}" in header
         assert "minutes on 2 cores" in header
-        own = OmegaConf.load(CONF / "experiment" / f"{option}.yaml").hydra.sweeper.params
-        words = {key: _split(values) for key, values in own.items() if key != "seed"}
+        own = OmegaConf.load(CONF / "experiment" / f"{option}.yaml")
+        words = {key: _split(values) for key, values in own.hydra.sweeper.params.items() if key != "seed"}
+        without_a_sweep = {key: OmegaConf.select(own, key) for key in words if key.startswith("study.")}
+        assert all(choice is None or choice in words[key] for key, choice in without_a_sweep.items())
         for number in range(max([len(values) for key, values in words.items() if "." not in key], default=1)):
             chosen = composed(
                 f"experiment={option}", *(f"{key}={values[-1 - number % len(values)]}" for key, values in words.items())
             )
             assert (chosen.evaluation.split, chosen.hydra.sweeper.params.seed) == ("dev", "0,1,2")
             assert chosen.finetune.learning_rate > 0, "every arm has a tuned rate"
-            del chosen.hydra
-            check_values(chosen)
+            assert chosen.hydra.runtime.choices.experiment == str(option)
+            assert_sound(chosen)
 
 
 def test_ablations_say_little_twice() -> None:

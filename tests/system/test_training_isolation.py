@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,23 +18,21 @@ SLURM |= {"SLURM_JOB_NAME": "sdd", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST
 
 
 @pytest.fixture
-def prepared(small: list[str], tmp_path: Path) -> list[str]:
-    """Words of a run whose inputs are there."""
-    assert run("generate", *small, "finetune=sft", cwd=tmp_path).code == 0
-    assert run("prune", *small, cwd=tmp_path).code == 0
-    return [*small, "finetune=sft", "trainer.checkpoint_every=1"]
+def prepared(small: list[str], copied: Path) -> list[str]:
+    """Words of a run whose inputs are there, in `tmp_path`."""
+    for stage in ("tuned", "evaluated"):
+        shutil.rmtree(copied / "artifacts" / stage)
+    return small
 
 
 def test_another_runs_checkpoint_is_not_loaded_under_slurm(
-    prepared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: list[str], manifests: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = json.loads((run("train", *prepared, cwd=tmp_path).path / "manifest.json").read_text())
     for key, value in SLURM.items():
         monkeypatch.setenv(key, value)
     torch.save({"global_step": 5, "state_dict": {}, "history": [{"loss": 0.0}] * 5}, tmp_path / "hpc_ckpt_1.ckpt")
-    (tmp_path / "artifacts" / "tuned" / plain["address"]).rename(tmp_path / "first")
     again = json.loads((run("train", *prepared, cwd=tmp_path).path / "manifest.json").read_text())
-    assert again["files"] == plain["files"]
+    assert again["files"] == manifests["tuned"]["files"]
 
 
 def test_slurms_signal_writes_no_checkpoint(
@@ -66,7 +65,12 @@ def test_pickle_in_a_scratch_folder_is_not_opened(prepared: list[str], tmp_path:
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_model_outlives_its_stage(small: list[str], tmp_path: Path) -> None:
+def test_no_model_outlives_its_stage(
+    small: list[str], study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gc.get_freeze_count() > 100_000, "libraries are passed over since the study was built"
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # what is frozen is not among the collector's objects
+
     def alive() -> int:
         return sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
 
