@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from launching import Outcome, files_of, run
 
+from sdd.evaluation.benchmark import Benchmark
 from sdd.stages import evaluated as evaluated_stage
 from sdd.store.files import write_jsonl
-
-from sdd.evaluation.benchmark import Benchmark
 
 ARC = [
     ("What is hot?", ["ice", "a red fire"], "B"),
