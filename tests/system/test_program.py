@@ -152,7 +152,7 @@ def test_a_group_and_a_setting() -> None:
     ]
 
 
-FOLLOWED = ("finetune.noise_share", "finetune.ce_share", "adapter.blocks", "engine.tries", "evaluation.limit", "seed")
+FOLLOWED = ("finetune.noise_share", "finetune.ce_share", "seed")
 
 
 def test_what_a_setting_changes_is_what_addresses_say(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_what_a_setting_changes_is_what_addresses_say(tmp_path: Path) -> None:
         first = {stage for name, _, stages, _, _ in IN_KEY if name == key for stage in stages}
         assert first and first <= set(influence.of_setting(key)), key
     in_key = {row[0] for row in IN_KEY}
-    for key in ("trainer.threads", "trainer.attention", "engine.batch_size", "store.missing"):
+    for key in ("engine.batch_size", "store.missing"):
         assert key not in in_key and any(row[0] == key for row in NOT_IN_KEY)
         assert influence.of_setting(key) == []
 
