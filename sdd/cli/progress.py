@@ -103,6 +103,10 @@ class Progress:
         self._stop = threading.Event()
         self._line = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers pickle callbacks for their workers, in which nobody watches."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stop"}
+
     def _files(self) -> list[Path]:
         return [path for name in ("result.json", FILE) for path in self.folder.rglob(name)]
 

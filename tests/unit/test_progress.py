@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_jobs_done_failed_and_running(tmp_path):
     progress.show(stream)
     progress.show(stream)
     assert stream.getvalue() == f"[sweep] {progress.line()}\n"
+    assert pickle.loads(pickle.dumps(progress)).line() == progress.line()
 
 
 def test_bars_go_into_the_jobs_folder_and_what_kept_the_stream_goes_on(tmp_path, capsys):
