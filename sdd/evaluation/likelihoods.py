@@ -57,8 +57,8 @@ class SharedPrefixes:
         self: Any, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """As HFLM's: a (log-likelihood, whether greedy decoding gives it) per (strings, context, continuation)."""
-        wholes = [tuple(context + continuation) for _, context, continuation in requests]
-        rows = [whole[-(self.max_length + 1) :][:-1] for whole in wholes]
+        wholes = [tuple(context + continuation[:-1]) for _, context, continuation in requests]
+        rows = [whole[-self.max_length :] for whole in wholes]
         longest = max(map(len, rows), default=0)
         if not rows or self.backend != "causal" or not keeps_prefixes(self.model, longest):
             inherited: list[tuple[float, bool]] = super()._loglikelihood_tokens(  # type: ignore[misc]
@@ -67,8 +67,10 @@ class SharedPrefixes:
             return inherited
         for _, context, continuation in requests:
             assert context, "a context has at least one token"
-            assert 0 < len(continuation) <= self.max_length, f"{len(continuation)} tokens of a continuation"
-        _warn_of_cuts({whole[:-1] for whole in wholes}, self.max_length)
+            assert len(continuation) <= self.max_length, f"{len(continuation)} tokens of a continuation"
+        measured = {whole for whole, (_, _, continuation) in zip(wholes, requests, strict=True) if continuation}
+        assert measured == set(wholes), "a continuation without tokens, after a context that has no other"
+        _warn_of_cuts(measured, self.max_length)
         continuations = [continuation for _, _, continuation in requests]
         walk = _Walk(self.model, [token for tokens in continuations for token in tokens], self.softmax_dtype)
         lengths = [len(continuation) for continuation in continuations]
