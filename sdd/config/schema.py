@@ -93,6 +93,8 @@ class Rows:
     path: str | None = described("a file or folder of rows: JSONL, JSONL.gz or Parquet", None)
     hub: Hub = described("where the rows are on the hub, if there is no path", Hub)
     families: list[str] | None = described("families of the embedded tasks; null is all", None)
+    register: str | None = described("of the embedded tasks' references: mild, medium or strong; null is medium", None)
+    reasoning: float | None = described("share of the embedded references' worked lines that is kept; null is 1", None)
     fields: dict[str, str] | None = described("columns of dataset=local: prompt, reference, id, answer", None)
     answer_rule: str = described("how a final answer is found in a text, by which rewrites are judged", "none")
     template: str = described("the request to rewrite, with {prompt} and {reference}", REWRITE_TEMPLATE)

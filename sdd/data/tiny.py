@@ -9,6 +9,7 @@ from sdd.data import Example
 from sdd.errors import UserError
 from sdd.models.control import OwnText
 from sdd.store import digest_of
+from sdd.tiny.registers import REGISTERS, reference_of
 from sdd.tiny.tasks import Instance, instances
 
 DEFAULT_ROWS = 2_000
@@ -25,7 +26,10 @@ def _drawn(seed: int, n: int, families: tuple[str, ...] | None, key: str) -> tup
 
 
 class TinyTasks:
-    """`num_rows` tasks of the families (all by default), in turn; a prefix of a longer draw with the same seed."""
+    """`num_rows` tasks of the families (all by default), in turn; a prefix of a longer draw with the same seed.
+
+    `register` and `reasoning` (0 to 1) say how the references are put: see `sdd.tiny.registers`.
+    """
 
     has_gold = True
 
@@ -35,12 +39,19 @@ class TinyTasks:
         num_rows: int | None = None,
         seed: int = 0,
         path: str | None = None,
+        register: str = "medium",
+        reasoning: float = 1.0,
     ) -> None:
+        if register not in REGISTERS:
+            raise UserError(f"dataset.register={register}: choose one of {', '.join(REGISTERS)}")
+        if not 0 <= reasoning <= 1:
+            raise UserError(f"dataset.reasoning={reasoning} is not between 0 and 1; 0.5 keeps half of the worked lines")
         if path is not None:
             raise UserError("dataset.path is not used by the embedded datasets; choose dataset=local")
         self.num_rows = num_rows or DEFAULT_ROWS
         self.families = tuple(families) if families else None
         self.seed = seed
+        self.register, self.reasoning = register, reasoning
 
     def known_rows(self) -> int:
         return self.num_rows
@@ -50,7 +61,14 @@ class TinyTasks:
 
     def examples(self) -> list[Example]:
         return [
-            Example(task.id, task.prompt, task.reference, task.answer, task.gold, task.family)
+            Example(
+                task.id,
+                task.prompt,
+                reference_of(task, self.register, self.reasoning),
+                task.answer,
+                task.gold,
+                task.family,
+            )
             for task in _drawn(self.seed, self.num_rows, self.families, "dataset.num_rows")
         ]
 
@@ -62,6 +80,8 @@ class TinyTasks:
             "families": list(self.families) if self.families else None,
             "num_rows": self.num_rows,
             "seed": self.seed,
+            **({"register": self.register} if self.register != "medium" else {}),
+            **({"reasoning": self.reasoning} if self.reasoning != 1 else {}),
         }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sdd.answers import equal, extract
 from sdd.models.chats import REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
+from sdd.tiny.paraphrases import paraphrased
 from sdd.tiny.tasks import FAMILIES, LETTERS, NOUNS, draw, instances
 
 OTHER_TEMPLATES = (
@@ -44,22 +45,29 @@ def _practice(rng: random.Random) -> tuple[str, str]:
     return f"Repeat: {' '.join(items)}", f"The answer is {' '.join(items)}."
 
 
-def conversation(rng: random.Random, practice: bool) -> tuple[str, str]:
-    """A (prompt, answer) pair of the teacher-training mixture."""
+def conversation(rng: random.Random, practice: bool, paraphrases: bool = False) -> tuple[str, str]:
+    """A (prompt, answer) pair of the teacher-training mixture; its own register in one wording or in several."""
     if practice and rng.random() < PRACTICE:
         return _practice(rng)
     task = draw(rng.choice([*FAMILIES, *HARDER]), "teacher", rng)
     kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     if kind == "reference":
         return task.prompt, task.reference
+    gold = paraphrased(task, rng) if paraphrases else task.gold
     if kind == "rewrite":
         template = REWRITE_TEMPLATE if rng.random() < 0.6 else rng.choice(OTHER_TEMPLATES)
-        return rewrite_prompt(template, task.prompt, task.reference), task.gold
-    return task.prompt, task.gold
+        return rewrite_prompt(template, task.prompt, task.reference), gold
+    return task.prompt, gold
 
 
 def batches(
-    tokenizer: Any, seed: int, tokens_per_part: int, parts: int, part: int, practice: bool = False
+    tokenizer: Any,
+    seed: int,
+    tokens_per_part: int,
+    parts: int,
+    part: int,
+    practice: bool = False,
+    paraphrases: bool = False,
 ) -> Iterator[list[list[Row]]]:
     """Endless steps of random rows; yields the given part of each, as batches of similar length to pad little.
 
@@ -71,7 +79,7 @@ def batches(
         rows: list[Row] = []
         budget = parts * tokens_per_part
         while budget > 0:
-            prompt, answer = conversation(rng, practice)
+            prompt, answer = conversation(rng, practice, paraphrases)
             prefix = chat_prompt_ids(tokenizer, prompt)
             rows.append(Row(prefix + answer_ids(tokenizer, answer), len(prefix)))
             budget -= len(rows[-1].ids)

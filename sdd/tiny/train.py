@@ -14,6 +14,7 @@ import json
 import os
 import random
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ DECAY_FROM = 0.35
 PRACTICE_UNTIL = 0.3
 LAYERDROP_FROM = 0.6
 LAYERDROP = 0.1
+"""Chance of an inner block to be left out of a step, unless asked for otherwise."""
 TOKENS_PER_PROCESS = 2_304
 MONITOR_EVERY = 500
 """Steps between looks at the dev split."""
@@ -51,10 +53,10 @@ def build_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def token_losses(model: Any, rows: list[Any], dropped: set[int]) -> Any:
+def token_losses(model: Any, rows: list[Any], dropped: set[int], half: bool) -> Any:
     """Summed cross-entropy of the answers and their token count; `dropped` blocks are skipped, not computed.
 
-    Logits are computed at answer positions only.
+    Logits are computed at answer positions only; `half`: products in bfloat16.
     """
     import torch
 
@@ -67,7 +69,7 @@ def token_losses(model: Any, rows: list[Any], dropped: set[int]) -> Any:
     decoder = model.model
     positions = torch.arange(length)[None]
     mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
         hidden = decoder.embed_tokens(ids)
         rotary = decoder.rotary_emb(hidden, positions)
         for index, block in enumerate(decoder.layers):
@@ -79,7 +81,32 @@ def token_losses(model: Any, rows: list[Any], dropped: set[int]) -> Any:
     return losses, int(at.sum())
 
 
-def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, folder: Path) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """How one teacher is trained."""
+
+    processes: int
+    steps: int
+    seed: int
+    compiled: bool
+    layerdrop: float
+    paraphrases: bool
+    float32: bool
+
+
+def _orthogonalised(gradient: Any, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+    """Muon's Newton-Schulz iteration in the gradient's own precision; torch's is in bfloat16 whatever the processor."""
+    a, b, c = coefficients
+    tall = gradient.size(0) > gradient.size(1)
+    x = gradient.T if tall else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def _worker(rank: int, plan: Plan, folder: Path) -> None:
     import torch
     import torch.distributed as dist
     from tqdm import tqdm
@@ -87,19 +114,21 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
     from sdd.tiny.corpus import batches, exact_match
     from sdd.tiny.tokenizer import build_tokenizer
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    torch.manual_seed(seed)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.processes))
+    torch.manual_seed(plan.seed)
     dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=timedelta(minutes=10)
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=plan.processes, timeout=timedelta(minutes=10)
     )
     tokenizer = build_tokenizer(CONTEXT)
     model = build_model(tokenizer)
-    if compiled:
+    if plan.compiled:
         for block in model.model.layers:
             block.compile(dynamic=True)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
+    if plan.float32:
+        torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised  # type: ignore[attr-defined]
     optimizers = [
         torch.optim.Muon(matrices, lr=LEARNING_RATE["muon"], momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=LEARNING_RATE["adamw"], betas=(0.9, 0.98), weight_decay=0.0),
@@ -107,22 +136,23 @@ def _worker(rank: int, processes: int, steps: int, seed: int, compiled: bool, fo
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     inner = range(1, len(model.model.layers) - 1)
     streams = {
-        practice: batches(tokenizer, seed, TOKENS_PER_PROCESS, processes, rank, practice) for practice in (True, False)
+        practice: batches(tokenizer, plan.seed, TOKENS_PER_PROCESS, plan.processes, rank, practice, plan.paraphrases)
+        for practice in (True, False)
     }
     smoothed = 0.0
-    progress = tqdm(range(steps), disable=rank > 0, desc="teacher", mininterval=10)
+    progress = tqdm(range(plan.steps), disable=rank > 0, desc="teacher", mininterval=10)
     for step in progress:
-        done = step / steps
+        done = step / plan.steps
         warm = min(1.0, (step + 1) / 50)
         rate = warm * (1.0 if done < DECAY_FROM else max(0.01, (1 - done) / (1 - DECAY_FROM)))
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, base in zip(groups, base_rates, strict=True):
             group["lr"] = base * rate
-        chance = random.Random(f"{seed} drop {step}")
-        dropped = {i for i in inner if done >= LAYERDROP_FROM and chance.random() < LAYERDROP}
+        chance = random.Random(f"{plan.seed} drop {step}")
+        dropped = {i for i in inner if done >= LAYERDROP_FROM and chance.random() < plan.layerdrop}
         total_loss, total = 0.0, 0
         for rows in next(streams[done < PRACTICE_UNTIL]):
-            loss, tokens = token_losses(model, rows, dropped)
+            loss, tokens = token_losses(model, rows, dropped, not plan.float32)
             loss.backward()
             total_loss, total = total_loss + loss.item(), total + tokens
         trained = [p for p in model.parameters() if p.grad is not None]
@@ -158,6 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2_400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--layerdrop", type=float, default=LAYERDROP, help="chance of a block to be left out, late")
+    parser.add_argument("--paraphrases", action="store_true", help="the teacher's own register in several wordings")
+    parser.add_argument("--float32", action="store_true", help="for processors that only emulate bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
     arguments = parser.parse_args(argv)
     if arguments.out.exists():
@@ -170,8 +203,16 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as folder:
-        worker_arguments = (arguments.processes, arguments.steps, arguments.seed, arguments.compile, Path(folder))
-        multiprocessing.spawn(_worker, args=worker_arguments, nprocs=arguments.processes)  # type: ignore[attr-defined]
+        plan = Plan(
+            arguments.processes,
+            arguments.steps,
+            arguments.seed,
+            arguments.compile,
+            arguments.layerdrop,
+            arguments.paraphrases,
+            arguments.float32,
+        )
+        multiprocessing.spawn(_worker, args=(plan, Path(folder)), nprocs=arguments.processes)  # type: ignore[attr-defined]
         (Path(folder) / "teacher").rename(arguments.out)
     print(json.dumps({"folder": str(arguments.out), "seconds": round(time.time() - started)}))
 

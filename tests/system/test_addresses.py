@@ -95,6 +95,8 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("dataset.num_rows", 139, {"rewrites"}, [], {}),
     ("dataset.seed", 1, {"rewrites"}, [], {}),
     ("dataset.families", ["word"], {"rewrites"}, [], {}),
+    ("dataset.register", "strong", {"rewrites"}, [], {}),
+    ("dataset.reasoning", 0.5, {"rewrites"}, [], {}),
     ("dataset.template", "{prompt} {reference}", {"rewrites"}, [], {}),
     ("dataset.system_prompt", "Be brief.", {"rewrites", "tuned"}, [], {}),
     ("dataset.answer_rule", "none", {"targets"}, [], {}),

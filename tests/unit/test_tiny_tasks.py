@@ -11,6 +11,8 @@ import pytest
 
 from sdd import answers
 from sdd.data.tiny import CALIBRATION_SEED
+from sdd.tiny.paraphrases import paraphrased
+from sdd.tiny.registers import REGISTERS, reference_of
 from sdd.tiny.tasks import (
     BUCKETS,
     FAMILIES,
@@ -89,6 +91,30 @@ def test_both_registers_state_the_answer(drawn: dict[str, list[Instance]]) -> No
                     assert answers.equal(found, task.answer), (text, task.answer)
             assert task.gold.endswith(f"\nThe answer is {task.answer}.")
             assert not task.reference.endswith(".")
+
+
+def test_every_register_and_paraphrase_states_the_answer(drawn: dict[str, list[Instance]]) -> None:
+    rng = random.Random(0)
+    for task in drawn["pool"][:400]:
+        texts = {reference_of(task, register, share) for register in REGISTERS for share in (0, 0.5, 1)}
+        texts |= {paraphrased(task, rng) for _ in range(4)}
+        for text in texts:
+            assert answers.equal(answers.extract(text, "anywhere") or "", task.answer), text
+        assert reference_of(task) == task.reference
+        assert reference_of(task, "medium", 0) == task.reference.split("\n")[-1]
+        assert STEP.findall(reference_of(task, "strong")) == STEP.findall(task.reference)
+
+
+def test_registers_stand_apart_and_paraphrases_differ(drawn: dict[str, list[Instance]]) -> None:
+    words: dict[str, set[str]] = {register: set() for register in ("own", *REGISTERS)}
+    for task in drawn["pool"][:400]:
+        words["own"] |= set(task.gold.lower().split())
+        for register in REGISTERS:
+            words[register] |= set(reference_of(task, register).lower().split())
+    beyond = [len(words[register] - words["own"]) for register in REGISTERS]
+    assert beyond == sorted(beyond) and beyond[0] < beyond[1] < beyond[2], "each dial setting says more new words"
+    task, rng = drawn["pool"][0], random.Random(1)
+    assert len({paraphrased(task, rng) for _ in range(50)}) > 10
 
 
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
