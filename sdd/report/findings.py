@@ -96,7 +96,7 @@ def _differences(study: Study, arms: dict[str, Arm]) -> list[str]:
 def _cut(arm: Arm) -> str:
     run = arm.run
     if run.blocks_removed:
-        return f"with {run.blocks_removed} blocks removed"
+        return f"with {run.blocks_removed} block{'s' if run.blocks_removed > 1 else ''} removed"
     return "unpruned" if not run.base else f"pruned ({text_of(run.pruning)})"
 
 
