@@ -12,16 +12,19 @@ sdd: cut a language model, get its quality back, see what it cost. Usage: sdd CO
   sdd evaluate -m finetune=none,sft seed=0,1  a sweep, and its report
   sdd chat ADDRESS                            talk to a student and to the model it was made of
   sdd explain [GROUP | SETTING]               what there is to choose, what it is, what it changes
-Also: report, export, store, stages (each with --help); sdd train --help shows every setting."""
+Also: report, export, share, rerun, store, stages (each with --help); sdd train --help shows every setting."""
 SCRIPTS = ("prune", "generate", "train", "evaluate")
 TOOLS = {
-    "report": "sdd.report.__main__",
-    "export": "sdd.export.checkpoint",
-    "store": "sdd.store.__main__",
-    "stages": "sdd.stages.__main__",
-    "chat": "sdd.cli.chat",
-    "explain": "sdd.cli.explain",
+    "report": ("sdd.report.__main__", "main"),
+    "export": ("sdd.export.checkpoint", "main"),
+    "share": ("sdd.share", "main"),
+    "rerun": ("sdd.share", "rerun"),
+    "store": ("sdd.store.__main__", "main"),
+    "stages": ("sdd.stages.__main__", "main"),
+    "chat": ("sdd.cli.chat", "main"),
+    "explain": ("sdd.cli.explain", "main"),
 }
+"""The module and the function behind a command."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -38,7 +41,8 @@ def main(words: list[str] | None = None) -> int:
         app.main(command)
         return 0
     if command in TOOLS:
-        code: int = import_module(TOOLS[command]).main(rest)
+        module, function = TOOLS[command]
+        code: int = getattr(import_module(module), function)(rest)
         return code
     from sdd.cli.mistakes import advice
     from sdd.untrusted import printable

@@ -36,7 +36,10 @@ def plain(command: str) -> str:
     program, name, *words = command.split(" ")
     if program != "sdd":
         return command
-    return " ".join([f"python {name}.py" if name in SCRIPTS else f"python -m {TOOLS[name]}", *words])
+    if name in SCRIPTS:
+        return " ".join([f"python {name}.py", *words])
+    module, function = TOOLS[name]
+    return " ".join([f"python -m {module}", *([] if function == "main" else [function]), *words])
 
 
 COMMANDS = sorted(set(commands()))
