@@ -133,7 +133,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     from sdd.cli.endings import ending
 
     number = HydraConfig.get().job.num if is_sweep else None
-    for line in ending(wanted, job.study, job.store(script), typed(), number):
+    for line in ending(wanted, job.study, job.store(script), sys.argv[1:], number):
         print(line, file=sys.stderr)
     print(path, flush=True)
     return {"stage": wanted.stage, "address": wanted.address, "path": str(path)}

@@ -129,7 +129,8 @@ def test_every_setting_of_the_projects_groups_is_kept() -> None:
             settings = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name != "defaults"}
             assert provenance("train", [], {node: settings})["config"][node] == settings, file
     for file in (REPOSITORY / "conf" / "model").glob("*.yaml"):
-        model = yaml.safe_load(file.read_text()) | {"path": "owner/name"}
+        settings = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name != "defaults"}
+        model = settings | {"path": "owner/name"}
         assert provenance("train", [], {"model": model})["config"]["model"] == model, file
 
 
