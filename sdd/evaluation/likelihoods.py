@@ -11,6 +11,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -145,7 +146,7 @@ class _Walk:
 
         device = self.targets.device
         if cache is not None:
-            cache = _rows_of(cache, [row for row, _ in batch])
+            cache = _rows_of(cache, [row for row, _ in batch], keep)
         elif keep:
             cache = DynamicCache(config=self.model.config)
         ids, _ = padded([node.tokens for _, node in batch], device)
@@ -170,13 +171,31 @@ class _Walk:
         return cache
 
 
-def _rows_of(cache: Any, rows: list[int]) -> Any:
-    """A cache of these rows, one after another, to go on from; one row alone is not copied for it."""
+def _rows_of(cache: Any, rows: list[int], keep: bool) -> Any:
+    """A cache to go on from these rows, one after another, that takes in what is computed next only if it is to `keep`.
+
+    If not, a layer's rows are put together when it attends, and their memory is free for the next layer's.
+    """
     taken = copy.copy(cache)
     taken.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in taken.layers:
-        if len(layer.keys) == 1:
-            layer.keys, layer.values = (kept.expand(len(rows), -1, -1, -1) for kept in (layer.keys, layer.values))
+    for layer, before in zip(taken.layers, cache.layers, strict=True):
+        if keep:
+            layer.keys, layer.values = _picked(before.keys, rows), _picked(before.values, rows)
         else:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.update = partial(_joined, before, rows)
     return taken
+
+
+def _picked(states: Any, rows: list[int]) -> Any:
+    """Rows of keys or values, (B, heads, T, width); one row alone is not copied for it."""
+    return states.expand(len(rows), -1, -1, -1) if len(states) == 1 else states[rows]
+
+
+def _joined(before: Any, rows: list[int], keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+    """What a cache's layer holds in these rows and what follows; the layer stays as it is."""
+    import torch
+
+    return (
+        torch.cat([_picked(before.keys, rows), keys], dim=-2),
+        torch.cat([_picked(before.values, rows), values], dim=-2),
+    )
