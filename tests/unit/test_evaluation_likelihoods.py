@@ -111,7 +111,10 @@ def pairs() -> Pairs:
     return {
         "several tokens": list(itertools.product(prompts, golds[:4])),
         "every beginning": [(prompts[0], " ".join(words[:n])) for n in range(1, len(words) + 1)],
-        "one token after examples": list(itertools.product([examples + item.prompt for item in items[:4]], "abcd")),
+        "one token after examples": list(
+            itertools.product([examples + item.prompt for item in items[:4]], [f" {letter}" for letter in "abcd"])
+        ),
+        "no token": [(examples + items[0].prompt, "")],
         "longer than the window": list(itertools.product(long, golds[:2])),
         "no context": [("", gold) for gold in golds[:3]],
         "spaces at the end": [(f"{items[0].prompt}  ", golds[0]), (f"{items[0].prompt} ", golds[0])],
