@@ -1,8 +1,8 @@
 """Run tasks on a model through lm-eval's evaluator, one task at a time, with per-sample records.
 
 The embedded model's tasks are handed over as lm-eval configs whose rows and scoring function come from this process;
-lm-eval's own tasks come as they are. Generation, batching and metrics are lm-eval's own; likelihoods are its values,
-computed in `likelihoods`. Knows nothing of the store, Hydra, or how the model came about.
+lm-eval's own tasks come as they are, and so do filters and metrics; likelihoods are lm-eval's values, computed in
+`likelihoods`, answers come from `generation`. Knows nothing of the store, Hydra, or how the model came about.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 from sdd.answers import equal, extract
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
+from sdd.evaluation.generation import FullBatches
 from sdd.evaluation.likelihoods import SharedPrefixes
 from sdd.evaluation.tiny import Item, Task
 from sdd.models.chats import accepted, end_of_turn
@@ -103,7 +104,7 @@ def _chat_model() -> Any:
     """
     from lm_eval.models.huggingface import HFLM, has_bos_prefix
 
-    class ChatModel(SharedPrefixes, HFLM):
+    class ChatModel(SharedPrefixes, FullBatches, HFLM):
         is_chat = True
         """Whether contexts come from `apply_chat_template`, their words masked there."""
         own_ending = ""

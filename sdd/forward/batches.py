@@ -35,16 +35,17 @@ def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list
     return batches
 
 
-def padded(rows: Sequence[list[int]], device: Any = "cpu") -> tuple[Any, Any]:
-    """Right-padded ids and attention mask of rows of token ids, both (B, T)."""
+def padded(rows: Sequence[list[int]], device: Any = "cpu", left: int | None = None) -> tuple[Any, Any]:
+    """Ids and attention mask of rows of token ids, both (B, T); padded on the right, or with the token `left` there."""
     import torch
 
     longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.full((len(rows), longest), left or 0)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+        place = slice(len(row)) if left is None else slice(longest - len(row), longest)
+        ids[index, place] = torch.tensor(row)
+        mask[index, place] = 1
     return ids.to(device), mask.to(device)
 
 

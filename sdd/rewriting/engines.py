@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sdd.forward.batches import length_batches
+from sdd.forward.batches import length_batches, padded
+from sdd.forward.decoding import Choose, decode, keeps_all, most_likely
 from sdd.models.chats import chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
@@ -59,7 +60,10 @@ class Engine(Protocol):
 
 
 class HFEngine:
-    """Generation by transformers, left-padded, batched by prompt length."""
+    """Generation by a transformers model, in a batch that stays full (`sdd.forward.decoding`).
+
+    A model whose cache that loop does not know is left to transformers' own generation, batched by prompt length.
+    """
 
     kind = "hf"
 
@@ -111,49 +115,72 @@ class HFEngine:
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in an order of the engine's choosing; match them by id."""
         rows = [chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt) for request in requests]
-        fits = [index for index, row in enumerate(rows) if len(row) <= self.max_prompt_tokens]
-        for index in sorted(set(range(len(rows))) - set(fits)):
-            yield Completion(requests[index].id, "", "too_long")
-        assert self.batch_size is not None, "open() comes first"
-        lengths = [len(rows[index]) for index in fits]
-        for batch in length_batches(lengths, self.batch_size, max_tokens=1 << 30):
-            indices = [fits[at] for at in batch]
-            yield from self._generate([requests[i] for i in indices], [rows[i] for i in indices])
+        for request, row in zip(requests, rows, strict=True):
+            if len(row) > self.max_prompt_tokens:
+                yield Completion(request.id, "", "too_long")
+        fitting = [pair for pair in zip(requests, rows, strict=True) if len(pair[1]) <= self.max_prompt_tokens]
+        if not fitting:
+            return
+        requests, rows = zip(*fitting, strict=True)
+        stops = stop_ids(self.tokenizer, self.model.generation_config)
+        for index, tokens in (self._decoded if keeps_all(self.model) else self._generated)(requests, rows, stops):
+            end = next((at for at, token in enumerate(tokens) if token in stops), None)
+            with panics_told("the tokenizer gives up on an answer"):
+                text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+            said = tokens if end is None else tokens[: end + 1]
+            yield Completion(requests[index].id, text, "length" if end is None else "stop", tuple(said))
 
-    def _generate(self, requests: list[Request], rows: list[list[int]]) -> Iterator[Completion]:
-        import torch
+    def _decoded(
+        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(index of a request, its new tokens), by this project's own loop."""
+        assert self.batch_size is not None, "open() comes first"
+        choose = most_likely if self.temperature == 0 else self._chooser(requests)
+        yield from decode(self.model, rows, self.max_new_tokens, stops, self.batch_size, choose)
+
+    def _chooser(self, requests: Sequence[Request]) -> Choose:
+        warpers, noise = self._warpers(), GumbelNoise(self.seed, requests)
+
+        def choose(logits: Any, places: Sequence[tuple[int, int]]) -> Any:
+            return noise.added(warpers(None, logits.float()), places).argmax(-1)
+
+        return choose
+
+    def _warpers(self) -> Any:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        longest, device = max(map(len, rows)), self.model.device
+        nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        return LogitsProcessorList([TemperatureLogitsWarper(self.temperature), *nucleus])
+
+    def _generated(
+        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The same by stock code, in batches by length; behind a row's end comes padding."""
+        import torch
+        from transformers import LogitsProcessorList
+
+        assert self.batch_size is not None, "open() comes first"
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        stops = stop_ids(self.tokenizer, self.model.generation_config)
-        processors = LogitsProcessorList()
-        if self.temperature > 0:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_p < 1:
-                processors.append(TopPLogitsWarper(self.top_p))
-            processors.append(GumbelNoise(self.seed, requests))
-        with torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=stops,
-                logits_processor=processors,
-            )
-        for request, generated in zip(requests, output[:, longest:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(generated) if token in stops), None)
-            with panics_told("the tokenizer gives up on an answer"):
-                text = self.tokenizer.decode(generated[:end], skip_special_tokens=True).strip()
-            tokens = generated if end is None else generated[: end + 1]
-            yield Completion(request.id, text, "length" if end is None else "stop", tuple(tokens))
+        for batch in length_batches([len(row) for row in rows], self.batch_size, max_tokens=1 << 30):
+            ids, mask = padded([rows[index] for index in batch], self.model.device, left=pad)
+            processors = LogitsProcessorList()
+            if self.temperature > 0:
+                noise = GumbelNoise(self.seed, [requests[index] for index in batch])
+                processors = LogitsProcessorList([*self._warpers(), noise])
+            with torch.no_grad():
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=pad,
+                    eos_token_id=stops,
+                    logits_processor=processors,
+                )
+            yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
 
 
 class GumbelNoise:
@@ -161,7 +188,8 @@ class GumbelNoise:
 
     The noise of a token is a function of (seed, request, try, step, token) and of nothing else: the 64-bit mixer of
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") turns that counter into a
-    uniform number of 53 bits. One object serves one call of `generate`.
+    uniform number of 53 bits. `added` is told rows and steps; called as transformers calls it, one object serves one
+    call of `generate`.
     """
 
     def __init__(self, seed: int, requests: Sequence[Request]) -> None:
@@ -170,11 +198,16 @@ class GumbelNoise:
         self.step = 0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        step, self.step = self.step, self.step + 1
+        return self.added(scores, [(row, step) for row in range(len(self.keys))])
+
+    def added(self, scores: Any, places: Sequence[tuple[int, int]]) -> Any:
+        """The same for chosen places, each (index of a request, step)."""
         import torch
 
         device, width = scores.device, scores.shape[-1]
-        keys = torch.tensor([_signed(_mixed(key + self.step * _GOLDEN)) for key in self.keys], device=device)[:, None]
-        self.step += 1
+        mixed = [_signed(_mixed(self.keys[row] + step * _GOLDEN)) for row, step in places]
+        keys = torch.tensor(mixed, device=device)[:, None]
         tokens = torch.arange(1, width + 1, device=device).mul_(_signed(_GOLDEN))
         noise = torch.empty(scores.shape, dtype=torch.float64, device=device)
         piece = _PIECE if device.type == "cpu" else noise.numel()

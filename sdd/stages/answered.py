@@ -14,7 +14,7 @@ from sdd.models.chats import chat_prompt_ids
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import HFEngine, Request
-from sdd.stages.datasets import CHUNK_ROWS, read_examples
+from sdd.stages.datasets import chunk_rows, is_chunk, read_examples
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
@@ -92,12 +92,12 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     engine = HFEngine(max_new_tokens=spec.max_new_tokens, max_prompt_tokens=spec.max_prompt_tokens)
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
-    opened = False
+    opened, size = False, chunk_rows(runtime.inference_batch_size)
     paths = []
-    for start in tqdm(range(0, len(rows), CHUNK_ROWS), desc="answers", unit="chunk"):
-        chunk = rows[start : start + CHUNK_ROWS]
+    for start in tqdm(range(0, len(rows), size), desc="answers", unit="chunk"):
+        chunk = rows[start : start + size]
         paths.append(scratch / f"{start:06d}.jsonl")
-        if paths[-1].is_file():
+        if is_chunk(paths[-1], [row.id for row in chunk]):
             continue
         if not opened:
             source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")

@@ -1,6 +1,7 @@
 """The rows that a recipe names, read again from where they lie on this machine."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sdd.config.allowed import build
@@ -9,11 +10,22 @@ from sdd.data.mixture import part_of
 from sdd.errors import UserError
 from sdd.rewriting.selection import Selection
 from sdd.stages.runtime import Runtime
+from sdd.store.files import read_jsonl
 
-CHUNK_ROWS = 128
-"""Rows of one chunk of answers: what a killed run loses at most."""
+CHUNK_ROWS, CHUNK_BATCHES = 128, 4
+"""Rows of one chunk of answers, or batches where that is more: what a killed run loses at most."""
 NO_SETTINGS = ("digest", "weight", "path")
 """What a recipe may say of rows beside their constructor's settings; a path is this machine's, and never a recipe's."""
+
+
+def chunk_rows(batch_size: int) -> int:
+    """Rows of one chunk of answers: enough to keep a batch full for most of it."""
+    return max(CHUNK_ROWS, CHUNK_BATCHES * batch_size)
+
+
+def is_chunk(path: Path, ids: list[str]) -> bool:
+    """Whether a file holds these rows, finished; after a change of the batch size it holds others."""
+    return path.is_file() and [row["id"] for row in read_jsonl(path)] == ids
 
 
 def read_examples(runtime: Runtime, spec: dict[str, Any]) -> list[Example]:

@@ -16,7 +16,7 @@ from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.rewriting.engines import Engine
 from sdd.rewriting.selection import Selection, rewrite_rows
-from sdd.stages.datasets import CHUNK_ROWS, for_row, read_examples, selection_for
+from sdd.stages.datasets import chunk_rows, for_row, is_chunk, read_examples, selection_for
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
@@ -91,23 +91,22 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         range(len(examples)),
         key=lambda i: (-len(rewrite_prompt(templates[i], examples[i].prompt, examples[i].reference)), i),
     )
-    chunks = []
+    chunks, size = [], chunk_rows(runtime.inference_batch_size)
     for part in spec.dataset.get("parts", [None]):  # rows of one chunk share a template and a selection
         own = [i for i in order if part is None or part_of(examples[i].id) == part]
-        chunks += [own[at : at + CHUNK_ROWS] for at in range(0, len(own), CHUNK_ROWS)]
+        chunks += [own[at : at + size] for at in range(0, len(own), size)]
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
     opened = False
     with tqdm(total=len(examples), desc="rewrites", unit="row") as progress:
         for number, chunk in enumerate(chunks):
-            path = scratch / f"{number:06d}.jsonl"
-            if not path.is_file():
+            path, chosen = scratch / f"{number:06d}.jsonl", [examples[i] for i in chunk]
+            if not is_chunk(path, [example.id for example in chosen]):
                 if not opened:
                     teacher = runtime.checkpoint(spec.teacher, "teacher")
                     how = runtime.device, runtime.inference_batch_size, runtime.attention
                     engine.open(teacher, spec.dtype, spec.system_prompt, *how)
                     opened = True
-                chosen = [examples[i] for i in chunk]
                 selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
                 write_jsonl(path, rewrite_rows(engine, chosen, templates[chunk[0]], selection))
             else:

@@ -25,7 +25,7 @@ defaults:
 model: {path: CHECKPOINT, dtype: float32}
 calibration: {num_texts: 6}
 dataset: {num_rows: 140}
-engine: {max_new_tokens: 4}
+engine: {max_new_tokens: 4, batch_size: 32}
 finetune: {validation_rows: 4, num_rows: 12, batch_size: 4, epochs: 2}
 adapter: {rank: 2}
 trainer: {checkpoint_every: 1}

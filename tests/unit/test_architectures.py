@@ -17,6 +17,7 @@ from sdd.finetuning.adapters import adapted, causal_lm, merged, save_student
 from sdd.finetuning.module import TrainingRow, loss_sum
 from sdd.forward.batches import show_texts
 from sdd.forward.bypass import Row
+from sdd.forward.decoding import decode, keeps_all
 from sdd.importance.removal import without_each
 from sdd.importance.states import Angular, BlockInfluence, angular_distance, block_influence
 from sdd.importance.weights import Taylor
@@ -329,6 +330,21 @@ def test_head_logits_are_the_models_own(name: str, checkpoint: Callable[..., Pat
     hidden = decoder(model)(tokens(), use_cache=False).last_hidden_state
     assert torch.allclose(head_logits(model, hidden.flatten(0, 1)), logits(model).flatten(0, 1), rtol=1e-5, atol=1e-5)
     check_logits(model)
+
+
+STOCK_CACHES = {"mistral", "qwen2", "gemma2", "gemma3", "phi3", "smollm3", "mixtral"}
+"""With a sliding window in some block or all, which is not a cache of one key and value a token."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_full_batch_says_what_stock_generation_says(name: str, checkpoint: Callable[..., Path]) -> None:
+    model = Checkpoint(checkpoint(name)).model("float32", attention="eager")
+    assert keeps_all(model) is (name not in STOCK_CACHES)
+    if keeps_all(model):
+        rows = [tokens(1, 11)[0].tolist(), *tokens(2, 7).tolist()]
+        answers = dict(decode(model, rows, 6, [], batch_size=2))
+        assert answers[0] == generated(model, use_cache=True)
+        assert answers == dict(decode(model, rows, 6, [], batch_size=1))
 
 
 def test_logits_made_otherwise_are_refused(tiny_llama: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdd.models.chats import chat_prompt_ids
 from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting import engines
 from sdd.rewriting.engines import Completion, GumbelNoise, HFEngine, Request
 from sdd.tiny.tasks import instances
 
@@ -182,6 +183,19 @@ def test_a_sample_is_decided_by_seed_request_and_try(tiny_llama: Path, requests:
     texts["seed"] = next(engine.complete([Request("0", prompt)])).text
     texts["greedy"] = next(opened(tiny_llama).complete([Request("0", prompt)])).text
     assert len(set(texts.values())) == len(texts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+def test_the_loop_says_what_stock_generation_says(
+    settings: dict[str, Any], tiny_llama: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At other tries too; stock code answers where the cache is of a kind that the loop does not know."""
+    tried = [Request(request.id, request.prompt, number % 3) for number, request in enumerate(requests)]
+    own = answered(opened(tiny_llama, batch_size=3, **settings), tried)
+    monkeypatch.setattr(engines, "keeps_all", lambda model: False)
+    stock = answered(opened(tiny_llama, batch_size=8, **settings), tried)
+    assert own == stock
+    assert [own[id].tokens for id in own] == [stock[id].tokens for id in own]
 
 
 def test_noise_repeats_and_moves_on_with_every_token() -> None:

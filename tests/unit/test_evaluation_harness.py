@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
+from sdd.evaluation import generation
 from sdd.evaluation.harness import Harness, free_scores, summary
 from sdd.evaluation.tiny import Item, Task, suite_tasks
 from sdd.models.chats import answer_ids, chat_prompt_ids
@@ -151,6 +153,42 @@ def test_generated_answers_are_the_models_own(
             assert {key: record[key] for key in ("score", "lenient", "malformed")} == free_scores(expected, item.answer)
         assert [record["id"] for record in records] == [item.id for item in tasks[name].items]
         assert len({record["response"] for record in records}) > 2
+
+
+def test_answers_end_at_stop_strings_as_lm_evals_do(
+    harness: Harness, model: Any, tokenizer: Any, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against lm-eval's own generation of one prompt at a time; a stop string may run over several tokens."""
+    texts = [generated(model, tokenizer, item.prompt) for item in tasks["word"].items]
+    halves = [text[len(text) // 2 :][:2] for text in texts]
+    settings = {"until": [halves[0], halves[1], tokenizer.eos_token], "do_sample": False, "max_gen_toks": NEW}
+    prompts = [item.prompt for item in tasks["word"].items]
+
+    def answers(language_model: Any) -> list[str]:
+        contexts = [language_model.apply_chat_template([{"role": "user", "content": text}]) for text in prompts]
+        requests = [Instance("generate_until", {}, (text, dict(settings)), 0) for text in contexts]
+        return language_model.generate_until(requests, disable_tqdm=True)
+
+    own = answers(harness.language_model)
+    alone = Harness(model, tokenizer, batch_size=1, max_new_tokens=NEW).language_model
+    monkeypatch.setattr(generation, "keeps_all", lambda model: False)
+    assert own == answers(alone)
+    assert own[0] == texts[0][: texts[0].index(halves[0])] != texts[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "greedy"),
+    [
+        ({"until": ["\n"], "do_sample": False, "temperature": 0.7}, True),
+        ({"until": ["\n"], "max_gen_toks": 3, "temperature": 0.0, "top_p": 0.9}, True),
+        ({"temperature": 0.7}, False),
+        ({"do_sample": True}, False),
+        ({"do_sample": False, "num_beams": 2}, False),
+        ({"max_length": 30}, False),
+    ],
+)
+def test_what_is_more_than_greedy_is_left_to_lm_eval(settings: dict[str, Any], greedy: bool) -> None:
+    assert generation.is_greedy(settings) is greedy
 
 
 def test_a_right_answer_is_counted(harness: Harness, model: Any, tokenizer: Any, monkeypatch: Any) -> None:
