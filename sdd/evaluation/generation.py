@@ -26,11 +26,11 @@ class FullBatches:
 
     def generate_until(self: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
         if not (keeps_all(self.model) and all(is_greedy(request.args[1]) for request in requests)):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
         self.places = self.batch_size_per_gpu
         self.batch_size_per_gpu = max(1, len(requests))  # lm-eval hands over all prompts at once
         try:
-            return super().generate_until(requests, disable_tqdm=True)
+            return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
         finally:
             self.batch_size_per_gpu, self.places = self.places, None
 
@@ -39,7 +39,7 @@ class FullBatches:
         import torch
 
         if self.places is None:
-            return super()._model_generate(context, max_length, stop, **settings)
+            return super()._model_generate(context, max_length, stop, **settings)  # type: ignore[misc]
         masks = settings["attention_mask"].bool()
         prompts = [(row[mask] if mask.any() else row[-1:]).tolist() for row, mask in zip(context, masks, strict=True)]
         known = self.tokenizer.get_added_vocab()

@@ -290,7 +290,7 @@ def _layer_class() -> Any:
             self.size, self.view = (places, columns), _Columns(slice(0, 1), 0, 0)
 
         def update(self, keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-            if not self.is_initialized:
+            if not self.is_initialized:  # type: ignore[has-type]
                 places, columns = self.size
                 self.keys, self.values = (t.new_zeros(places, t.shape[1], columns, t.shape[3]) for t in (keys, values))
                 self.is_initialized = True

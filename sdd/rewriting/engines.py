@@ -118,10 +118,10 @@ class HFEngine:
         for request, row in zip(requests, rows, strict=True):
             if len(row) > self.max_prompt_tokens:
                 yield Completion(request.id, "", "too_long")
-        fitting = [pair for pair in zip(requests, rows, strict=True) if len(pair[1]) <= self.max_prompt_tokens]
+        fitting = [index for index, row in enumerate(rows) if len(row) <= self.max_prompt_tokens]
         if not fitting:
             return
-        requests, rows = zip(*fitting, strict=True)
+        requests, rows = [requests[index] for index in fitting], [rows[index] for index in fitting]
         stops = stop_ids(self.tokenizer, self.model.generation_config)
         for index, tokens in (self._decoded if keeps_all(self.model) else self._generated)(requests, rows, stops):
             end = next((at for at, token in enumerate(tokens) if token in stops), None)

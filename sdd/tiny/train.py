@@ -128,7 +128,7 @@ def _worker(rank: int, plan: Plan, folder: Path) -> None:
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     if plan.float32:
-        torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised  # type: ignore[attr-defined]
+        torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised  # type: ignore[assignment]
     optimizers = [
         torch.optim.Muon(matrices, lr=LEARNING_RATE["muon"], momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=LEARNING_RATE["adamw"], betas=(0.9, 0.98), weight_decay=0.0),

@@ -145,20 +145,26 @@ def apart(first: list[tuple[float, bool]], second: list[tuple[float, bool]]) -> 
 def test_likelihoods_are_hflms(model: Any, wrapped: Wrapped, pairs: Pairs) -> None:
     """Of every kind in one go, and in memory for one row as for many; each token's likelihood too, by beginnings."""
     mixed = [pair for of_kind in pairs.values() for pair in of_kind]
-    with counted(model) as passed:
-        expected = asked(wrapped(HFLM, 8), mixed)
-    before = sum(passed)
+    expected = asked(wrapped(HFLM, 8), mixed)
     for batch_size in (8, 1):
-        with counted(model) as passed:
-            answers = asked(wrapped(Shared, batch_size), mixed)
+        answers = asked(wrapped(Shared, batch_size), mixed)
         assert apart(answers, expected) < 1e-4
         assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
-        assert sum(passed) < 0.85 * before, (
-            "the mixed kinds share little; benchmarks/evaluation.py has what real tasks share"
-        )
     assert {greedy for _, greedy in expected} == {True, False}
     lengths = {len(wrapped(Shared, 1)._encode_pair(*pair)[1]) for pair in pairs["one token after examples"]}
     assert lengths == {1}
+
+
+@pytest.mark.parametrize(("kind", "share"), [("several tokens", 1.0), ("one token after examples", 0.2)])
+def test_what_requests_share_is_computed_once(
+    kind: str, share: float, model: Any, wrapped: Wrapped, pairs: Pairs
+) -> None:
+    """What is left are contexts, or their ends after the same examples, then continuations, and padding."""
+    language_model = wrapped(Shared, 8)
+    encoded = [language_model._encode_pair(*pair) for pair in pairs[kind]]
+    with counted(model) as passed:
+        asked(language_model, pairs[kind])
+    assert sum(passed) < share * sum(len(context) + len(continuation) for context, continuation in encoded)
 
 
 def test_rows_that_are_cut_are_told_as_hflm_tells_them(
