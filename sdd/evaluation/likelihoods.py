@@ -17,10 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from sdd.evaluation.prefixes import Node, prefix_tree
-from sdd.forward.batches import length_batches, padded
+from sdd.forward.batches import padded
 
 MOST_TOKENS = 2048
 """Tokens of a pass, unless one row has more; more in a pass make none faster."""
+MOST_PADDING = 64
+"""Tokens of padding in a pass: to begin another one takes about as long."""
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary frequencies that change with a row's length, and with them the keys of its beginning."""
 
@@ -132,11 +134,18 @@ class _Walk:
             self._pass(batch, cache, False)
 
     def _batches(self, nodes: list[tuple[int, Node]]) -> list[list[tuple[int, Node]]]:
-        if not nodes:
-            return []
-        lengths = [len(node.tokens) for _, node in nodes]
-        rows = max(1, self.capacity // (nodes[0][1].start + max(lengths)))
-        return [[nodes[index] for index in batch] for batch in length_batches(lengths, rows, MOST_TOKENS)]
+        """Nodes of one start, the longest first, so many together as memory takes and little padding allows."""
+        batches: list[list[tuple[int, Node]]] = []
+        for row, node in sorted(nodes, key=lambda place: -len(place[1].tokens)):
+            batch = batches[-1] if batches else []
+            tokens = (len(batch) + 1) * len(batch[0][1].tokens) if batch else 0
+            padding = tokens - sum(len(other.tokens) for _, other in batch) - len(node.tokens)
+            kept = (len(batch) + 1) * node.start + tokens
+            if batch and tokens <= MOST_TOKENS and kept <= self.capacity and padding <= MOST_PADDING:
+                batch.append((row, node))
+            else:
+                batches.append([(row, node)])
+        return batches
 
     def _pass(self, batch: list[tuple[int, Node]], cache: Any, keep: bool) -> Any:
         """Compute nodes of one start, note what they predict, and give the cache that ends with them."""

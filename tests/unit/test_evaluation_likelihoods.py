@@ -103,18 +103,15 @@ def wrapped(model: Any) -> Wrapped:
 def pairs() -> Pairs:
     """Contexts and continuations by kind."""
     items = suite_tasks("tiny", ["nll"], "dev", 0, 12)["nll"].items
-    prompts = [f"<|begin|><|user|>{item.prompt}<|end|><|assistant|>" for item in items[:5]]
+    chat = f"<|begin|><|user|>{items[0].prompt}<|end|><|assistant|>"
     golds = [item.gold or "" for item in items]
     examples = "".join(f"{item.prompt} {item.gold}\n" for item in items[5:8])
     long = [examples * 4 + items[0].prompt]
     words = golds[0].split(" ")
     return {
-        "several tokens": list(itertools.product(prompts, golds[:4])),
-        "every beginning": [(prompts[0], " ".join(words[:n])) for n in range(1, len(words) + 1)],
-        "one token after examples": list(
-            itertools.product([examples + item.prompt for item in items[:4]], [f" {letter}" for letter in "abcd"])
-        ),
-        "no token": [(examples + items[0].prompt, "")],
+        "several tokens": list(itertools.product([examples + item.prompt for item in items[:4]], golds[:4])),
+        "every beginning": [(chat, " ".join(words[:n])) for n in range(1, len(words) + 1)],
+        "one token after examples": list(itertools.product([examples + item.prompt for item in items[:4]], "abcd")),
         "longer than the window": list(itertools.product(long, golds[:2])),
         "no context": [("", gold) for gold in golds[:3]],
         "spaces at the end": [(f"{items[0].prompt}  ", golds[0]), (f"{items[0].prompt} ", golds[0])],
@@ -152,10 +149,10 @@ def test_likelihoods_are_hflms(model: Any, wrapped: Wrapped, pairs: Pairs) -> No
         assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
     assert {greedy for _, greedy in expected} == {True, False}
     lengths = {len(wrapped(Shared, 1)._encode_pair(*pair)[1]) for pair in pairs["one token after examples"]}
-    assert lengths == {1}
+    assert lengths == {0, 1}, "of some prompts the last token goes on with the letter"
 
 
-@pytest.mark.parametrize(("kind", "share"), [("several tokens", 1.0), ("one token after examples", 0.2)])
+@pytest.mark.parametrize(("kind", "share"), [("several tokens", 0.5), ("one token after examples", 0.2)])
 def test_what_requests_share_is_computed_once(
     kind: str, share: float, model: Any, wrapped: Wrapped, pairs: Pairs
 ) -> None:
