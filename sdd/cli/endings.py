@@ -7,6 +7,7 @@ has that; training and rewriting are a line each. stdout stays the artifact's pa
 import logging
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], job
 
 
 def _command(script: str, words: Sequence[str], *own: str) -> str:
-    return f"python {script}.py {shlex.join([*words, *own])}"
+    """A command as it is typed here: of the program, which runs from any folder, or of a script beside this one."""
+    program = f"sdd {script}" if Path(sys.argv[0]).name.startswith("sdd") else f"python {script}.py"
+    return f"{program} {shlex.join([*words, *own])}"
 
 
 def _plural(noun: str, several: Sequence[Any]) -> str:

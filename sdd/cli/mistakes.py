@@ -19,6 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdd.config.settings import keys, setting
 
+PLUGINS = {
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+}
+"""Options that a package of its own brings."""
 SEEN = 12
 """Names that a line lists at most."""
 
@@ -115,6 +121,8 @@ class Composition:
             if value is None or isinstance(value, dict) or (override.is_delete() and value == ""):
                 continue
             for one in value if isinstance(value, list) else [value]:
+                if one not in names and (package := PLUGINS.get(f"{key}={one}")):
+                    return f"{key}={one} needs the package {package}; run: pip install {package}"
                 if one not in names:
                     return f"{key} has no option {one}; {_meant(key, str(one), names)}"
         return None

@@ -82,7 +82,9 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{self.where}: no such folder")
         if not os.path.lexists(path):
-            raise UserError(f"{self.where}: no config.json; is this a checkpoint folder?")
+            inner = next((path.parent.name for path in sorted(folder.glob("*/config.json"))), None)
+            advice = f"{inner}, in it, has one" if inner else "is this a checkpoint folder?"
+            raise UserError(f"{self.where}: no config.json; {advice}")
         check_part(path, folder)
         text = read_text(path, f"{self.where}: config.json", LARGEST_CONFIG)
         config = parse_json(text, f"{self.where}: config.json is not valid JSON")

@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
-from sdd.cli.endings import cut_lines, evaluation_lines, targets_lines, training_lines
+import pytest
+
+from sdd.cli.endings import _command, cut_lines, evaluation_lines, targets_lines, training_lines
+from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
 
 
 def write(folder: Path, name: str, content: object) -> Path:
@@ -58,3 +62,19 @@ def test_training_and_rewriting_in_a_line(tmp_path):
     (line,) = targets_lines(write(tmp_path, "summary.json", nothing), True)
     assert line == "0 of 9 rewrites kept; the reference stayed in the others: leak 9"
     assert targets_lines(write(tmp_path, "summary.json", nothing), False) == ["9 rows, as they are"]
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [("/opt/bin/sdd-prune", "sdd train pruning=n2"), ("prune.py", "python train.py pruning=n2")],
+)
+def test_a_command_is_told_as_it_is_typed_here(program: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [program])
+    assert _command("train", ["pruning=n2"]) == expected
+
+
+def test_a_checkpoint_one_folder_below_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "hf").mkdir(parents=True)
+    (tmp_path / "mine" / "hf" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config.json; hf, in it, has one"):
+        _ = Checkpoint(tmp_path / "mine").config
