@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sdd.cli.job import Job
+from sdd.cli.job import Job, typed
 from sdd.cli.loader import CheckedConfigLoader, config_folder
 from sdd.cli.students import COMPOSING
 from sdd.cli.words import arranged
@@ -38,7 +38,7 @@ def compose(*overrides: str, config_dir: Path | str | None = None) -> Job:
         with open_dict(config):
             del config["hydra"]
         OmegaConf.resolve(config)
-        return Job(config, HydraConfig.get().overrides.task, run_folder)
+        return Job(config, typed(), run_folder)
 
 
 @contextmanager

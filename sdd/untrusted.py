@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ DEEPEST = 40
 """Levels of a value that a stage wrote; they nest about five."""
 ANY = object
 """A shape that holds anything that is not nested too deeply."""
+
+
+def tell_error(error: ValueError | OSError) -> int:
+    """Tell a user's mistake, or a file that cannot be used, in one line on stderr; the exit code."""
+    line = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
+    return 2
 
 
 def printable(text: str) -> str:

@@ -19,9 +19,9 @@ import hydra
 import hydra._internal.hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from sdd.cli.job import Job
+from sdd.cli.job import Job, typed
 from sdd.cli.loader import CheckedConfigLoader, config_folder
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
@@ -86,12 +86,6 @@ def run_job(script: str, config: DictConfig) -> int:
         write_atomically(folder / "result.json", json.dumps(record, indent=1) + "\n")
     outcome.append(code)
     return code
-
-
-def typed() -> list[str]:
-    """The overrides of this job, as they were given: nothing in them is resolved."""
-    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    return list(words)
 
 
 def explained(error: BaseException) -> tuple[int, str]:

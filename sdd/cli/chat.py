@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.untrusted import expanded, printable
+from sdd.untrusted import expanded, printable, tell_error
 
 QUIT = "/quit"
 NEW_TOKENS = 256
@@ -119,6 +119,5 @@ def main(words: list[str] | None = None) -> int:
             print(f"every line is a conversation of its own; {QUIT} ends", file=sys.stderr)
         talk(engines, _typed())
     except UserError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return tell_error(error)
     return 0

@@ -5,13 +5,12 @@ has that; training and rewriting are a line each. stdout stays the artifact's pa
 """
 
 import logging
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdd.cli.words import command
 from sdd.errors import UserError
 from sdd.report.collect import CUT, SUMMARY, read_results, spans
 from sdd.store import Recipe, Store
@@ -44,12 +43,6 @@ def ending(wanted: Recipe, study: Study, store: Store, words: Sequence[str], job
     return [printable(line) for line in (lines if job is None else [f"#{job} {line}" for line in lines[:1]])]
 
 
-def _command(script: str, words: Sequence[str], *own: str) -> str:
-    """A command as it is typed here: of the program, which runs from any folder, or of a script beside this one."""
-    program = f"sdd {script}" if Path(sys.argv[0]).name.startswith("sdd") else f"python {script}.py"
-    return f"{program} {shlex.join([*words, *own])}"
-
-
 def _plural(noun: str, several: Sequence[Any]) -> str:
     return noun if len(several) == 1 else f"{noun}s"
 
@@ -79,7 +72,7 @@ def cut_lines(folder: Path) -> list[str]:
 def _next_commands(words: Sequence[str]) -> list[str]:
     """What the cut cost, and how to get quality back."""
     shared = [word for word in words if _name(word) not in ("finetune", "dry_run")]
-    cost, back = _command("evaluate", shared, "finetune=none"), _command("train", shared, "finetune=self_distill")
+    cost, back = command("evaluate", [*shared, "finetune=none"]), command("train", [*shared, "finetune=self_distill"])
     return [f"next, what the cut cost: {cost}", f"next, to get quality back: {back}"]
 
 
@@ -139,8 +132,8 @@ def _evaluated(folder: Path, wanted: Recipe, study: Study, store: Store, words: 
     if store.has(same):
         return evaluation_lines(folder, store.folder(same))
     shared = [word for word in words if word.startswith("--config") or _name(word).partition(".")[0] in ASKING]
-    command = _command("evaluate", shared, "pruning=none", "finetune=none")
-    return [*evaluation_lines(folder, None), f"what that is of the unpruned model: {command}"]
+    unpruned = command("evaluate", [*shared, "pruning=none", "finetune=none"])
+    return [*evaluation_lines(folder, None), f"what that is of the unpruned model: {unpruned}"]
 
 
 def evaluation_lines(folder: Path, teacher: Path | None) -> list[str]:

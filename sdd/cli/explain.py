@@ -6,7 +6,6 @@ their first sentence, and what a setting changes is found by changing it (`influ
 
 import argparse
 import re
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from sdd.cli.mistakes import advice
 from sdd.config.checks import AT_LEAST, AT_MOST, CHOICES, POSITIVE, SHARES_ABOVE_0, WITHIN
 from sdd.config.settings import Setting, descriptions, keys, setting
 from sdd.errors import UserError
-from sdd.untrusted import printable
+from sdd.untrusted import tell_error
 
 WIDTH = 118
 GLOBAL = {
@@ -156,6 +155,5 @@ def main(words: list[str] | None = None) -> int:
         for line in explained(name):
             print(line)
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return tell_error(error)
     return 0

@@ -150,11 +150,7 @@ class Influence:
             config = self._config(words)
             before = self._addresses(config)
             for value in self._others(key, OmegaConf.select(config, key)):
-                after = self._changed(config, key, value)
-                if before is not None and after is not None:
-                    changed |= {
-                        stage for stage in before.keys() | after.keys() if before.get(stage) != after.get(stage)
-                    }
+                changed |= _differing(before, self._changed(config, key, value))
         return [stage for stage in STAGES if stage in changed]
 
     def of_group(self, group: str, options: list[str]) -> list[str]:

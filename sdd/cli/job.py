@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.students import composed_students
+from sdd.cli.words import command
 from sdd.config import check_values, plain
 from sdd.errors import UserError
 from sdd.store import STAGES, Recipe, Store
 from sdd.untrusted import expanded
+
+
+def typed() -> list[str]:
+    """The overrides of this job, as they were given: nothing in them is resolved."""
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(words)
 
 
 class Job:
@@ -59,10 +66,10 @@ class Job:
         replaced = (*embedded, "experiment")
         kept = [word for word in self.overrides if word.partition("=")[0] not in replaced]
         instead = "experiment=quickstart" if self.choices.get("experiment") else "settings=public"
-        words = [f"python {script}.py", instead, *(word for word in kept if not word.startswith("settings="))]
+        words = [instead, *(word for word in kept if not word.startswith("settings="))]
         raise UserError(
             f"{' '.join(f'{group}={self.choices.get(group)}' for group in embedded)}: made for the embedded model, "
-            f"which {self.config.model.path} is not; you probably meant: {' '.join(words)}"
+            f"which {self.config.model.path} is not; you probably meant: {command(script, words)}"
         )
 
     def store(self, script: str) -> Store:

@@ -37,9 +37,7 @@ def nearest(name: str, names: Iterable[str], most: int = 3, alike: float = 0.7) 
     exact = [own for key, own in plain.items() if asked == key or re.split(r"[./]", key)[-1] == last]
     if exact:
         return exact[:most]
-    initials = [
-        own for key, own in plain.items() if "".join(w[0] for w in re.split(r"[./]", key)[-1].split("_") if w) == last
-    ]
+    initials = [own for key, own in plain.items() if _initials(key) == last]
     close = [plain[key] for key in difflib.get_close_matches(asked, plain, most, alike)]
     return list(dict.fromkeys([*(initials if len(last) > 1 else []), *close]))[:most]
 

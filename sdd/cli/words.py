@@ -6,7 +6,9 @@ that it leads to the same artifacts.
 """
 
 import re
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,6 +82,12 @@ def _is_read(word: str, is_sweep: bool) -> bool:
     if override.is_sweep_override():
         return is_sweep
     return not isinstance(override.value(), dict | list)
+
+
+def command(script: str, words: Sequence[str]) -> str:
+    """A command as it is typed here: of the program, which runs from any folder, or of a script beside this one."""
+    program = f"sdd {script}" if Path(sys.argv[0]).name.startswith("sdd") else f"python {script}.py"
+    return f"{program} {shlex.join(words)}"
 
 
 def in_quotes(text: str) -> str:

@@ -52,13 +52,13 @@ def setting(key: str) -> Setting | None:
 
 def descriptions(kind: Any = Config, before: str = "") -> dict[str, str]:
     """What each setting and group of the schema says that it is, by dotted key."""
-    hints, found = get_type_hints(kind), {}
+    hints, texts = get_type_hints(kind), {}
     for field in fields(kind):
         key, own = f"{before}{field.name}", _of(hints[field.name])
-        found[key] = str(field.metadata.get("description", ""))
+        texts[key] = str(field.metadata.get("description", ""))
         if own.is_group:
-            found |= descriptions(own.type, f"{key}.")
-    return found
+            texts |= descriptions(own.type, f"{key}.")
+    return texts
 
 
 def _of(hint: Any) -> Setting:

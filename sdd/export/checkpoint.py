@@ -6,7 +6,6 @@ A page of what it is goes with it. `--push` puts the folder on the Hugging Face 
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sources import add_arguments, runtime_of
 from sdd.stages.student import base_of, open_student
 from sdd.store import STAGES, Store, share
-from sdd.untrusted import printable
+from sdd.untrusted import printable, tell_error
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -110,6 +109,5 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.push:
             print(push(arguments.folder, arguments.push, arguments.public))
     except UserError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return tell_error(error)
     return 0

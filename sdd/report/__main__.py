@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdd.errors import UserError
-from sdd.untrusted import printable
+from sdd.untrusted import printable, tell_error
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 """What reading an artifact ends in that has another form than its stage writes, beyond what is checked on reading."""
@@ -53,12 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         written = report(options.folders, options.out, options.baseline)
-    except UserError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return tell_error(error)
     except MALFORMED as error:
         if options.debug:
             raise

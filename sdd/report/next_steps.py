@@ -116,4 +116,5 @@ def _sizes(comparison: Comparison) -> list[str]:
     if len(sizes) != 1 or None in removed or not (size := max(number or 0 for number in removed)):
         return []
     others = ",".join(f"n{number}" for number in (size - 1, size + 1) if number)
-    return [f"Cut other sizes (pruning={others}): with one, {size} blocks, nobody sees where quality breaks."]
+    blocks = f"{size} block{'' if size == 1 else 's'}"
+    return [f"Cut other sizes (pruning={others}): with one, {blocks}, nobody sees where quality breaks."]

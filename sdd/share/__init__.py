@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdd.errors import UserError
-from sdd.untrusted import printable
+from sdd.untrusted import tell_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,12 +74,8 @@ def rerun(argv: list[str] | None = None) -> int:
 def _explained(run: Callable[[], int]) -> int:
     try:
         return run()
-    except UserError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return tell_error(error)
 
 
 __all__ = ["main", "rerun"]

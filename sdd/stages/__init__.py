@@ -12,28 +12,12 @@ from pathlib import Path
 from sdd.stages.runtime import Runtime
 from sdd.store import Builder, Recipe
 
-MANY_MODULES = 100
-_modules = 0
-"""Modules whose objects the collector passes over."""
-
 
 def _release() -> None:
     """Let go of what a stage opened: adapters and trainers hold models in circles, which outlive it otherwise."""
     gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _pass_over_libraries() -> None:
-    """Take what is left after a stage, the objects of imported libraries, out of what the collector goes through.
-
-    There are half a million of them, which live as long as the process and cost each stage's `_release` half a second.
-    Done after a stage that imported some, with nothing of the stage's left: an error would hold its models.
-    """
-    global _modules
-    if len(sys.modules) >= _modules + MANY_MODULES:
-        _modules = len(sys.modules)
-        gc.freeze()
 
 
 def builder(runtime: Runtime) -> Builder:
@@ -44,6 +28,5 @@ def builder(runtime: Runtime) -> Builder:
             import_module(f"sdd.stages.{recipe.stage}").build(runtime, recipe, inputs, folder)
         finally:
             _release()
-        _pass_over_libraries()
 
     return build

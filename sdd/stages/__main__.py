@@ -25,7 +25,7 @@ from sdd.stages.sources import add_arguments, runtime_of
 from sdd.store import TIMINGS, Recipe, Store, file_digest
 from sdd.store.files import read_facts
 from sdd.store.recipe import address_of
-from sdd.untrusted import check_shape, parse_json, printable
+from sdd.untrusted import check_shape, parse_json, printable, tell_error
 
 SIZES = {
     "trainer": {"micro_batch_tokens": int, "inference_batch_size": int},
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             allow(path)
         lines = rerun(Store(arguments.artifacts.absolute()), arguments.address, runtime_of(arguments))
     except UserError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return tell_error(error)
     print("\n".join(map(printable, lines)) if lines else "identical")
     return 1 if lines else 0
 

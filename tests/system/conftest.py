@@ -2,9 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -31,22 +30,6 @@ adapter: {rank: 2}
 trainer: {checkpoint_every: 1}
 evaluation: {tasks: [arithmetic, fact_choice], limit: 3, max_new_tokens: 4}
 """
-
-
-@pytest.fixture(scope="session", autouse=True)
-def choices_where_referred_to() -> Iterator[None]:
-    """Hydra gathers all choices at every file, a fifth of the time of a composition, for defaults lists that refer to
-    another choice: here only for those."""
-    from hydra._internal import defaults_list
-
-    gather = defaults_list._create_interpolation_map
-
-    def where_referred_to(overrides: Any, entries: list[Any], self_added: bool) -> DictConfig | None:
-        return gather(overrides, entries, self_added) if any(entry.is_interpolation() for entry in entries) else None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(defaults_list, "_create_interpolation_map", where_referred_to)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ["sdd.cli.app", "torch", "transformers", "peft", "pytorch_lightning", "datasets", "lm_eval.evaluator"]
 LIBRARIES += ["lm_eval.models.huggingface", "sdd.finetuning.module", "sdd.evaluation.harness", "sdd.stages.figures"]
@@ -76,25 +74,14 @@ def _as_command(script: str, words: tuple[str, ...], cwd: Path) -> Iterator[None
         root.setLevel(level)
 
 
-@contextlib.contextmanager
-def _composing_once() -> Iterator[None]:
-    """Hydra composes everything a first time to see whether a file sets `hydra.mode`; the same follows for the job."""
-    from hydra._internal.hydra import Hydra
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
-        yield
-
-
 def run(script: str, *words: str, cwd: Path) -> Outcome:
-    """The script in this process, with its exit code and captured streams; no file that it reads sets `hydra.mode`."""
+    """The script in this process, with its exit code and captured streams."""
     from hydra.core.global_hydra import GlobalHydra
 
     from sdd.cli import app
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with _as_command(script, words, cwd), _composing_once(), streams[0], streams[1]:
+    with _as_command(script, words, cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         GlobalHydra.instance().clear()
         try:
             app.main(script)

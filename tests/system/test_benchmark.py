@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import Outcome, files_of, run
+from launching import Outcome, files_of, run, spawn
 
 from sdd.evaluation.benchmark import Benchmark
-from sdd.stages import evaluated as evaluated_stage
-from sdd.store.files import write_jsonl
 
 ARC = [
     ("What is hot?", ["ice", "a red fire"], "B"),
@@ -117,21 +115,13 @@ def test_likelihoods_are_the_models_own(evaluated: tuple[Path, Outcome], checkpo
     assert found == len(ARC), "each question with exactly one of the examples"
 
 
-def test_broken_evaluation_keeps_its_finished_tasks(
-    words: list[str], evaluated: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_evaluation_keeps_its_finished_tasks(
+    words: list[str], evaluated: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    """Afterwards the same command gives the same bytes, from what the finished task left: marked, it shows."""
-    written: list[Path] = []
-
-    def breaking(path: Path, rows: Any) -> None:
-        if written:
-            raise RuntimeError("something broke")
-        written.append(path)
-        write_jsonl(path, rows)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(evaluated_stage, "write_jsonl", breaking)
-        assert run("evaluate", *words, cwd=tmp_path).code == 1
+    """After SIGKILL the same command gives the same bytes, from what the finished task left: marked, it shows."""
+    process = spawn("evaluate", *words, cwd=tmp_path, hold="evaluated")
+    process.until_holding("evaluated")
+    process.kill()
     marked = shutil.copytree(tmp_path, tmp_path / "marked")
     assert run("evaluate", *words, cwd=tmp_path).path.name == evaluated[1].path.name
     assert files_of(tmp_path / "artifacts") == files_of(evaluated[0] / "artifacts")

@@ -55,9 +55,8 @@ TURNS = [
     [(group, options[turn]) for group, options in CHOICES.items() if turn < len(options)]
     for turn in range(max(map(len, CHOICES.values())))
 ]
-TURNS += [[("experiment", study)] for study in EXPERIMENTS if study.split("/")[0] not in ("paper", "ablations")]
-"""Every option once: several groups at a time, whose options say nothing of each other; studies alone, and those of the
-paper and the ablations with what they sweep over, further down."""
+TURNS += [[("experiment", study)] for study in EXPERIMENTS]
+"""Every option once: several groups at a time, whose options say nothing of each other; studies alone."""
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +116,7 @@ def test_every_file_is_an_option_that_hydra_lists() -> None:
 
 def test_every_option_has_a_turn() -> None:
     assert sorted(choice for turn in TURNS for choice in turn) == sorted(
-        (group.split("/")[0], str(option))
-        for group, option in OPTIONS
-        if group not in ("experiment/paper", "experiment/ablations")
+        (group.split("/")[0], str(option)) for group, option in OPTIONS
     )
 
 
@@ -271,6 +268,10 @@ REFUSED = {
     "unknown option": (["metric=angula"], "metric has no option angula; did you mean angular?"),
     "unknown group": (["metrics=angular"], "metrics is not a setting; did you mean metric?"),
     "misspelt key": (["finetune.epoch=3"], "finetune.epoch is not a setting; did you mean finetune.epochs?"),
+    "misspelt key of a part": (
+        ["metric=random", "metric.sed=1"],
+        "metric.sed is not a setting; did you mean metric.seed?",
+    ),
     "word for a number": (["pruning.size=many"], "pruning.size=many must be a whole number"),
     "nothing for a number": (["seed=null"], "seed=null must be a whole number"),
     "not an override": (["pruning.size"], "pruning.size is not a setting; write key=value"),

@@ -43,6 +43,13 @@ def test_unfetched_model_is_planned_without_the_hub_and_without_torch(tmp_path: 
     assert not (tmp_path / "empty").exists()
 
 
+def test_evaluation_of_an_unfetched_model_is_planned(tmp_path: Path) -> None:
+    outcome = run("evaluate", UNFETCHED, "dry_run=true", cwd=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    stages = [line.split()[3].split("/")[0] for line in outcome.lines]
+    assert sorted(stages) == ["evaluated", "pruned", "rewrites", "scores", "targets", "tuned"]
+
+
 def test_bad_cut_of_an_unfetched_model_is_told(tmp_path: Path) -> None:
     outcome = run("prune", UNFETCHED, "pruning.size=30", "dry_run=true", cwd=tmp_path)
     assert outcome.errors == ["error: pruning.size=30 removes all 30 blocks; choose at most 29"]

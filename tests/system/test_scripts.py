@@ -63,12 +63,12 @@ print(sdd.__file__)
     assert Path(package).parent.parent == REPOSITORY
 
 
-def test_script_as_a_user_runs_it(small: list[str], copied: Path) -> None:
-    """What it prints and leaves; `test_sweeps` has one build in processes of its own."""
-    outcome = subprocess_run([str(REPOSITORY / "prune.py"), *small], copied)
-    assert outcome.path.parent == copied / "artifacts" / "pruned"
-    assert not list(copied.glob("*.log"))
-    (run_folder,) = copied.glob("outputs/prune/*/*")
+@pytest.mark.slow
+def test_script_as_a_user_runs_it(small: list[str], tmp_path: Path) -> None:
+    outcome = subprocess_run([str(REPOSITORY / "prune.py"), *small, "metric=last"], tmp_path)
+    assert outcome.path.parent == tmp_path / "artifacts" / "pruned"
+    assert not list(tmp_path.glob("*.log"))
+    (run_folder,) = tmp_path.glob("outputs/prune/*/*")
     record = json.loads((run_folder / "result.json").read_text())
     assert record["path"] == str(outcome.path)
     assert record["address"] == outcome.path.name

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sdd.cli.endings import _command, cut_lines, evaluation_lines, targets_lines, training_lines
+from sdd.cli.endings import cut_lines, evaluation_lines, targets_lines, training_lines
+from sdd.cli.words import command
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 
@@ -70,7 +71,7 @@ def test_training_and_rewriting_in_a_line(tmp_path):
 )
 def test_a_command_is_told_as_it_is_typed_here(program: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [program])
-    assert _command("train", ["pruning=n2"]) == expected
+    assert command("train", ["pruning=n2"]) == expected
 
 
 def test_a_checkpoint_one_folder_below_is_named(tmp_path: Path) -> None:
