@@ -78,11 +78,11 @@ class Store:
         return self.root / recipe.stage / recipe.address
 
     def has(self, recipe: Recipe) -> bool:
-        return (self.folder(recipe) / MANIFEST).is_file()
+        return is_complete(self.folder(recipe))
 
     def missing(self, recipe: Recipe) -> list[Recipe]:
         """What has to be built for the recipe's artifact, inputs first; nothing where it is there."""
-        if self.has(recipe):
+        if is_complete(self.folder(recipe)):
             return []
         lacking = {one.address: one for upstream in recipe.inputs.values() for one in self.missing(upstream)}
         return [*lacking.values(), recipe]
@@ -92,8 +92,9 @@ class Store:
 
         With `missing="raise"` only the artifact asked for is built; lacking inputs are a user's mistake.
         """
-        if self.has(recipe):
-            return self.folder(recipe)
+        folder = self.folder(recipe)
+        if is_complete(folder):
+            return folder
         inputs = {}
         for name, upstream in recipe.inputs.items():
             if missing == "raise" and not self.has(upstream):
@@ -106,11 +107,11 @@ class Store:
         self._make(partial.parent)
         lock = self._locked(partial.with_suffix(".lock"), recipe)
         try:
-            if not self.has(recipe):
-                self._build(recipe, inputs, build, partial)
+            if not is_complete(folder):
+                self._build(recipe, inputs, build, partial, folder)
         finally:
             lock.release()
-        return self.folder(recipe)
+        return folder
 
     def _make(self, folder: Path) -> None:
         try:
@@ -127,7 +128,7 @@ class Store:
             lock.acquire()
         return lock
 
-    def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Builder, partial: Path) -> None:
+    def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Builder, partial: Path, folder: Path) -> None:
         resumable = STAGES[recipe.stage].resumable
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
@@ -146,11 +147,10 @@ class Store:
             raise
         shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         share(partial)
-        target = self.folder(recipe)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # without a manifest: a deletion that was cut short
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():  # without a manifest: a deletion that was cut short
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
         log.info("%s/%s built in %.1f s", recipe.stage, recipe.address, manifest["seconds"])
 
     def _manifest(self, recipe: Recipe, partial: Path, seconds: float) -> dict[str, Any]:
@@ -225,6 +225,11 @@ class Store:
             if file_digest(folder / name) != recorded[name]:
                 problems.append(f"changed {name}")
         return [printable(problem) for problem in problems]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a published artifact: its manifest is written last."""
+    return (folder / MANIFEST).is_file()
 
 
 def _leaves(folder: Path) -> list[Path]:
