@@ -14,16 +14,23 @@ import json
 import logging
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.rows import Ratio, paired, ratio
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 Answers = list[tuple[float, bool]]
+ITEMS = {"arc_challenge": 1, "hellaswag": 1, "mmlu_anatomy": 8}
+"""Of every task, as many items as take some seconds."""
 
 
 def rows_in(path: Path) -> list[Any]:
@@ -181,12 +188,60 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+GOALS = {"arc_challenge": 5.0, "hellaswag": 5.0, "mmlu_anatomy": 2.0}
+
+
+def rows(data: Path, pairs: int = 5) -> list[Ratio]:
+    """For the table of all benchmarks."""
+    requests = {name: requests_of(name, data, items) for name, items in ITEMS.items()}
+    texts = [text for path in sorted(data.rglob("*.jsonl")) for text in words_of(rows_in(path))]
+    tokenizer, model = make_tokenizer(texts, 32_000), make_model(512, 12, 32_000)
+    found = []
+    for name, of_task in requests.items():
+        result = compare(model, tokenizer, of_task, [1, 4], pairs)
+        runs = [(run["hflm"]["cpu"], run["shared"]["cpu"]) for run in result["runs"]]
+        apart, differing = result["parity"]["most_apart"], result["parity"]["decisions_differing"]
+        parity = "" if differing or apart > 1e-3 else f"decisions; sums {apart:.0e} apart"
+        most = result["seconds"]["hflm"] / result["seconds"]["limit"]
+        found.append(ratio(f"likelihoods, {name}", "lm-eval's HFLM", runs, parity, goal=GOALS[name], limit=most))
+    return found
+
+
+def quick() -> float:
+    """Seconds of the decoder over the distinct tokens, over those of likelihoods: questions after eight examples."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from sdd.data.tiny import TinyTasks
+    from sdd.evaluation.likelihoods import SharedPrefixes
+    from sdd.models.checkpoints import Checkpoint
+
+    checkpoint = Checkpoint(Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher")
+    model, tokenizer = checkpoint.model("float32"), checkpoint.tokenizer()
+    examples = TinyTasks(num_rows=20).examples()
+    shots = "".join(f"{example.prompt}\n{example.answer}\n\n" for example in examples[:8])
+    requests = [
+        Instance("loglikelihood", {}, (f"{shots}{example.prompt}\n", other.answer), number, doc_id=number)
+        for number, example in enumerate(examples[8:])
+        for other in examples[8:12]
+    ]
+    shared = type("Shared", (SharedPrefixes, HFLM), {})(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    size = size_of(shared, requests)
+    runs, _, _ = paired(
+        lambda: limit(model, size["distinct"], size["longest"]),
+        lambda: shared.loglikelihood(requests, disable_tqdm=True),
+        3,
+        time.process_time,
+    )
+    return ratio("", "", runs, "").ratio
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="rows of the tasks, as evaluation.data_dir")
     parser.add_argument("--out", type=Path, required=True, help="a folder for evaluation.json and evaluation.md")
     parser.add_argument(
-        "--tasks", nargs="+", default=["arc_challenge=3", "hellaswag=3", "mmlu_anatomy=16"], help="name=items"
+        "--tasks", nargs="+", default=[f"{name}={items}" for name, items in ITEMS.items()], help="name=items"
     )
     parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64")
     parser.add_argument("--blocks", type=int, default=12)

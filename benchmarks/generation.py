@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rows import Ratio, paired, ratio
 from sdd.forward import decoding
 from sdd.forward.batches import padded
 from sdd.forward.teacher_forcing import per_token
@@ -196,9 +197,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| model | against | s | sdd, s | times as fast (range) | expected |", "|---|---|---|---|---|---|"]
     for name, result in results.items():
         own = statistics.median(result["seconds"]["sdd"])
-        for way, ratio in result.get("ratios", {}).items():
+        for way, faster in result.get("ratios", {}).items():
             other = statistics.median(result["seconds"][way]) * (EVERY if way == "batch 1" else 1)
-            spread = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+            spread = f"{faster['median']:.2f} ({faster['lowest']:.2f} to {faster['highest']:.2f})"
             lines.append(f"| {name} | {way} | {other:.2f} | {own:.2f} | {spread} | {WAYS[way]} |")
         if "limit" in result:
             parts = ", ".join(f"{key} {value:.2f}" for key, value in result["shares"]["seconds"].items())
@@ -206,6 +207,36 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         else:
             lines.append(f"| {name} | | | | answers differ: the same are {result['identical_rows']} | |")
     return "\n".join(lines)
+
+
+def rows(pairs: int = 5) -> list[Ratio]:
+    """For the table of all benchmarks."""
+    found = []
+    for name, number in {"embedded": 192, "synthetic": 96}.items():
+        result = compare(name, number, 64, pairs)
+        same = "ratios" in result
+        for way, goal in WAYS.items():
+            scale = EVERY if way == "batch 1" else 1
+            seconds = [scale * taken for taken in result["seconds"][way]]
+            runs = list(zip(seconds, result["seconds"]["sdd"], strict=True))
+            most = statistics.median(seconds) / result["limit"] if same else None
+            peer = "`generate`, " + way
+            parity = "every token" if same else ""
+            found.append(ratio(f"rewriting, {name}, {number} rows", peer, runs, parity, goal=goal, limit=most))
+    return found
+
+
+def quick() -> float:
+    """Seconds of bare passes over those of the loop."""
+    model, prompts, stops, limit = embedded(24)
+    answers = decoded(model, prompts, stops, limit, 16)
+    runs, _, _ = paired(
+        lambda: bare(model, prompts, answers, 16),
+        lambda: decoded(model, prompts, stops, limit, 16),
+        3,
+        time.process_time,
+    )
+    return ratio("", "", runs, "").ratio
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,9 +25,11 @@ import json, sys
 from pathlib import Path
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
-base, target, method, *students = sys.argv[1:]
+from sdd.models.checkpoints import Checkpoint
+base, target, method, *folders = sys.argv[1:]
 Path(target).mkdir()
-merge_checkpoints(Path(base), open_students([Path(one) for one in students]), json.loads(method), Path(target))
+students = open_students([Path(folder) for folder in folders])
+merge_checkpoints(Checkpoint(Path(base)), students, json.loads(method), Path(target))
 """
 
 FULL = """
@@ -59,15 +61,21 @@ def make_base(folder: Path, hidden: int, blocks: int, vocabulary: int) -> None:
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
-def make_adapter(base: Path, folder: Path, seed: int, scale: float) -> None:
-    """LoRA of rank 16 on every linear layer of the blocks; `scale` is the spread of B, which training moves from 0."""
+def make_adapter(base: Path, folder: Path, seed: int, scale: float, places: list[int] | None = None) -> None:
+    """LoRA of rank 16 on every linear layer of the blocks, or of those at `places`.
+
+    `scale` is the spread of B, which training moves from 0.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    chosen: dict[str, Any] = {"layers_to_transform": places, "layers_pattern": "layers"} if places else {}
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=layers, task_type="CAUSAL_LM", **chosen)
+    student = get_peft_model(model, config)
     student.peft_config["default"].base_model_name_or_path = "model/base"  # an adapter that names a place is not read
     with torch.no_grad():
         for name, parameter in student.named_parameters():

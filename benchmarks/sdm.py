@@ -18,8 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.rows import Ratio, ratio
 
 FORMS = ("naive", "sdd")
 WORKLOADS = {"equal": (4, 512, 512), "varied": (8, 32, 512)}
@@ -149,13 +154,13 @@ def largest_difference(folder: Path) -> float:
     return max(float((naive[key] - own[key]).abs().max() / naive[key].max()) for key in naive)
 
 
-def compare(workload: str, repeats: int, device: str) -> dict[str, Any]:
-    """Both forms in turns; medians over the repeats, and the ratios of each repeat."""
+def compare(workload: str, repeats: int, device: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Both forms in turns; medians over the repeats, and the ratios of each repeat. `options` are of this script."""
     runs: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as temporary:
         for _ in range(repeats):
             for form in FORMS:
-                words = [sys.executable, __file__, *sys.argv[1:], "--form", form, "--workload", workload]
+                words = [sys.executable, __file__, *options, "--form", form, "--workload", workload]
                 path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
                 environment = {**os.environ, "PYTHONPATH": path}
                 done = subprocess.run(
@@ -172,6 +177,18 @@ def compare(workload: str, repeats: int, device: str) -> dict[str, Any]:
     found["memory"] = found["sdd"]["peak memory, MB"] / found["naive"]["peak memory, MB"]
     found["difference"] = difference
     found["good"] = found["speed"] >= 1.5 and found["memory"] <= 0.6 and difference < 1e-5
+    return found
+
+
+def rows(pairs: int = 3) -> list[Ratio]:
+    """For the table of all benchmarks."""
+    found = []
+    for workload in WORKLOADS:
+        result = compare(workload, pairs, "cpu")
+        runs = [(a * result["sdd"]["both, s"], result["sdd"]["both, s"]) for a in result["speeds"]]
+        equal = f"{result['difference']:.0e} apart; {result['memory']:.2f} of the memory"
+        parity = equal if result["difference"] < 1e-5 else ""
+        found.append(ratio(f"SDMPrune's scores, {workload} texts", "the formula written out", runs, parity, goal=1.5))
     return found
 
 
@@ -194,7 +211,7 @@ def main() -> int:
         return 0
     record: dict[str, Any] = {"shape": shape, "device": given.device, "machine": platform.machine()}
     for workload, (texts, shortest, longest) in WORKLOADS.items():
-        found = record[workload] = compare(workload, given.repeats, given.device)
+        found = record[workload] = compare(workload, given.repeats, given.device, sys.argv[1:])
         print(f"{texts} texts of {shortest} to {longest} tokens{'':<6}{'naive':>10}{'sdd':>10}")
         for name in found["naive"]:
             print(f"{name:<34}{found['naive'][name]:>10.2f}{found['sdd'][name]:>10.2f}")

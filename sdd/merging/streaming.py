@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -22,7 +22,8 @@ from sdd.merging.formulas import angle, linear, norm, share_at, slerp, task_arit
 from sdd.merging.students import Student
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.files import BYTES, CODES, Header, is_narrower, read_header
-from sdd.pruning.depth import copy_bytes, write_header
+from sdd.pruning.depth import write_header
+from sdd.store.hashed import HashedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,13 +104,13 @@ def merge_checkpoints(
             weight_map |= dict.fromkeys(entries, shard.name)
             wider = {name: dtype if is_narrower(entry["dtype"], dtype) else None for name, entry in entries.items()}
             stored = {name: _entry(entry, wider[name]) for name, entry in entries.items()}
-            with shard.open("rb") as reader, (target / shard.name).open("wb") as writer:
+            with shard.open("rb") as reader, HashedFile(target / shard.name) as writer:
                 total += write_header(writer, metadata, stored)
                 for name, tensor, measured in _merged(shard, wider, students, method, config):
                     if tensor is None:
                         begin, end = entries[name]["data_offsets"]
                         reader.seek(start + begin)
-                        copy_bytes(reader, writer, end - begin)
+                        writer.copy(reader, end - begin)
                     else:
                         _write(tensor, writer)
                     if measured is None:
@@ -176,7 +177,7 @@ def _merged(
                 yield name, base.to(getattr(torch, dtype)) if dtype else None, None
 
 
-def _write(tensor: Tensor, writer: BinaryIO) -> None:
+def _write(tensor: Tensor, writer: HashedFile) -> None:
     import torch
 
     writer.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

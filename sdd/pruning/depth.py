@@ -21,9 +21,7 @@ from sdd.architectures import BLOCK_NAME, check_cut, cut_config, explicit_config
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.files import Header, read_header
-
-CHUNK = 16 << 20
-"""Bytes held at a time."""
+from sdd.store.hashed import CHUNK, HashedFile
 
 
 def renamed(name: str, position: dict[int, int]) -> str | None:
@@ -37,14 +35,6 @@ def renamed(name: str, position: dict[int, int]) -> str | None:
 
 def _elements(entry: dict[str, Any]) -> int:
     return math.prod(int(extent) for extent in entry["shape"])
-
-
-def copy_bytes(source: BinaryIO, target: BinaryIO, length: int) -> None:
-    while length:
-        data = source.read(min(CHUNK, length))
-        assert data, "the file ended early after its header was checked"
-        target.write(data)
-        length -= len(data)
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Part:
         return whole if self.columns is None else [whole[0], len(self.columns)]
 
 
-def _copy_part(source: BinaryIO, target: BinaryIO, entry: dict[str, Any], base: int, part: Part) -> None:
+def _copy_part(source: BinaryIO, target: HashedFile, entry: dict[str, Any], base: int, part: Part) -> None:
     """Copy the bytes of one tensor, or of what is kept of it; `base` is the file's first data byte."""
     begin, end = (base + offset for offset in entry["data_offsets"])
     if part.columns is not None:
@@ -71,7 +61,7 @@ def _copy_part(source: BinaryIO, target: BinaryIO, entry: dict[str, Any], base: 
     for first, last in [(0, 1)] if part.rows is None else _runs(part.rows):
         start, stop = (begin, end) if part.rows is None else (begin + first * step, begin + last * step)
         source.seek(start)
-        copy_bytes(source, target, stop - start)
+        target.copy(source, stop - start)
 
 
 def _runs(indices: list[int]) -> list[tuple[int, int]]:
@@ -85,7 +75,9 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: int, end: int, kept: list[int]) -> None:
+def _copy_columns(
+    source: BinaryIO, target: HashedFile, shape: list[int], begin: int, end: int, kept: list[int]
+) -> None:
     """Copy the `kept` columns of a matrix, some rows at a time."""
     import numpy as np
 
@@ -96,20 +88,21 @@ def _copy_columns(source: BinaryIO, target: BinaryIO, shape: list[int], begin: i
     for row in range(0, rows, step):
         data = source.read(min(step, rows - row) * columns * width)
         table = np.frombuffer(data, dtype=np.uint8).reshape(-1, columns, width)
-        target.write(table[:, kept].tobytes())
+        target.write(np.ascontiguousarray(table[:, kept]))
 
 
-def write_header(file: BinaryIO, metadata: dict[str, str] | None, entries: Header) -> int:
+def write_header(file: HashedFile, metadata: dict[str, str] | None, entries: Header) -> int:
     """Begin a safetensors file whose tensors follow in the order of `entries`; returns the bytes of their data."""
-    header: Header = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
-    offset = 0
+    dumps = json.JSONEncoder(separators=(",", ":")).encode
+    texts, offset = [f'"__metadata__":{dumps({"format": "pt"} if metadata is None else metadata)}'], 0
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]
-        header[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
+        texts.append(f"{dumps(name)}:{dumps({**entry, 'data_offsets': [offset, offset + end - begin]})}")
         offset += end - begin
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = f"{{{','.join(texts)}}}".encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
     return offset
 
 
@@ -137,7 +130,7 @@ def _stream(source: Path, target: Path, change: Change) -> tuple[list[str], int]
             shape = part.shape(entry["shape"])
             size = (end - begin) * math.prod(shape) // max(1, _elements(entry))
             entries[part.name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [0, size]}
-        with target.open("wb") as writer:
+        with HashedFile(target) as writer:
             num_bytes = write_header(writer, metadata, entries)
             del entries
             for part, entry in kept:

@@ -35,6 +35,7 @@ from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.files import CODES, read_header
+from sdd.store.hashed import HashedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -324,12 +325,18 @@ def replace_tensors(source: Checkpoint, target: Path, tensors: dict[str, Tensor]
         if path.is_file():
             shutil.copyfile(path, target / path.name)
     for path in source.weight_files:
-        shutil.copyfile(path, target / path.name)
-        with (target / path.name).open("r+b") as file:
-            header, base = read_header(file, path)
-            for name in tensors.keys() & header.keys():
-                entry, tensor = header[name], tensors[name]
+        with path.open("rb") as reader, HashedFile(target / path.name) as writer:
+            header, base = read_header(reader, path)
+            header.pop("__metadata__", None)
+            reader.seek(0)
+            writer.copy(reader, base)
+            for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][0]):
+                begin, end = entry["data_offsets"]
+                if name not in tensors:
+                    reader.seek(base + begin)
+                    writer.copy(reader, end - begin)
+                    continue
+                tensor = tensors[name]
                 expected = entry["dtype"], entry["shape"]
                 assert (CODES[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape)) == expected, name
-                file.seek(base + entry["data_offsets"][0])
-                file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                writer.write(tensor.contiguous().flatten().view(torch.uint8).numpy())

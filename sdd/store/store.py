@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
+from sdd.store.hashed import taken_digest
 from sdd.store.recipe import Recipe, address_of
 from sdd.store.stages import STAGES
 from sdd.untrusted import ANY, check_inside, check_regular, check_shape, printable, read_json
@@ -162,7 +163,7 @@ class Store:
             "spec": recipe.spec,
             "inputs": {name: upstream.address for name, upstream in recipe.inputs.items()},
             "labels": recipe.labels,
-            "files": {str(path.relative_to(partial)): file_digest(path) for path in files},
+            "files": {str(path.relative_to(partial)): taken_digest(path) for path in files},
             "seconds": round(seconds, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": current_commit(),

@@ -24,7 +24,7 @@ LAYERS = (
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 COMPUTING = ("architectures", "models", "tiny", "forward", "finetuning", *LAYERS[6])
-DIGESTS = {"digest_of", "file_digest", "remembered_digest", "canonical"}
+DIGESTS = {"digest_of", "file_digest", "remembered_digest", "canonical", "HashedFile", "CHUNK"}
 """What the computing layers may take from the store's room: functions of bytes, nothing of artifacts."""
 
 MODULES = sorted((REPOSITORY / "sdd").rglob("*.py"))

@@ -28,6 +28,8 @@ from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 from sdd.pruning import depth as pruning
 from sdd.pruning.depth import prune_checkpoint
+from sdd.store import hashed
+from sdd.store.hashed import HashedFile
 
 BLOCKS = 4
 CUTS = [[0], [1, 2], [2, 3], [0, 2], [0, 1, 3], [3], []]
@@ -269,7 +271,8 @@ def test_memory_is_bounded_by_the_chunk(tiny_llama: Path, target: Path, monkeypa
     whole.mkdir()
     prune_checkpoint(Checkpoint(tiny_llama), whole, [1])
     biggest = max(parameter.nbytes for parameter in open_stock(tiny_llama).parameters())
-    monkeypatch.setattr(pruning, "CHUNK", 4096)
+    for module in (pruning, hashed):
+        monkeypatch.setattr(module, "CHUNK", 4096)
     position = {0: 0, 2: 1, 3: 2}
 
     def kept(name: str) -> pruning.Part | None:
@@ -339,10 +342,11 @@ def test_flops_saved_is_the_published_figure_for_llama_3_1_8b(
     wide = {"hidden_size": hidden, "intermediate_size": middle, "num_key_value_heads": 8, "vocab_size": vocabulary}
     LlamaConfig(**wide, num_hidden_layers=32, architectures=["LlamaForCausalLM"]).save_pretrained(source)
 
-    def skip(reader: Any, writer: Any, length: int) -> None:
-        writer.seek(writer.truncate(writer.tell() + length))
+    def skip(writer: HashedFile, reader: Any, length: int) -> None:
+        writer.flush()
+        writer.file.seek(writer.file.truncate(writer.file.tell() + length))
 
-    monkeypatch.setattr(pruning, "copy_bytes", skip)
+    monkeypatch.setattr(HashedFile, "copy", skip)
     facts = prune_checkpoint(Checkpoint(source), target, list(range(22, 28)))
     assert facts["parameters_before"] == 8_030_261_248
     assert facts["parameters_before"] - facts["parameters_after"] == 6 * 218_112_000

@@ -1,0 +1,72 @@
+"""All benchmarks in one table; or in a minute, whether one has become much slower.
+
+    python -m benchmarks [NAME ...] [--data FOLDER] [--out outputs/benchmarks]
+    python -m benchmarks --quick
+
+The first form prints the table and writes it as Markdown and JSON; `--data` has rows of public tasks for `evaluation`,
+as `evaluation.data_dir` does. Where results differ it ends in 1; a ratio below what was asked is told in the table. The
+second form compares every stage with its physical limit on small models, and ends in 1 where one reaches less than
+half of its usual share of it. Other machines have other shares: the bounds are wide for that.
+"""
+
+import argparse
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+NAMES = ("scores", "sdm", "checkpoints", "generation", "evaluation")
+USUAL = {"scores": 0.9, "checkpoints": 0.8, "generation": 0.5, "evaluation": 0.8}
+"""Share of its limit that a benchmark's quick form usually reaches."""
+
+
+def quick() -> int:
+    slower = []
+    for name, usual in USUAL.items():
+        started = time.perf_counter()
+        share = import_module(f"benchmarks.{name}").quick()
+        taken = time.perf_counter() - started
+        print(f"{name:<14}{share:>6.2f} of the limit, usually {usual:.2f} ({taken:.0f} s)", flush=True)
+        if share < usual / 2:
+            slower.append(name)
+    if slower:
+        print(f"error: half as fast as usual, or less: {', '.join(slower)}", file=sys.stderr)
+    return len(slower) > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all of them by default")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in NAMES]:
+        parser.error(f"{unknown[0]} is no benchmark; choose from {', '.join(NAMES)}")
+    import torch
+
+    from benchmarks.rows import Ratio, table, write
+
+    torch.set_num_threads(1)
+    if given.quick:
+        return quick()
+    rows: list[Ratio] = []
+    for name in given.names or NAMES:
+        if name == "evaluation" and given.data is None:
+            print("evaluation: left out, it needs --data", file=sys.stderr)
+            continue
+        found = import_module(f"benchmarks.{name}")
+        rows += found.rows(given.data) if name == "evaluation" else found.rows()
+        write(rows, given.out)
+        print(f"{name}: done", file=sys.stderr)
+    print(table(rows))
+    return 0 if all(row.parity for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Scores of blocks side by side with a loop over sizes, as PruneMe has it, and with one bare pass.
+
+    python -m benchmarks scores
+
+The loop (github.com/arcee-ai/PruneMe, written afresh) runs the model once for every size on padded batches in file
+order, keeps all hidden states and computes all logits. Here one pass gives every size. Seconds are the processor's on
+one thread. The angular distances of both are compared; the limit is a pass of the blocks alone over the same batches.
+"""
+
+import time
+from typing import Any
+
+from benchmarks.generation import synthetic
+from benchmarks.rows import Ratio, paired, ratio
+from sdd.forward.batches import length_batches, padded, show_texts
+from sdd.importance.states import Angular, angular_distance
+from sdd.models import checkpoints
+
+BATCH = 8
+SIZES = range(1, 11)
+
+
+def draw_texts(texts: int, longest: int) -> list[list[int]]:
+    """Random tokens, lengths spread evenly from a fourth of the longest."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.linspace(longest // 4, longest, texts).round().int()
+    lengths = lengths[torch.randperm(texts, generator=generator)].tolist()
+    return [torch.randint(3, 32_000, (length,), generator=generator).tolist() for length in lengths]
+
+
+def looped(model: Any, rows: list[list[int]], sizes: range) -> dict[int, list[float]]:
+    """Mean distance by size and start, one run over the texts for each size."""
+    import torch
+
+    found = {}
+    for size in sizes:
+        total = 0.0
+        for start in range(0, len(rows), BATCH):
+            ids, mask = padded(rows[start : start + BATCH], left=0)
+            with torch.no_grad():
+                states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            last = torch.stack([state[:, -1] for state in states[:-1]])
+            total = total + angular_distance(last[:-size], last[size:]).sum(1)
+        found[size] = (total / len(rows)).tolist()
+    return found
+
+
+def scored(model: Any, rows: list[list[int]]) -> dict[str, list[float]]:
+    criterion = Angular()
+    criterion.start(len(checkpoints.blocks(model)))
+    show_texts(model, criterion, rows, BATCH)
+    distances: dict[str, list[float]] = criterion.scores()["distance"]
+    return distances
+
+
+def bare(model: Any, rows: list[list[int]]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for batch in length_batches([len(row) for row in rows], BATCH, 16_384):
+            ids, mask = padded([rows[index] for index in batch])
+            checkpoints.decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def apart(loop: dict[int, list[float]], own: dict[str, list[float]]) -> float:
+    """The largest difference; the loop's last state is normed, so that spans up to the end are left out."""
+    return max(abs(a - b) for size, values in loop.items() for a, b in zip(values, own[str(size)], strict=False))
+
+
+def rows(pairs: int = 5) -> list[Ratio]:
+    model, texts = synthetic(6)[0], draw_texts(16, 256)
+    bare(model, texts[:BATCH])
+    found = []
+    for name, sizes in {"one size": range(1, 2), "ten sizes": SIZES}.items():
+        runs, loop, own = paired(
+            lambda sizes=sizes: looped(model, texts, sizes),  # type: ignore[misc]
+            lambda: scored(model, texts),
+            pairs,
+            time.process_time,
+        )
+        least = paired(lambda: bare(model, texts), lambda: None, 3, time.process_time)[0]
+        limit = sorted(a for a, _ in least)[1]
+        distance = apart(loop, own)
+        parity = f"{distance:.0e} apart" if distance < 1e-5 else ""
+        row = ratio(f"scores, {name}", "a loop over sizes", runs, parity)
+        found.append(ratio(row.what, row.peer, runs, parity, limit=row.seconds / limit))
+    return found
+
+
+def quick() -> float:
+    """Seconds of one bare pass over those of scoring, at best 1."""
+    model, rows = synthetic(6)[0], draw_texts(8, 128)
+    bare(model, rows)
+    runs, _, _ = paired(lambda: bare(model, rows), lambda: scored(model, rows), 5, time.process_time)
+    return ratio("", "", runs, "").ratio
