@@ -106,18 +106,32 @@ Origin = tuple[str, str, str]
 """The source and the name of a config, and the digest of its text; packages and classes stay as they are."""
 
 
+class Parsed(ConfigResult):
+    """A config as Hydra has taken it in, whose nodes are made when they are asked for, for one composition."""
+
+    def __init__(self, result: ConfigResult, config: bytes) -> None:
+        self.__dict__.update(vars(result))
+        self.pickled = config
+        del self.config
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "config":
+            raise AttributeError(name)
+        self.config = pickle.loads(self.pickled)  # nothing copies nodes as fast
+        return self.config
+
+
 class CheckedRepository(ConfigRepository):
     """Hydra's sources, folders and packages, with bounds around the folders. What they hold is parsed once."""
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
-        self.parsed: dict[Origin, bytes] = {}
-        """What Hydra makes of a file, pickled, which is copied the fastest."""
+        self.parsed: dict[Origin, tuple[ConfigResult, bytes]] = {}
         self.origins: dict[str, Origin] = {}
         """What was read last under each name."""
         super().__init__(config_search_path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CheckedRepository":
-        """For one composition, which may change the list of sources; it shares what was parsed."""
+        """For one composition, which may change the list of sources; it shares what was parsed and found."""
         other = copy.copy(self)
         other.sources, other.origins = list(self.sources), {}
         return other
@@ -127,18 +141,22 @@ class CheckedRepository(ConfigRepository):
         for index, source in enumerate(self.sources):
             if source.scheme() == "file":  # Hydra loads its sources' module a second time, as another class
                 self.sources[index] = BoundedFileSource(source.provider, source.path)
+        self.found: dict[str, Any] = {}
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
+        source = self.found.get(config_path) or self._find_object_source(config_path, ObjectType.CONFIG)
         if source is None:
             return None
+        self.found[config_path] = source
         text = source.text(config_path).encode() if isinstance(source, BoundedFileSource) else b""
         origin = source.full_path(), config_path, hashlib.sha256(text).hexdigest()
         self.origins[config_path] = origin
         if origin not in self.parsed:
-            self.parsed[origin] = pickle.dumps(super().load_config(config_path), pickle.HIGHEST_PROTOCOL)
-        result: ConfigResult = pickle.loads(self.parsed[origin])
-        return result
+            result = super().load_config(config_path)
+            assert result is not None, f"{config_path} in {source}"
+            self.parsed[origin] = result, pickle.dumps(result.config, pickle.HIGHEST_PROTOCOL)
+            result.config = OmegaConf.create()
+        return Parsed(*self.parsed[origin])
 
 
 class FilesOfOne(CachingConfigRepository):

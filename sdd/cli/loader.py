@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,12 +26,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdd.cli.config_files import PACKAGE, CheckedRepository, FilesOfOne, config_folder, content, is_shared
-from sdd.cli.merged import Begun, Merged, choices_where_asked_for
 from sdd.cli.mistakes import Composition, hydras_words
+from sdd.cli.parts import Parts, choices_where_asked_for
 from sdd.cli.students import COMPOSING
 from sdd.cli.words import as_override, chosen
 from sdd.config import Config
@@ -70,7 +70,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self.files = FilesOfOne(self.repository)
         self.given: dict[str, Path] = {}
         """The files of folders that somebody named, which a composition has read, and the folder of each."""
-        self.merged = Merged()
+        self.parts = Parts()
         self.validated: dict[tuple[str, ...], bytes] | None = {}
         """Configs of a sweep's jobs that have been composed to see whether they can be, until they are asked for."""
 
@@ -190,22 +190,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
-        def merge(config: DictConfig, start: int, end: int) -> None:
-            with flag_override(config, "no_deepcopy_set_nodes", True):
-                for default in defaults[start:end]:
-                    config.merge_with(self._load_single_config(default, repo).config)
-
         origins = repo.delegate.origins
-        keys: list[Hashable] = [(one.package, one.is_self, one.primary, origins[one.config_path]) for one in defaults]
-        number, begun = self.merged.begin(keys, merge)
-        config: DictConfig = super()._compose_config_from_defaults_list(
-            [Begun(config=begun), *defaults[number:]] if number else defaults, repo
+        keys = [(one.package, (one.is_self, one.primary, origins[one.config_path])) for one in defaults]
+        for one, key in zip(defaults, keys, strict=True):
+            if key not in self.parts.said:
+                self.parts.read(key, self._load_single_config(one, repo).config)
+        return self.parts.composed(
+            defaults, keys, lambda some: super(CheckedConfigLoader, self)._compose_config_from_defaults_list(some, repo)
         )
-        return config
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
-        if isinstance(default, Begun):
-            return ConfigResult(provider="", path="", config=default.config, header={"package": None})
         loaded = repo.load_config(config_path=default.config_path)
         folder = Path(loaded.path.removeprefix("file://"))
         if loaded.path.startswith("file://") and not folder.samefile(config_folder()):

@@ -290,7 +290,7 @@ def test_what_compositions_share_changes_none() -> None:
     place, own = create_config_search_path(str(config_folder())), own_loader()
     master = own.load_configuration("config", [], RunMode.MULTIRUN)
     jobs = [described(own.load_sweep_config(master, words)) for words in JOBS]
-    assert own.merged.beginnings and own.validated and len(own.validated) == len(JOBS)
+    assert own.parts.parts and own.validated and len(own.validated) == len(JOBS)
     begun = [described(own.load_sweep_config(master, words)) for words in JOBS]
     assert not own.validated
     for words, job, same in zip(JOBS, jobs, begun, strict=True):
