@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from hydra.utils import get_object
 from launching import REPOSITORY, run
@@ -66,13 +64,11 @@ TURNS += [[("experiment", study)] for study in EXPERIMENTS]
 def composed() -> Callable[..., DictConfig]:
     """A function from overrides to the composed config, `hydra` node included; composed once each."""
     made: dict[tuple[str, ...], DictConfig] = {}
+    loader = own_loader()
 
     def function(*overrides: str) -> DictConfig:
         if overrides not in made:
-            GlobalHydra.instance().clear()
-            with initialize_config_dir(str(config_folder()), version_base="1.3"):
-                made[overrides] = compose("config", list(overrides), return_hydra_config=True)
-            GlobalHydra.instance().clear()
+            made[overrides] = loader.load_configuration("config", list(overrides), RunMode.RUN)
         return made[overrides].copy()
 
     return function
