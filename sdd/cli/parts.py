@@ -55,6 +55,8 @@ class Parts:
                 composed = compose(some)
             except HydraException:  # which it would raise of all too, or it is due to the others' absence
                 composed = compose(list(defaults))
+            if not missing <= {None, *composed}:  # Hydra took a key out
+                return compose(list(defaults))
             self._keep({top: chains[top] for top in missing}, composed)
         config: DictConfig = pickle.loads(self.parts[chains.pop(None)])
         for top, chain in chains.items():
