@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from sdd.cli.config_files import config_folder
 from sdd.cli.job import Job, typed
-from sdd.cli.loader import CheckedConfigLoader, config_folder
+from sdd.cli.loader import CheckedConfigLoader
 from sdd.cli.students import COMPOSING
 from sdd.cli.words import arranged
 from sdd.errors import UserError

@@ -21,8 +21,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from sdd.cli.config_files import config_folder
 from sdd.cli.job import Job, typed
-from sdd.cli.loader import CheckedConfigLoader, config_folder
+from sdd.cli.loader import CheckedConfigLoader
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
 from sdd.errors import UserError

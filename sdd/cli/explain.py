@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.cli.loader import config_folder
+from sdd.cli.config_files import config_folder
 from sdd.cli.mistakes import advice
 from sdd.config.checks import AT_LEAST, AT_MOST, CHOICES, POSITIVE, SHARES_ABOVE_0, WITHIN
 from sdd.config.settings import Setting, descriptions, keys, setting

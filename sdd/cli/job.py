@@ -79,7 +79,7 @@ class Job:
     def _store(self, script: str, overrides: Iterable[str], config: DictConfig) -> Store:
         from sdd.config.provenance import provenance
 
-        return Store(self.root, provenance(script, overrides, plain(config)))
+        return Store(self.root, lambda: provenance(script, overrides, plain(config)))
 
     def build(self, wanted: Recipe, script: str | None = None) -> Path:
         """The folder of an artifact, built with all that it needs where it is missing."""

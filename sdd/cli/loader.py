@@ -7,21 +7,20 @@ anything, in every job of a sweep too. Hydra 1.4 takes the same list as `executi
 """
 
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
-import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.default_element import GroupDefault
+from hydra.core.default_element import GroupDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -30,109 +29,30 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import sdd
+from sdd.cli.config_files import PACKAGE, CheckedRepository, FilesOfOne, config_folder, content, is_shared
 from sdd.cli.mistakes import Composition, hydras_words
+from sdd.cli.parts import Parts, choices_where_asked_for
 from sdd.cli.students import COMPOSING
-from sdd.cli.words import chosen
+from sdd.cli.words import as_override, chosen
 from sdd.config import Config
 from sdd.config.allowed import check_targets, name_own
 from sdd.config.own import allow
-from sdd.config.shared import LARGEST, check_defaults, check_jobs, check_shared, check_yaml
+from sdd.config.shared import check_jobs, check_shared
 from sdd.errors import UserError
-from sdd.untrusted import printable, read_text
+from sdd.untrusted import printable
 
-PACKAGE = Path(sdd.__file__).resolve().parent
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
 OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
-SHARED = "experiment"
-"""The group whose options are made to be passed on; they are nobody's own, wherever they lie."""
-
 LONGEST_LINE = 2_000
 """Characters of a refusal: more than any of ours."""
-MOST_FILES = 1_000
-"""Files of a config, counted once for each place that names them; ours is made of some hundred."""
-
+MOST_VALIDATED = 1_000
+"""Jobs of a sweep whose configs are kept until they begin, some 30 KB each; those of the others are composed again."""
 MOST_FOLDERS = 50
 """Folders of a group that are looked into for the names of its options, where a mistake is explained."""
 
 Composed = TypeVar("Composed")
-
-
-def config_folder() -> Path:
-    """The one root of config groups: in the checkout, or installed beside the package."""
-    beside, inside = PACKAGE.parent / "conf", PACKAGE / "conf"
-    return beside if (beside / "config.yaml").is_file() else inside
-
-
-class BoundedFileSource(FileConfigSource):
-    """The YAML files of one folder: none outside it, none larger or deeper than a config can be."""
-
-    def _place(self, config_path: str) -> Path:
-        place = Path(os.path.realpath(Path(self.path) / config_path))
-        if Path(config_path).is_absolute() or not place.is_relative_to(os.path.realpath(self.path)):
-            raise UserError(f"{config_path} leads out of the config folder {self.path}; refused")
-        return place
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        name = self._normalize_file_name(config_path)
-        text = read_text(self._place(name), name, LARGEST)
-        check_yaml(text, name)
-        try:
-            result = super().load_config(config_path)
-        except yaml.MarkedYAMLError as error:
-            line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-            raise UserError(f"{name}{line}: not valid YAML ({error.problem})") from None
-        except RecursionError:
-            raise UserError(f"{name}: YAML that is nested too deeply") from None
-        except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
-            raise UserError(f"{name}: {(str(error).splitlines() or ['not valid YAML'])[0]}") from None
-        if self.is_shared(config_path):
-            if not isinstance(result.config, DictConfig):
-                raise UserError(f"{name}: a config file holds settings by name (key: value)")
-            check_defaults(_content(result).get("defaults", []), name)
-        return result
-
-    def is_shared(self, config_path: str) -> bool:
-        own = Path(os.path.realpath(self.path)) == Path(os.path.realpath(config_folder()))
-        return not own or Path(config_path).parts[0] == SHARED
-
-    def is_group(self, config_path: str) -> bool:
-        return self._place(config_path).is_dir()
-
-    def is_config(self, config_path: str) -> bool:
-        return self._place(self._normalize_file_name(config_path)).exists()
-
-
-class CheckedRepository(ConfigRepository):
-    """Hydra's sources, folders and packages, with bounds around the folders."""
-
-    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
-        super().initialize_sources(config_search_path)
-        for index, source in enumerate(self.sources):
-            if source.scheme() == "file":  # Hydra loads its sources' module a second time, as another class
-                self.sources[index] = BoundedFileSource(source.provider, source.path)
-
-
-def is_shared(result: ConfigResult, config_path: str) -> bool:
-    return result.path.startswith("file://") and BoundedFileSource("", result.path).is_shared(config_path)
-
-
-class FilesOfOne(CachingConfigRepository):
-    """The files of one composition: no more than a config is made of, and whether one of them is somebody else's."""
-
-    def __init__(self, delegate: ConfigRepository) -> None:
-        super().__init__(delegate)
-        self.number, self.shared = 0, False
-
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        self.number += 1
-        if self.number > MOST_FILES:
-            raise UserError(f"{config_path}: the defaults lists name more than {MOST_FILES:,} files; refused")
-        result = super().load_config(config_path)
-        self.shared = self.shared or (result is not None and is_shared(result, config_path))
-        return result
 
 
 def own_loader() -> "CheckedConfigLoader":
@@ -150,6 +70,13 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self.files = FilesOfOne(self.repository)
         self.given: dict[str, Path] = {}
         """The files of folders that somebody named, which a composition has read, and the folder of each."""
+        self.parts = Parts()
+        self.validated: dict[tuple[str, ...], bytes] | None = {}
+        """Configs of a sweep's jobs that have been composed to see whether they can be, until they are asked for."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers pickle the loader for each job: with what was parsed, without what was composed."""
+        return self.__dict__ | {"files": FilesOfOne(self.repository), "validated": None}
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any
@@ -174,7 +101,20 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return _composed(load)
 
     def _loaded(self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any) -> DictConfig:
-        config: DictConfig = super().load_configuration(config_name, overrides, run_mode, **kwargs)
+        with choices_where_asked_for():
+            config: DictConfig = super().load_configuration(config_name, overrides, run_mode, **kwargs)
+        return config
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The config of a job; Hydra asks twice, before the first job begins and before this one does."""
+        words = tuple(sweep_overrides)
+        if self.validated and words in self.validated:
+            config: DictConfig = pickle.loads(self.validated.pop(words))
+            OmegaConf.copy_cache(from_config=master_config, to_config=config)
+            return config
+        config = super().load_sweep_config(master_config, sweep_overrides)
+        if self.validated is not None and len(self.validated) < MOST_VALIDATED:
+            self.validated[words] = pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
         return config
 
     def _chosen(self, overrides: list[str]) -> list[str]:
@@ -219,7 +159,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
     ) -> tuple[list[Any], CachingConfigRepository]:
-        parsed = OverridesParser.create().parse_overrides(overrides=overrides)
+        parsed = [as_override(word) or OverridesParser.create().parse_overrides([word])[0] for word in overrides]
         self.files = FilesOfOne(self.repository)
         self._process_config_searchpath(config_name, parsed, self.files)
         return parsed, self.files
@@ -244,10 +184,20 @@ class CheckedConfigLoader(ConfigLoaderImpl):
                     if "://" in str(path) and not str(path).startswith("file://"):
                         raise UserError(f"hydra.searchpath={path} is not a folder; a package would be imported")
         if primary is not None and OmegaConf.is_dict(primary.config):
-            hydra = _content(primary).get("hydra")
+            hydra = content(primary).get("hydra")
             if isinstance(hydra, dict) and hydra.get("searchpath"):
                 raise UserError(f"{config_name}: hydra.searchpath is not a config file's to set; use --config-dir")
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        origins = repo.delegate.origins
+        keys = [(one.package, (one.is_self, one.primary, origins[one.config_path])) for one in defaults]
+        for one, key in zip(defaults, keys, strict=True):
+            if key not in self.parts.said:
+                self.parts.read(key, self._load_single_config(one, repo).config)
+        return self.parts.composed(
+            defaults, keys, lambda some: super(CheckedConfigLoader, self)._compose_config_from_defaults_list(some, repo)
+        )
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
         loaded = repo.load_config(config_path=default.config_path)
@@ -256,7 +206,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             self.given[default.config_path] = folder
         if is_shared(loaded, default.config_path):
             placed = self._embed_result_config(loaded, default.package)
-            check_shared(_content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")
+            check_shared(content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")
         result: ConfigResult = super()._load_single_config(default, repo)
         return result
 
@@ -273,12 +223,6 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         else:
             options = self.repository.get_group_options(group_name, results_filter)
         return options
-
-
-def _content(result: ConfigResult) -> dict[str, Any]:
-    """A file's settings as plain values, nothing in them resolved."""
-    content = OmegaConf.to_container(result.config, resolve=False)
-    return cast("dict[str, Any]", content)
 
 
 def _composed(compose: Callable[[], Composed]) -> Composed:

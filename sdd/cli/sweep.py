@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -42,6 +43,10 @@ class SweepEnd(Callback):
         self.earlier = set(_records(folder))
         self.progress = Progress(folder, number_of_jobs(config))
         self.progress.start()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """What is asked of a job is in its folder: a sweep would keep two copies of every config to its end."""
+        job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from sdd.cli import app

@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import yaml
@@ -75,9 +75,8 @@ def _quoted(word: str, is_sweep: bool) -> str:
 
 
 def _is_read(word: str, is_sweep: bool) -> bool:
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:
+    override = as_override(word)
+    if override is None:
         return False
     if override.is_sweep_override():
         return is_sweep
@@ -104,7 +103,7 @@ def chosen(overrides: list[str], is_option: Callable[[str], bool], models: Path)
     cut_chosen = any(word.startswith("pruning=") for word in overrides)
     for word in overrides:
         key = word.partition("=")[0]
-        override = _parsed(word) if key in (*NAMED, "pruning", "pruning.keep") else None
+        override = as_override(word) if key in (*NAMED, "pruning", "pruning.keep") else None
         value = None if override is None or override.is_sweep_override() else override.value()
         if key in NAMED and isinstance(value, str):
             result += _model(key, value, is_option, models, settings_chosen) or [word]
@@ -117,7 +116,9 @@ def chosen(overrides: list[str], is_option: Callable[[str], bool], models: Path)
     return result
 
 
-def _parsed(word: str) -> Override | None:
+@lru_cache(maxsize=1024)
+def as_override(word: str) -> Override | None:
+    """A word as Hydra's grammar reads it, None where it does not; the jobs of a sweep repeat each other's words."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:

@@ -118,7 +118,7 @@ def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
     if "${" not in text:
         return
     try:
-        calls, nested = interpolations(text)
+        calls, nested, alone = interpolations(text)
     except OmegaConfBaseException:
         raise UserError(f"{where}={text} is not a valid interpolation") from None
     for call in calls:
@@ -130,18 +130,21 @@ def _check_text(text: str, path: tuple[Any, ...], root: DictConfig) -> None:
         raise UserError(f"{where}={text} nests interpolations, which a config may not under hydra; refused")
     if _in_logging(path) and not _LOG_FILE.fullmatch(text):
         raise UserError(f"{where}={text} may only begin with ${{hydra.runtime.output_dir}}/ or be plain; refused")
-    if in_hydra and OmegaConf.is_config(_resolved(root, path)):
+    if in_hydra and alone and OmegaConf.is_config(_resolved(root, path)):
         raise UserError(f"{where}={text} stands for a whole node, which a config may not under hydra; refused")
 
 
 @lru_cache(maxsize=1024)
-def interpolations(text: str) -> tuple[tuple[str, ...], bool]:
-    """The resolvers that a string calls (one whose name is itself composed reads `${...}`), and whether any nests.
+def interpolations(text: str) -> tuple[tuple[str, ...], bool, bool]:
+    """The resolvers that a string calls (one whose name is itself composed reads `${...}`); whether any interpolation
+    nests; and whether there is nothing beside one, which alone can stand for more than text.
 
     Most strings stand in every job's config, and parsing them is slow.
     """
-    calls, nested = [], False
-    queue = [(parse(text), 0)]
+    calls, nested, root = [], False, parse(text)
+    parts = root.text().getChildren()
+    alone = [type(part).__name__ for part in parts] == ["InterpolationContext"]
+    queue = [(root, 0)]
     while queue:
         tree, depth = queue.pop()
         kind = type(tree).__name__
@@ -151,7 +154,7 @@ def interpolations(text: str) -> tuple[tuple[str, ...], bool]:
         elif kind == "ResolverNameContext":
             calls.append(tree.getText())
         queue += [(child, depth) for child in getattr(tree, "children", None) or []]
-    return tuple(calls), nested
+    return tuple(calls), nested, alone
 
 
 def _resolved(root: DictConfig, path: tuple[Any, ...]) -> Any:

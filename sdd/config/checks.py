@@ -125,29 +125,29 @@ def check_values(config: DictConfig) -> None:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     _check_keys(config)
     for key, choices in CHOICES.items():
-        if (value := OmegaConf.select(config, key)) not in choices:
+        if (value := _at(values, key)) not in choices:
             raise UserError(f"{key}={value} is unknown; choose one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
-        value = OmegaConf.select(config, key)
+        value = _at(values, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{key}={value} must be an integer of at least {least}")
     for key, most in AT_MOST.items():
-        value = OmegaConf.select(config, key)
+        value = _at(values, key)
         if value is not None and value > most:
             raise UserError(f"{key}={value} must be an integer of at most {most:,}")
     for key, (low, high) in WITHIN.items():
-        value = OmegaConf.select(config, key)
+        value = _at(values, key)
         if value is not None and not (_is_number(value) and low <= value <= high):
             raise UserError(f"{key}={value} must lie between {low:g} and {high:g}")
     for key in NOT_EMPTY:
-        value = OmegaConf.select(config, key)
+        value = _at(values, key)
         if value is not None and not len(value):
             raise UserError(f"{key}=[] names nothing; name at least one, or leave it out")
     for key in POSITIVE:
-        if not 0 < (value := OmegaConf.select(config, key)) < math.inf:
+        if not 0 < (value := _at(values, key)) < math.inf:
             raise UserError(f"{key}={value} must be positive and finite")
     for key in SHARES_ABOVE_0:
-        value = OmegaConf.select(config, key)
+        value = _at(values, key)
         if value is not None and not 0 < value <= 1:
             raise UserError(f"{key}={value:g} must be above 0 and at most 1")
     for key in ("contiguous", "keep_final"):
@@ -198,6 +198,13 @@ def check_values(config: DictConfig) -> None:
         if not 0 < part.weight < math.inf:
             raise UserError(f"dataset.parts.{name}.weight={part.weight} must be positive and finite")
     _check_values(values, "")
+
+
+def _at(values: Any, key: str) -> Any:
+    """The plain value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _check_values(value: Any, where: str) -> None:

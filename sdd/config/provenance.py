@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
-from sdd.config.schema import Config
+from sdd.config.schema import Config, hints_of
 
 LEFT_OUT = ("paths", "logger", "store", "dry_run", "study")
 """Settings that say where and by whom, not what; `study` holds what other settings refer to, which have the values."""
@@ -29,6 +29,7 @@ OPEN = {"metric": CRITERION, "width_metric": CRITERION, "engine": ENGINE}
 FIELDS = ("prompt", "reference", "id", "answer")
 """Columns of `dataset.fields`."""
 GONE = "***"
+PACKAGE = Path(__file__).resolve().parent
 
 SECRET_WORDS = {"token", "secret", "secrets", "password", "passwd", "pwd", "passphrase", "credential", "credentials"}
 SECRET_WORDS |= {"bearer", "auth", "authorization", "authorisation", "apikey", "cookie"}
@@ -114,7 +115,7 @@ def _below(path: str, name: str, kind: Any) -> tuple[str, Any]:
     inner = f"{path}.{name}" if path else name
     plain = _PLAIN.fullmatch(name) and not is_secret(name)
     if is_dataclass(kind):
-        hint = get_type_hints(kind).get(name)
+        hint = hints_of(kind).get(name)
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         return inner, next((part for part in parts if part is not types.NoneType), None)
     if path in OPEN:
@@ -239,8 +240,7 @@ def _name(path: str) -> str:
 
 def _places() -> list[str]:
     """Folders of this machine that a value may hold in any form, the longest first."""
-    package = Path(__file__).resolve().parent
-    folders = {str(Path.home()), str(package), str(package.parent)}
+    folders = {str(Path.home()), str(PACKAGE), str(PACKAGE.parent)}
     with contextlib.suppress(OSError):  # deleted under this process
         folders.add(str(Path.cwd()))
     return sorted((place for place in folders if len(place) > 4), key=len, reverse=True)

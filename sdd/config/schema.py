@@ -3,9 +3,11 @@
 Every setting says what it is, for `sdd explain`. What a config may *name* is the business of `sdd.config.allowed`.
 """
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -260,6 +262,10 @@ class Config:
     store: Store = described("how artifacts are come by", Store)
     dry_run: bool = described("show what would be built and what it takes, and build nothing", False)
     allow: Any = described("classes of your own that this command line allows; no file may say it", None)
+
+
+hints_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+"""The types of a group's settings, by name."""
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
-from sdd.config.schema import Config
+from sdd.config.schema import Config, hints_of
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -39,7 +39,7 @@ def setting(key: str) -> Setting | None:
     current = Setting(Config, False)
     for part in key.split("."):
         if current.is_group:
-            hint = get_type_hints(current.type).get(part)
+            hint = hints_of(current.type).get(part)
         elif get_origin(current.type) is dict:
             hint = get_args(current.type)[1]
         else:
@@ -52,7 +52,7 @@ def setting(key: str) -> Setting | None:
 
 def descriptions(kind: Any = Config, before: str = "") -> dict[str, str]:
     """What each setting and group of the schema says that it is, by dotted key."""
-    hints, texts = get_type_hints(kind), {}
+    hints, texts = hints_of(kind), {}
     for field in fields(kind):
         key, own = f"{before}{field.name}", _of(hints[field.name])
         texts[key] = str(field.metadata.get("description", ""))
@@ -70,7 +70,7 @@ def _of(hint: Any) -> Setting:
 
 def keys(kind: Any = Config, before: str = "") -> Iterator[str]:
     """Every dotted key of the schema, groups of settings included."""
-    hints = get_type_hints(kind)
+    hints = hints_of(kind)
     for field in fields(kind):
         key, own = f"{before}{field.name}", _of(hints[field.name])
         yield key

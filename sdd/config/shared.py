@@ -10,6 +10,7 @@ written so that it would be resolved a second time. Knows nothing of where files
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -245,21 +246,26 @@ def check_jobs(params: Mapping[Any, Any], all_combined: bool) -> None:
     """Refuse a sweep of more jobs than anybody wants, before its choices are written out."""
     jobs = 1.0
     for key, value in params.items():
-        try:
-            override = OverridesParser.create().parse_override(f"{key}={value}")
-        except HydraException as error:
-            raise UserError(f"hydra.sweeper.params.{key}: {str(error).splitlines()[0]}") from None
-        swept = override.value()
-        if isinstance(swept, IntervalSweep) and all_combined:
-            raise UserError(f"hydra.sweeper.params.{key}={value} is no list of choices, such as 1,2,3")
-        if isinstance(swept, RangeSweep):
-            start, stop, step = (float(part or 0) for part in (swept.start, swept.stop, swept.step))
-            number = abs(stop - start) / abs(step) if step else math.inf
-        else:
-            number = len(swept.list) if isinstance(swept, ChoiceSweep) else 1
+        number = _choices(str(key), str(value), all_combined)
         jobs = max(jobs * number if all_combined else number, 1)
         if not jobs <= MOST_JOBS:
             raise UserError(f"hydra.sweeper.params.{key}={str(value)[:80]} makes more than {MOST_JOBS:,} jobs")
+
+
+@lru_cache(maxsize=1024)
+def _choices(key: str, value: str, all_combined: bool) -> float:
+    """How many values a setting is swept over; every job's config says it again."""
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        raise UserError(f"hydra.sweeper.params.{key}: {str(error).splitlines()[0]}") from None
+    swept = override.value()
+    if isinstance(swept, IntervalSweep) and all_combined:
+        raise UserError(f"hydra.sweeper.params.{key}={value} is no list of choices, such as 1,2,3")
+    if isinstance(swept, RangeSweep):
+        start, stop, step = (float(part or 0) for part in (swept.start, swept.stop, swept.step))
+        return abs(stop - start) / abs(step) if step else math.inf
+    return len(swept.list) if isinstance(swept, ChoiceSweep) else 1
 
 
 def _not_allowed(key: str, value: Any, where: str) -> UserError:

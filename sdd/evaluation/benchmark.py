@@ -78,6 +78,10 @@ class Benchmark:
     def digests(self) -> dict[str, str]:
         """Entry -> digest of its definitions, splits, examples shown, the metric that counts, and how a group's tasks
         are weighted where that is not lm-eval's way."""
+        return dict(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
         return {
             entry.name: digest_of(
                 {

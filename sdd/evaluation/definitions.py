@@ -76,7 +76,12 @@ def packaged() -> Path:
     """The folder of lm-eval's definitions, free of links, as lm-eval itself names a definition's functions."""
     import lm_eval.tasks
 
-    return Path(lm_eval.tasks.__file__).resolve().parent
+    return _folder_of(lm_eval.tasks.__file__)
+
+
+@cache
+def _folder_of(file: str) -> Path:
+    return Path(file).resolve().parent
 
 
 @cache

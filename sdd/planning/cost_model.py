@@ -150,8 +150,14 @@ class CostModel:
 
     def generation(self, rows: float, prompt: float, new: float, batch: float) -> tuple[float, float]:
         """(seconds, bytes beside the weights) of answering `rows` prompts in batches, a token at a time."""
+        batches = -(-rows // min(batch, rows))
+        return self.answering(rows, prompt, new, batch, batches, batches * new)
+
+    def answering(
+        self, rows: float, prompt: float, new: float, batch: float, reads: float, steps: float
+    ) -> tuple[float, float]:
+        """(seconds, bytes beside the weights) of `reads` passes over all prompts and `steps` over next tokens."""
         batch = min(batch, rows)
-        batches = -(-rows // batch)
         cache = batch * (prompt + new) * self.shape.cache_bytes(self.blocks, self.width)
         flops = batch * (self.shape.forward_flops(self.blocks, prompt + new / 2) + self.shape.head_flops)
         step = max(
@@ -159,5 +165,5 @@ class CostModel:
             (self.weights + cache) / self.device.bandwidth,
             self.blocks * self.device.block_seconds,
         )
-        seconds = self.passes(rows * prompt, prompt, batches, head=False) + batches * new * step
+        seconds = self.passes(rows * prompt, prompt, reads, head=False) + steps * step
         return seconds, cache + self.activations(batch * prompt) + self.logits(batch)

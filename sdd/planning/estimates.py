@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sdd.forward.bypass import LOGITS
 from sdd.forward.chunks import CHUNK_TOKENS, is_cut
+from sdd.forward.decoding import REFILL
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Shape
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -76,9 +77,19 @@ def repaired(whole: CostModel, copied: CostModel, texts: int, length: float, bat
     return Estimate(seconds, passed.memory + 8 * inner * (3 * inner + 2 * whole.shape.hidden), written.disk)
 
 
-def rewrites(cost_model: CostModel, rows: int, prompt: float, new: float, batch: int) -> Estimate:
-    """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, the longest of its batch."""
-    seconds, memory = cost_model.generation(rows, prompt, new, batch)
+def rewrites(
+    cost_model: CostModel, rows: int, prompt: float, new: float, longest: float, batch: int, chunk: int
+) -> Estimate:
+    """The unpruned model answers `rows` prompts of `prompt` tokens with `new` tokens, some with `longest`.
+
+    The batch stays full (see `decoding`): a row that ends makes room, and rows are read as some places are free. At the
+    end of a chunk of rows the longest is waited for. Drafts, which are for small batches, are not counted.
+    """
+    whole, rest = divmod(rows, chunk)
+    sizes = {chunk: whole, rest: 1} if rest else {chunk: whole}
+    steps = sum(number * ((size / min(batch, size) - 1) * new + longest) for size, number in sizes.items())
+    reads = rows / max(1, batch // REFILL)
+    seconds, memory = cost_model.answering(rows, prompt, longest, batch, reads, steps)
     return Estimate(
         cost_model.opening + seconds, cost_model.weights + memory, rows * (prompt + new) * CHARACTERS_PER_TOKEN
     )

@@ -4,6 +4,7 @@ from sdd.evaluation.suites import SUITES
 from sdd.planning import estimates
 from sdd.planning.cost_model import DEVICES, CostModel, Shape
 from sdd.planning.estimates import Training
+from sdd.rewriting.engines import chunk_rows
 
 
 def requirements(shape: Shape) -> list[str]:
@@ -15,7 +16,7 @@ def requirements(shape: Shape) -> list[str]:
     stages = {
         "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
         f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),
-        "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 144, 32),
+        "rewrites, 7,473 GSM8K rows": estimates.rewrites(whole, 7473, 210, 72, 144, 32, chunk_rows(32)),
         "tuned, 2 epochs of them, rank 16": estimates.tuned(cut, training, 2 * 7373, 160, 32, 4096),
         "evaluated, OpenLLM v1": estimates.evaluated(cut, tasks, None, 8),
     }

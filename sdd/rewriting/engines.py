@@ -17,6 +17,14 @@ from sdd.models.chats import chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
 
+CHUNK_ROWS, CHUNK_BATCHES = 128, 4
+"""Rows of one chunk of answers, or batches where that is more: what a killed run loses at most."""
+
+
+def chunk_rows(batch_size: int) -> int:
+    """Rows of one chunk of answers: enough to keep a batch full for most of it."""
+    return max(CHUNK_ROWS, CHUNK_BATCHES * batch_size)
+
 
 @dataclass(frozen=True)
 class Request:

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from sdd.api import composing
-from sdd.cli.loader import PACKAGE, config_folder
+from sdd.cli.config_files import PACKAGE, config_folder
 from sdd.cli.students import composed_students
 from sdd.cli.sweep import LARGEST, RECORD
 from sdd.config import plain

@@ -13,8 +13,8 @@ from sdd.models import checkpoints
 from sdd.models.chats import chat_prompt_ids
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
-from sdd.rewriting.engines import HFEngine, Request
-from sdd.stages.datasets import chunk_rows, is_chunk, read_examples
+from sdd.rewriting.engines import HFEngine, Request, chunk_rows
+from sdd.stages.datasets import is_chunk, read_examples
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
@@ -82,7 +82,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = Answered.read(recipe.spec)
     cost_model = sizes.cost_model(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
     batch = sizes.config.trainer.inference_batch_size
-    return estimates.rewrites(cost_model, spec.held_out, sizes.prompt, spec.max_new_tokens, batch)
+    limits = spec.max_new_tokens, spec.max_new_tokens
+    return estimates.rewrites(cost_model, spec.held_out, sizes.prompt, *limits, batch, chunk_rows(batch))
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:

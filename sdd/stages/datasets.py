@@ -12,15 +12,8 @@ from sdd.rewriting.selection import Selection
 from sdd.stages.runtime import Runtime
 from sdd.store.files import read_jsonl
 
-CHUNK_ROWS, CHUNK_BATCHES = 128, 4
-"""Rows of one chunk of answers, or batches where that is more: what a killed run loses at most."""
 NO_SETTINGS = ("digest", "weight", "path")
 """What a recipe may say of rows beside their constructor's settings; a path is this machine's, and never a recipe's."""
-
-
-def chunk_rows(batch_size: int) -> int:
-    """Rows of one chunk of answers: enough to keep a batch full for most of it."""
-    return max(CHUNK_ROWS, CHUNK_BATCHES * batch_size)
 
 
 def is_chunk(path: Path, ids: list[str]) -> bool:

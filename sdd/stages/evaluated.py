@@ -10,6 +10,7 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ def benchmark_of(settings: Any) -> Benchmark:
     return Benchmark(settings.suite, names, settings.num_fewshot)
 
 
+def planned_benchmark(settings: Any) -> Benchmark:
+    """The same to be looked at only: found and digested once in a process, for all jobs of a sweep."""
+    names = None if settings.tasks is None else tuple(settings.tasks)
+    return _planned_benchmark(settings.suite, names, settings.num_fewshot)
+
+
+@cache
+def _planned_benchmark(suite: str, names: tuple[str, ...] | None, num_fewshot: int | None) -> Benchmark:
+    return Benchmark(suite, None if names is None else list(names), num_fewshot)
+
+
 def check_rows(study: Study) -> None:
     """Read every row that lm-eval's tasks ask for, from the hub where no files are given; the tasks are kept."""
     benchmark = benchmark_of(study.config.evaluation)
@@ -141,7 +153,7 @@ def _stock_tasks(study: Study) -> dict[str, Any]:
     if settings.split is not None:
         what = f"evaluation.split={settings.split}"
         raise UserError(f"{what}, but lm-eval's tasks name their own split; set evaluation.split=null")
-    benchmark = benchmark_of(settings)
+    benchmark = planned_benchmark(settings)
     data, files = benchmark.data(settings.data_dir, study.digest_memory)
     study.sources |= files
     asked = {"asked": benchmark.names, "num_fewshot": settings.num_fewshot}
@@ -156,7 +168,7 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     if isinstance(spec, Embedded):
         tasks = [estimates.EMBEDDED_TASK] * len(spec.tasks)
     else:
-        tasks = estimates.tasks_of(benchmark_of(settings).sizes())
+        tasks = estimates.tasks_of(planned_benchmark(settings).sizes())
     return estimates.evaluated(cost_model, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
 
 

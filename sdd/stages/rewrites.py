@@ -14,9 +14,9 @@ from sdd.errors import UserError
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
-from sdd.rewriting.engines import Engine
+from sdd.rewriting.engines import Engine, chunk_rows
 from sdd.rewriting.selection import Selection, rewrite_rows
-from sdd.stages.datasets import chunk_rows, for_row, is_chunk, read_examples, selection_for
+from sdd.stages.datasets import for_row, is_chunk, read_examples, selection_for
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
@@ -65,9 +65,10 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     engine, template = sizes.config.engine, sizes.config.dataset.template
     prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
     batch = engine.get("batch_size") or sizes.config.trainer.inference_batch_size
-    new = min(2 * sizes.answer, engine.get("max_new_tokens") or 2 * sizes.answer)  # as long as the longest of a batch
+    limit = engine.get("max_new_tokens") or 2 * sizes.answer
+    new, longest = min(sizes.answer, limit), min(2 * sizes.answer, limit)
     cost_model = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype)
-    needed = estimates.rewrites(cost_model, sizes.rows, prompt, new, batch)
+    needed = estimates.rewrites(cost_model, sizes.rows, prompt, new, longest, batch, chunk_rows(batch))
     return Estimate(needed.seconds * (engine.get("tries") or 1), needed.memory, needed.disk)
 
 

@@ -69,11 +69,11 @@ Builder = Callable[[Recipe, Mapping[str, Path], Path], None]
 
 
 class Store:
-    """The artifacts under one root folder; `provenance` is what the manifests of new ones say of who asked for them."""
+    """The artifacts under one root folder; `provenance` tells what manifests of new ones say of who asked for them."""
 
-    def __init__(self, root: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, root: Path | str, provenance: Callable[[], Mapping[str, Any]] = dict) -> None:
         self.root = Path(root)
-        self.provenance = provenance or {}
+        self.provenance = provenance
 
     def folder(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.address
@@ -168,7 +168,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": current_commit(),
             "versions": installed_versions(),
-            **self.provenance,
+            **self.provenance(),
         }
 
     # ---- looking at what is there ------------------------------------------------------------------------------

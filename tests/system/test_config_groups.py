@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
 from hydra.utils import get_object
 from launching import REPOSITORY, run
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.cli.app import config_folder
+from sdd.cli.loader import config_folder, own_loader
 from sdd.config import check_values
 from sdd.config.allowed import ALLOWED_PLUGINS, build, check_targets
 from sdd.config.parts import PLACES, SWEEP_END, maker_of
@@ -63,13 +64,11 @@ TURNS += [[("experiment", study)] for study in EXPERIMENTS]
 def composed() -> Callable[..., DictConfig]:
     """A function from overrides to the composed config, `hydra` node included; composed once each."""
     made: dict[tuple[str, ...], DictConfig] = {}
+    loader = own_loader()
 
     def function(*overrides: str) -> DictConfig:
         if overrides not in made:
-            GlobalHydra.instance().clear()
-            with initialize_config_dir(str(config_folder()), version_base="1.3"):
-                made[overrides] = compose("config", list(overrides), return_hydra_config=True)
-            GlobalHydra.instance().clear()
+            made[overrides] = loader.load_configuration("config", list(overrides), RunMode.RUN)
         return made[overrides].copy()
 
     return function
@@ -104,9 +103,6 @@ def test_configs_in_use_are_those_of_the_checkout() -> None:
 
 
 def test_every_file_is_an_option_that_hydra_lists() -> None:
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
-
     loader = ConfigLoaderImpl(create_config_search_path(str(config_folder())))
     listed = {(group, option) for group in {g for g, _ in OPTIONS} for option in loader.get_group_options(group)}
     assert listed == {(group, option.name) for group, option in OPTIONS}
@@ -262,6 +258,48 @@ def test_own_config_folder_adds_an_option(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.stderr
     assert len(outcome.lines) == 2
     assert "pruned/" in outcome.lines[1]
+
+
+def described(node: Any) -> Any:
+    """A config's values, and of every node what kind it is, what it may hold, and its flags."""
+    kind, value = node._metadata, node._value()
+    if isinstance(value, dict):
+        value = [(key, described(child)) for key, child in value.items()]
+    elif isinstance(value, list):
+        value = [described(child) for child in value]
+    return type(node), vars(kind) | {"flags": dict(kind.flags or {}), "resolver_cache": None}, value
+
+
+JOBS = [
+    ["metric=last", "dataset=mixture"],
+    ["metric=last", "dataset=gsm8k", "seed=1"],
+    ["metric=last", "dataset=gsm8k", "seed=2"],
+    ["metric=last", "dataset=gsm8k", "seed=2", "+dataset@analysis.prompts=dolly"],
+    ["experiment=paper/main_table", "finetune=sft"],
+    ["experiment=paper/main_table", "finetune=none"],
+]
+"""Defaults lists that begin alike, and end alike."""
+
+
+def test_what_compositions_share_changes_none() -> None:
+    """One loader that composes all jobs of a sweep, first to see whether it can, against Hydra's own, made anew."""
+    place, own = create_config_search_path(str(config_folder())), own_loader()
+    master = own.load_configuration("config", [], RunMode.MULTIRUN)
+    jobs = [described(own.load_sweep_config(master, words)) for words in JOBS]
+    assert own.parts.parts and own.validated and len(own.validated) == len(JOBS)
+    begun = [described(own.load_sweep_config(master, words)) for words in JOBS]
+    assert not own.validated
+    for words, job, same in zip(JOBS, jobs, begun, strict=True):
+        assert job == same == described(ConfigLoaderImpl(place).load_configuration("config", words, RunMode.RUN)), words
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    own, option = own_loader(), tmp_path / "pruning" / "mine.yaml"
+    option.parent.mkdir()
+    words = [f"hydra.searchpath=['file://{tmp_path}']", "pruning=mine"]
+    for size in (5, 6):
+        option.write_text(f"size: {size}\n")
+        assert own.load_configuration("config", words, RunMode.RUN).pruning.size == size
 
 
 REFUSED = {

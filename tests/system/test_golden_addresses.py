@@ -16,12 +16,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 from test_addresses import IN_KEY, NOT_IN_KEY
 
-from sdd.cli.app import config_folder
+from sdd.cli.loader import config_folder, own_loader
 from sdd.errors import UserError
 from sdd.stages import graph
 from sdd.study import Study
@@ -96,27 +95,28 @@ def all_addresses(folder: Path) -> dict[str, list[str]]:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     found: dict[str, list[str]] = {}
     composed: dict[tuple[str, ...], Any] = {}
+    loader = own_loader()
 
     def config(words: list[str]) -> Any:
         words = words if words and words[-1].startswith("experiment=") else [*SMALL, *words]
         placed = [re.sub("(ROWS|TEXTS)$", lambda name: str(folder / name[0]), word) for word in words]
         if tuple(placed) not in composed:
-            composed[tuple(placed)] = compose("config", placed)
+            made = loader.load_configuration("config", placed, RunMode.RUN)
+            with open_dict(made):
+                del made["hydra"]
+            composed[tuple(placed)] = made
         return composed[tuple(placed)].copy()
 
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        for name, words in options():
-            students = []
-            if name.startswith(WITH_STUDENTS) or name == "experiment=merging":
-                students = [Study(config(student), folder / "digests") for student in STUDENTS]
-            found[name] = walked(config(words), folder / "digests", students)
-        for name, groups, values in settings():
-            changed = config(groups)
-            for key, value in values.items():
-                OmegaConf.update(changed, key, value, force_add=True)
-            found[name] = walked(changed, folder / "digests", [])
-    GlobalHydra.instance().clear()
+    for name, words in options():
+        students = []
+        if name.startswith(WITH_STUDENTS) or name == "experiment=merging":
+            students = [Study(config(student), folder / "digests") for student in STUDENTS]
+        found[name] = walked(config(words), folder / "digests", students)
+    for name, groups, values in settings():
+        changed = config(groups)
+        for key, value in values.items():
+            OmegaConf.update(changed, key, value, force_add=True)
+        found[name] = walked(changed, folder / "digests", [])
     return found
 
 

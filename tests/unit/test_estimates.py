@@ -61,6 +61,17 @@ def test_a_generated_token_costs_whatever_is_slowest() -> None:
     assert memory == pytest.approx(3 * 8 * 64 + WORK.activations(15) + WORK.logits(3))
 
 
+def test_rewriting_keeps_its_batch_full() -> None:
+    """A batch of 4: a chunk of 8 rows takes 3 steps and then the longest row's 6, twice, and 4 rows take 6; where one
+    place in eight is less than one row, every row is read alone."""
+    one = estimates.rewrites(WORK, rows=20, prompt=5, new=3, longest=6, batch=4, chunk=8)
+    step = (7136 + 4 * 11 * 64) / 1e5
+    assert one.seconds == pytest.approx(WORK.opening + WORK.passes(100, 5, 20, head=False) + (9 + 9 + 6) * step)
+    assert one.memory == pytest.approx(7136 + 4 * 11 * 64 + WORK.activations(20) + WORK.logits(4))
+    alone = estimates.rewrites(WORK, rows=3, prompt=5, new=3, longest=6, batch=64, chunk=256)
+    assert alone.seconds == pytest.approx(WORK.opening + WORK.generation(3, 5, 6, 3)[0] + WORK.passes(0, 5, 3 / 8 - 1))
+
+
 def test_repair_is_scoring_a_regression_and_a_copy() -> None:
     """12 tokens of 20 activations and 8 states: 2 * 12 * 20 * 28 and 20^3 / 3 operations, twice as slow in float64."""
     one, copied = estimates.repaired(WORK, WORK, texts=2, length=6, batch=2), estimates.pruned(WORK)

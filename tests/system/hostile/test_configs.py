@@ -12,7 +12,7 @@ from canaries import Canaries
 from launching import run, subprocess_run
 from omegaconf import OmegaConf
 
-from sdd.cli.loader import BoundedFileSource, config_folder
+from sdd.cli.config_files import BoundedFileSource, config_folder
 from sdd.config.allowed import check_targets
 from sdd.config.shared import check_shared, check_yaml
 from sdd.errors import UserError
