@@ -8,6 +8,7 @@ all that resuming needs. Knows nothing of the store, Hydra, or where the rows co
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sdd.errors import UserError
 from sdd.finetuning.adapters import causal_lm
+from sdd.finetuning.prefix import FrozenStates, frozen_states
 from sdd.forward import chunks
 from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
@@ -107,7 +109,8 @@ class StudentModule(pl.LightningModule):
     """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`.
 
     `loss` is `loss_sum` or another function of the same signature. `run` says whose checkpoints these are: those of
-    another run are not gone on from.
+    another run are not gone on from. In the folder `scratch`, states below the lowest trained block are kept for later
+    epochs.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class StudentModule(pl.LightningModule):
         on_step: Callable[[int, dict[str, float]], None] | None = None,
         loss: Callable[..., tuple[Tensor, int]] = loss_sum,
         run: str = "",
+        scratch: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -130,6 +134,8 @@ class StudentModule(pl.LightningModule):
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
         self.on_step, self.loss, self.run = on_step, loss, run
+        self.scratch = scratch
+        self.frozen: FrozenStates | None = None
         self.began = False
 
     @property
@@ -150,6 +156,10 @@ class StudentModule(pl.LightningModule):
         if self.global_step != len(self.history):
             raise ValueError(f"step {self.global_step}, and {len(self.history)} in the history")
         self.began = True
+        if self.scratch is not None and sum(map(len, self.plan)) > len(self.rows):
+            rows = [row.ids for row in (*self.rows, *self.validation)]
+            with self.trainer.precision_plugin.train_step_context():
+                self.frozen = frozen_states(self.causal_lm, rows, self.scratch, self.micro_batch_tokens, self.device)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
@@ -158,7 +168,7 @@ class StudentModule(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens, total = target_tokens(rows), 0.0
         for micro in micro_batches(rows, self.micro_batch_tokens):
-            loss, _ = self.loss(self.causal_lm, micro, self.device)
+            loss, _ = self._loss_of(micro)
             self.manual_backward(loss / max(tokens, 1))
             total += float(loss.detach())
         self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
@@ -168,6 +178,11 @@ class StudentModule(pl.LightningModule):
         scheduler.step()  # type: ignore[union-attr, call-arg]
         self._record(step + 1, total / max(tokens, 1), rate)
 
+    def _loss_of(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, int]:
+        frozen = self.frozen.standing_in([row.ids for row in rows], self.device) if self.frozen else nullcontext()
+        with frozen:
+            return self.loss(self.causal_lm, rows, self.device)
+
     def _record(self, step: int, loss: float, rate: float) -> None:
         epoch = round(step / self.optimisation.steps_per_epoch, 4)
         row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": rate}
@@ -176,7 +191,8 @@ class StudentModule(pl.LightningModule):
         row["validation_loss"] = self.validation_loss() if validate else None
         self.history.append(row)
         logged = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
-        self.log_dict(logged)
+        if self.trainer.loggers:  # each call took 2 to 5% of a small step
+            self.log_dict(logged)
         if self.on_step:
             self.on_step(step, logged)
 
@@ -186,7 +202,7 @@ class StudentModule(pl.LightningModule):
         self.student.eval()
         total, tokens = 0.0, 0
         for micro in micro_batches(self.validation, self.micro_batch_tokens):
-            loss, count = self.loss(self.causal_lm, micro, self.device)
+            loss, count = self._loss_of(micro)
             total, tokens = total + float(loss), tokens + count
         self.student.train()
         return total / max(tokens, 1)

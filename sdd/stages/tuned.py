@@ -400,6 +400,7 @@ def _fit(
             on_step=on_step,
             loss=loss,
             run=recipe.address,
+            scratch=scratch,
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)

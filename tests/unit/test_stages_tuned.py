@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdd.errors import UserError
+from sdd.finetuning import module, prefix
 from sdd.finetuning.module import StudentModule, labelled
 from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import build as build_tuned
@@ -146,14 +147,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "quantisation", "recompute", "distilled"),
-    [(3, None, False, False), (5, None, False, False), (5, "nf4", True, False), (5, None, True, True)],
+    ("killed_at", "quantisation", "recompute", "distilled", "scope"),
+    [
+        (3, None, False, False, {}),
+        (5, None, False, False, {}),
+        (5, "nf4", True, False, {}),
+        (5, None, True, True, {}),
+        (5, None, True, False, {"scope": "last", "blocks": 2}),
+    ],
 )
 def test_a_resumed_run_is_bit_exact(
     killed_at: int,
     quantisation: str | None,
     recompute: bool,
     distilled: bool,
+    scope: dict[str, Any],
     sharded_llama: Path,
     inputs: dict[str, Path],
     tmp_path: Path,
@@ -161,13 +169,15 @@ def test_a_resumed_run_is_bit_exact(
 ) -> None:
     """Killed between two checkpoints: steps are taken again, with dropout, momenta and rate as they were.
 
-    The base in 4 bits is made again from the checkpoint, and recomputed blocks draw their dropout again.
+    The base in 4 bits is made again from the checkpoint, recomputed blocks draw their dropout again, and states of
+    frozen blocks are made again: nothing is left of them, and a file that lies there is not read.
     """
     if quantisation:
         pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=recompute, sources={"teacher's": sharded_llama})
     asked = recipe(dropout=0.2)
     asked = dataclasses.replace(asked, spec=asked.spec | {"base_quantisation": quantisation})
+    asked.spec["adapter"] |= scope
     if distilled:
         asked.spec["distillation"] = {"teacher": "teacher's", "dtype": "float32", "temperature": 2.0, "ce_share": 0.5}
     whole = tune(tmp_path / "whole", inputs, asked, runtime)
@@ -189,10 +199,38 @@ def test_a_resumed_run_is_bit_exact(
     kept = torch.load(saved, weights_only=False)
     assert kept["state_dict"]
     assert all("lora_" in name for name in kept["state_dict"]), "the base and the teacher are not saved again"
+    assert [path.name for path in (tmp_path / "broken" / SCRATCH).iterdir()] == [saved.name]
+    (tmp_path / "broken" / SCRATCH / "frozen").write_bytes(b"damaged")
     resumed = tune(tmp_path / "broken", inputs, asked, runtime)
     assert taken == [*range(1, killed_at + 1), *range(killed_at, STEPS + 1)], "it did not go on from its checkpoint"
     assert same(resumed, whole)
     histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_states_of_frozen_blocks_are_kept_for_a_second_epoch_and_change_no_bit(
+    epochs: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time, so that both pass them in the same shapes."""
+    runtime = dataclasses.replace(RUNTIME, micro_batch_tokens=1)
+    asked = recipe(dropout=0.2, epochs=epochs)
+    asked.spec["adapter"] |= {"scope": "last", "blocks": 2}
+    kept: list[bool] = []
+    original = module.frozen_states
+
+    def noting(*words: Any) -> Any:
+        states = original(*words)
+        kept.append(states is not None)
+        return states
+
+    monkeypatch.setattr(module, "frozen_states", noting)
+    one = tune(tmp_path / "kept", inputs, asked, runtime)
+    assert kept == [True] * (epochs - 1), "one epoch reads nothing twice"
+    monkeypatch.setattr(prefix, "MOST_BYTES", 0)
+    assert same(one, tune(tmp_path / "passed", inputs, asked, runtime))
+    assert kept == [True, False] * (epochs - 1)
+    histories = [(tmp_path / name / "history.csv").read_text() for name in ("kept", "passed")]
     assert histories[0] == histories[1]
 
 

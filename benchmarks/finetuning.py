@@ -1,0 +1,395 @@
+"""Fine-tuning with LoRA: the project's training side by side with padded and with packed batches of Hugging Face's.
+
+    python benchmarks/finetuning.py [--pairs 5] [--quick] [--cases embedded synthetic ...] > finetuning.json
+
+The same rows, global batches, adapter, optimiser and schedule. `padded` is `transformers.Trainer` on batches in the
+order of the plan, padded to their longest row, with logits at every token. `packed` stands for TRL's packing, which is
+not installed here: a plain loop over rows laid end to end in blocks of 256 or 512 tokens (best fit decreasing), their
+positions counted anew and attention kept within a row by transformers' own mask, logits at every token. Both keep
+transformers' default attention (SDPA), the project that of `trainer=cpu` (eager). Every pair runs all ways one after
+the other in this process, in the other order in every other pair. Seconds are the processor's on one thread, the median
+of the pairs' ratios counts, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
+
+`embedded` is the embedded model on `tiny_instruct`, `synthetic` a random Llama of 12 blocks, 512 wide, with 32,000
+tokens, on random rows as long as those of GSM8K. `... last` trains the last four blocks alone, for three epochs, where
+states below are computed once. What is left is told by `limit`: bare passes forward and back over as many tokens in
+rows of one length, with no padding, optimiser or loop, logits at the targets.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+Losses = list[float]
+"""A mean over target tokens for every step."""
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
+LAST = {"scope": "last", "blocks": 4}
+OPTIMISATION = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05, "clip_norm": 1.0}
+SEED = 0
+CLOSE = 1e-5
+"""How far the losses of a step may be apart, of their size."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, rows, rows a step, epochs, the length that rows are packed to, the adapter, and how many times as fast
+    training is expected to be as each other way."""
+
+    model: str
+    rows: int
+    batch: int
+    epochs: int
+    block: int
+    adapter: dict[str, Any]
+    goals: dict[str, float]
+
+
+CASES = {
+    "embedded": Case("embedded", 256, 32, 1, 256, LORA, {"padded": 2.0, "packed": 1.3}),
+    "embedded last": Case("embedded", 128, 32, 3, 256, LORA | LAST, {"padded": 2.5}),
+    "synthetic": Case("synthetic", 16, 8, 1, 512, LORA, {"padded": 2.0, "packed": 1.3}),
+    "synthetic last": Case("synthetic", 8, 8, 3, 512, LORA | LAST, {"padded": 2.5}),
+}
+
+
+def embedded(rows: int) -> tuple[Any, list[Any]]:
+    """(model, training rows of at most 256 tokens) of the embedded teacher."""
+    from sdd.data.tiny import TinyTasks
+    from sdd.models.checkpoints import Checkpoint
+    from sdd.stages.tuned import tokenized
+
+    checkpoint = Checkpoint(Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher")
+    examples = [{"prompt": one.prompt, "target": one.reference} for one in TinyTasks(num_rows=rows).examples()]
+    return checkpoint.model("float32"), tokenized(checkpoint.tokenizer(), examples, None, 256)[0]
+
+
+def synthetic(rows: int) -> tuple[Any, list[Any]]:
+    """The same of a random Llama; prompts have 55 tokens in the median and answers 115, spread as in GSM8K."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from sdd.finetuning.module import TrainingRow
+
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=32_000,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.pad_token_id = 0
+    rng, drawn = random.Random(SEED), []
+    for _ in range(rows):
+        prompt, answer = (round(median * rng.lognormvariate(0, 0.42)) for median in (55, 115))
+        drawn.append(TrainingRow([rng.randrange(1, 32_000) for _ in range(prompt + answer)], prompt))
+    return model, drawn
+
+
+MODELS: dict[str, Callable[[int], tuple[Any, list[Any]]]] = {"embedded": embedded, "synthetic": synthetic}
+
+
+class Bench:
+    """A student with its adapter, as it was before every way; the rows of every step."""
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        from sdd.finetuning.adapters import adapted
+        from sdd.stages.tuned import _places
+
+        self.case = case
+        model, self.rows = MODELS[case.model](case.rows)
+        torch.manual_seed(SEED)
+        self.student = adapted(model, case.adapter, _places(case.adapter, model, None))
+        self.initial = {name: tensor.clone() for name, tensor in self.trained().items()}
+        self.block = max(case.block, *(len(row.ids) for row in self.rows))
+
+    @property
+    def plan(self) -> list[list[int]]:
+        from sdd.finetuning.module import step_rows
+
+        return step_rows(len(self.rows), self.case.batch, self.case.epochs, SEED)
+
+    def first(self, rows: int) -> "Bench":
+        """The same with the first rows alone."""
+        bench = copy(self)
+        bench.rows = self.rows[:rows]
+        return bench
+
+    def trained(self) -> dict[str, Any]:
+        return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+
+    def reset(self, attention: str) -> None:
+        for name, parameter in self.trained().items():
+            parameter.data.copy_(self.initial[name])
+            parameter.grad = None
+        self.student.get_base_model().set_attn_implementation(attention)
+        self.student.train()
+
+    def optimisers(self) -> tuple[Any, Any]:
+        """The project's own optimiser and schedule."""
+        from sdd.finetuning.module import Optimisation, StudentModule
+
+        steps = len(self.plan)
+        optimisation = Optimisation(**OPTIMISATION, seed=SEED, steps=steps, steps_per_epoch=steps)
+        made = StudentModule(self.student, self.rows, self.plan, [], optimisation, 1).configure_optimizers()
+        return made["optimizer"], made["lr_scheduler"]["scheduler"]
+
+
+def own(bench: Bench) -> Losses:
+    """As the stage `tuned` trains."""
+    from sdd.finetuning.module import loss_sum
+    from sdd.stages.runtime import Runtime
+    from sdd.stages.tuned import _fit
+    from sdd.store import Recipe
+
+    bench.reset("eager")
+    spec = {"adapter": bench.case.adapter, "base_quantisation": None, "precision": "32", "system_prompt": None}
+    finetune = OPTIMISATION | {"batch_size": bench.case.batch, "epochs": bench.case.epochs}
+    spec |= {"finetune": finetune, "seed": SEED}
+    recipe = Recipe("tuned", 1, spec, {"targets": Recipe("targets", 1, {"mode": "sft"})})
+    with tempfile.TemporaryDirectory() as scratch:
+        history = _fit(bench.student, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
+    return [row["loss"] for row in history]
+
+
+def padded(bench: Bench) -> Losses:
+    """By `transformers.Trainer`."""
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    bench.reset("sdpa")
+    losses: Losses = []
+
+    def collated(rows: list[Any]) -> dict[str, Any]:
+        ids, labels, mask = (
+            torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+            for tensors, value in (
+                ([torch.tensor(row.ids) for row in rows], 0),
+                ([torch.tensor(labels_of(row)) for row in rows], -100),
+                ([torch.ones(len(row.ids), dtype=torch.long) for row in rows], 0),
+            )
+        )
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    class Noting(Trainer):
+        def compute_loss(self, *words: Any, **named: Any) -> Any:
+            loss = super().compute_loss(*words, **named)
+            losses.append(float(loss.detach()))
+            return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=bench.case.batch,
+            num_train_epochs=1,
+            max_grad_norm=OPTIMISATION["clip_norm"],
+            train_sampling_strategy="sequential",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+        )
+        shown = [bench.rows[index] for step in bench.plan for index in step]
+        trainer = Noting(
+            bench.student, arguments, train_dataset=shown, data_collator=collated, optimizers=bench.optimisers()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return losses
+
+
+def labels_of(row: Any) -> list[int]:
+    return [-100] * row.prompt_length + row.ids[row.prompt_length :]
+
+
+def packed_blocks(rows: Sequence[Any], size: int) -> list[list[Any]]:
+    """The rows in blocks of at most `size` tokens, as few as best fit decreasing finds."""
+    blocks: list[list[Any]] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        room = [size - sum(len(one.ids) for one in block) - len(row.ids) for block in blocks]
+        best = min((left, at) for at, left in enumerate([*room, size - len(row.ids)]) if left >= 0)[1]
+        if best == len(blocks):
+            blocks.append([])
+        blocks[best].append(row)
+    return blocks
+
+
+def packed(bench: Bench) -> Losses:
+    """A plain loop, a pass a block."""
+    import torch
+
+    bench.reset("sdpa")
+    optimizer, scheduler = bench.optimisers()
+    losses: Losses = []
+    for step in bench.plan:
+        rows = [bench.rows[index] for index in step]
+        tokens, total = sum(len(row.ids) - row.prompt_length for row in rows), 0.0
+        for block in packed_blocks(rows, bench.block):
+            ids = torch.tensor([[token for row in block for token in row.ids]])
+            positions = torch.tensor([[at for row in block for at in range(len(row.ids))]])
+            labels = torch.tensor([[label for row in block for label in labels_of(row)]])
+            loss = bench.student(
+                input_ids=ids, position_ids=positions, labels=labels, num_items_in_batch=tokens, use_cache=False
+            ).loss
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(bench.trained().values(), OPTIMISATION["clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        losses.append(total)
+    return losses
+
+
+WAYS: dict[str, Callable[[Bench], Losses]] = {"sdd": own, "padded": padded, "packed": packed}
+
+
+def limit(bench: Bench) -> None:
+    """Bare passes over as many tokens, 512 at a time in rows of the mean length; frozen blocks once in later epochs."""
+    import torch
+
+    from sdd.finetuning.prefix import frozen_states
+    from sdd.forward.losses import target_loss_sum
+    from sdd.models.checkpoints import decoder, head_logits
+
+    bench.reset("eager")
+    model = bench.student.get_base_model()
+    length = round(statistics.mean(len(row.ids) for row in bench.rows))
+    targets = round(statistics.mean(len(row.ids) - row.prompt_length for row in bench.rows))
+    rows, together = [[1] * length for _ in bench.rows], max(1, 512 // length)
+    with tempfile.TemporaryDirectory() as folder:
+        frozen = frozen_states(model, rows, Path(folder), 512) if bench.case.epochs > 1 else None
+        for _ in range(bench.case.epochs):
+            for at in range(0, len(rows), together):
+                shown = rows[at : at + together]
+                with frozen.standing_in(shown, "cpu") if frozen else nullcontext():
+                    states = decoder(model)(input_ids=torch.tensor(shown), use_cache=False).last_hidden_state
+                logits = head_logits(model, states[:, -targets:].flatten(0, 1))
+                target_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+
+
+def timed(way: Callable[[Bench], Any], bench: Bench) -> tuple[float, Any]:
+    started = time.process_time()
+    result = way(bench)
+    return time.process_time() - started, result
+
+
+def padding(bench: Bench) -> dict[str, float]:
+    """Tokens that each way passes, a real one counting 1, and the share of target tokens."""
+    from sdd.finetuning.module import micro_batches, target_tokens
+    from sdd.stages.runtime import Runtime
+
+    real = sum(len(bench.rows[index].ids) for step in bench.plan for index in step)
+    passed = dict.fromkeys(WAYS, 0)
+    for step in bench.plan:
+        rows = [bench.rows[index] for index in step]
+        passed["padded"] += len(rows) * max(len(row.ids) for row in rows)
+        passed["packed"] += sum(len(row.ids) for row in rows)
+        passed["sdd"] += sum(
+            len(micro) * len(micro[-1].ids) for micro in micro_batches(rows, Runtime().micro_batch_tokens)
+        )
+    shares = {way: tokens / real for way, tokens in passed.items()}
+    return shares | {"targets": target_tokens(bench.rows) / sum(len(row.ids) for row in bench.rows)}
+
+
+def compare(name: str, pairs: int) -> list[dict[str, Any]]:
+    """Seconds of every pair by way, and a result for every way that is compared with."""
+    case = CASES[name]
+    bench = Bench(case)
+    ways = ["sdd", *case.goals]
+    for way in ways:  # what is imported and set up once
+        WAYS[way](bench.first(2))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    losses: dict[str, Losses] = {}
+    for number in range(pairs):
+        for way in ways if number % 2 else reversed(ways):
+            taken, losses[way] = timed(WAYS[way], bench)
+            seconds[way].append(taken)
+    least = statistics.median(timed(limit, bench)[0] for _ in range(3))
+    results = []
+    for way, goal in case.goals.items():
+        apart = max(abs(a - b) / a for a, b in zip(losses["sdd"], losses[way], strict=True))
+        ratios = [other / mine for other, mine in zip(seconds[way], seconds["sdd"], strict=True)]
+        ratio = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        results.append(
+            {
+                "name": name,
+                "against": way,
+                "goal": goal,
+                "ratio": ratio if apart <= CLOSE else None,
+                "reached": apart <= CLOSE and ratio["median"] >= goal,
+                "seconds": {"other": seconds[way], "sdd": seconds["sdd"], "limit": least},
+                "losses_apart": apart,
+                "steps": len(bench.plan),
+                "tokens_passed": padding(bench),
+            }
+        )
+    return results
+
+
+def run(quick: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES)) -> list[dict[str, Any]]:
+    """A result for every case and way that it is compared with; `quick` takes the embedded model alone, in one pair."""
+    import torch
+
+    torch.set_num_threads(1)
+    chosen = [name for name in names if not quick or CASES[name].model == "embedded"]
+    return [result for name in chosen for result in compare(name, 1 if quick else pairs)]
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the ratios."""
+    lines = [
+        "| case | against | s | sdd, s | limit, s | times as fast (range) | goal | losses apart |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        seconds, ratio = result["seconds"], result["ratio"]
+        other, mine = (statistics.median(seconds[way]) for way in ("other", "sdd"))
+        spread = f"**{ratio['median']:.2f}** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})" if ratio else "differ"
+        taken = f"{other:.2f} | {mine:.2f} | {seconds['limit']:.2f}"
+        apart = f"{result['goal']} | {result['losses_apart']:.1e}"
+        lines.append(f"| {result['name']} | {result['against']} | {taken} | {spread} | {apart} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="the embedded model alone, one pair")
+    given = parser.parse_args(arguments)
+    results = run(given.quick, given.pairs, given.cases)
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    print(json.dumps({**machine, "threads": 1, "results": results}, indent=1))
+    print(table(results), file=sys.stderr)
+    return 0 if all(result["reached"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The states that enter the lowest trained block, computed once: below it all is frozen, and epochs show the same rows.
+
+They are kept by row, without padding, in a file without a name. It is gone with the process, so that no run reads what
+another one, a kill or a stranger left. A resumed run computes the states again, in batches that depend on the rows
+alone, and so reads the same bits. Against a pass of the whole student they differ as those of micro-batches of another
+size do: not at all in the same shape, else by rounding. Knows nothing of what is trained above.
+"""
+
+import logging
+import mmap
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdd.forward.batches import length_batches, padded
+from sdd.forward.bypass import Bypass
+from sdd.models.checkpoints import blocks, decoder
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 8 << 30
+"""Of the file: a million tokens of 2,048 float32 numbers. For more, the blocks below are passed every time."""
+
+
+def frozen_blocks(model: Any) -> int:
+    """How many blocks lie below the lowest one that is trained; 0 where anything outside of the blocks is trained."""
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    by_block = [trained.intersection(block.parameters()) for block in blocks(model)]
+    if not trained or set().union(*by_block) != trained:
+        return 0
+    return next(number for number, of_block in enumerate(by_block) if of_block)
+
+
+class FrozenStates:
+    """The states of rows of token ids as they enter a block: (T, hidden) each, by the identity of the row."""
+
+    def __init__(self, bypass: Bypass, first: int, states: dict[int, Tensor]) -> None:
+        self.bypass, self.first, self.states = bypass, first, states
+
+    @contextmanager
+    def standing_in(self, rows: Sequence[list[int]], device: Any) -> Iterator[None]:
+        """While open, the model that is shown just these rows, padded on the right, begins at that block.
+
+        The states of pads are zeros: no token sees them.
+        """
+        states = torch.nn.utils.rnn.pad_sequence([self.states[id(row)] for row in rows], batch_first=True)
+        below: dict[int, Tensor | None] = dict.fromkeys(range(self.first))
+        with self.bypass.letting_through(below | {self.first - 1: states.to(device)}):
+            yield
+
+
+def frozen_states(
+    model: Any, rows: Sequence[list[int]], folder: Path, max_tokens: int, device: Any = "cpu"
+) -> FrozenStates | None:
+    """The states that enter the lowest trained block, made in passes of at most `max_tokens` padded tokens.
+
+    None where that is the first block, where something below it draws random numbers in training, as dropout does, and
+    where the states would take more than `MOST_BYTES` or more than the disk of `folder` has left.
+    """
+    first = frozen_blocks(model)
+    if first == 0:
+        return None
+    bypass = Bypass(model)
+    try:
+        states = _kept(bypass, first, model, rows, folder, max_tokens, device)
+    except OSError as error:
+        log.warning("%s: %s; what is frozen is passed in every step", folder, error.strerror)
+        return None
+    return None if states is None else FrozenStates(bypass, first, states)
+
+
+def _kept(
+    bypass: Bypass, first: int, model: Any, rows: Sequence[list[int]], folder: Path, max_tokens: int, device: Any
+) -> dict[int, Tensor] | None:
+    above: dict[int, Tensor | None] = dict.fromkeys(range(first, len(bypass.layers)))
+    order, tokens = [], sum(map(len, rows))
+    with tempfile.TemporaryFile(dir=folder) as file, tqdm(total=len(rows), desc="frozen", unit="row") as progress:
+        for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
+            ids, mask = padded([rows[index] for index in batch], device)
+            drawn = _random_state(ids.device)
+            with torch.no_grad(), bypass.letting_through(above), bypass.catching([first]) as caught:
+                decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+            states = caught[first].cpu()
+            size = tokens * states.shape[-1] * states.element_size()
+            if size > MOST_BYTES or not torch.equal(drawn, _random_state(ids.device)):
+                return None
+            for index, state in zip(batch, states, strict=True):
+                file.write(state[: len(rows[index])].contiguous().view(torch.uint8).numpy())
+                order.append(rows[index])
+            progress.update(len(batch))
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    whole = torch.frombuffer(mapped, dtype=states.dtype).view(tokens, -1)
+    return dict(zip(map(id, order), whole.split([len(row) for row in order]), strict=True))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generator that dropout draws from there."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
