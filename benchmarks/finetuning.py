@@ -38,6 +38,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rows import Ratio, paired, ratio
+
 Losses = list[float]
 """A mean over target tokens for every step."""
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
@@ -336,14 +338,14 @@ def compare(name: str, pairs: int) -> list[dict[str, Any]]:
     for way, goal in case.goals.items():
         apart = max(abs(a - b) / a for a, b in zip(losses["sdd"], losses[way], strict=True))
         ratios = [other / mine for other, mine in zip(seconds[way], seconds["sdd"], strict=True)]
-        ratio = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
         results.append(
             {
                 "name": name,
                 "against": way,
                 "goal": goal,
-                "ratio": ratio if apart <= CLOSE else None,
-                "reached": apart <= CLOSE and ratio["median"] >= goal,
+                "ratio": spread if apart <= CLOSE else None,
+                "reached": apart <= CLOSE and spread["median"] >= goal,
                 "seconds": {"other": seconds[way], "sdd": seconds["sdd"], "limit": least},
                 "losses_apart": apart,
                 "steps": len(bench.plan),
@@ -353,13 +355,34 @@ def compare(name: str, pairs: int) -> list[dict[str, Any]]:
     return results
 
 
-def run(quick: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES)) -> list[dict[str, Any]]:
-    """A result for every case and way that it is compared with; `quick` takes the embedded model alone, in one pair."""
+def run(few: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES)) -> list[dict[str, Any]]:
+    """A result for every case and way that it is compared with; `few` takes the embedded model alone, in one pair."""
     import torch
 
     torch.set_num_threads(1)
-    chosen = [name for name in names if not quick or CASES[name].model == "embedded"]
-    return [result for name in chosen for result in compare(name, 1 if quick else pairs)]
+    chosen = [name for name in names if not few or CASES[name].model == "embedded"]
+    return [result for name in chosen for result in compare(name, 1 if few else pairs)]
+
+
+def rows(pairs: int = 5) -> list[Ratio]:
+    """For the table of all benchmarks."""
+    found = []
+    for result in run(pairs=pairs):
+        seconds = result["seconds"]
+        runs = list(zip(seconds["other"], seconds["sdd"], strict=True))
+        parity = f"losses {result['losses_apart']:.0e} apart" if result["ratio"] else ""
+        most = statistics.median(seconds["other"]) / seconds["limit"]
+        peer = {"padded": "a padded Trainer", "packed": "a packed loop"}[result["against"]]
+        found.append(ratio(f"fine-tuning, {result['name']}", peer, runs, parity, goal=result["goal"], limit=most))
+    return found
+
+
+def quick() -> float:
+    """Seconds of bare passes forth and back over those of training."""
+    bench = Bench(CASES["embedded"]).first(64)
+    own(bench.first(2))
+    runs, _, _ = paired(lambda: limit(bench), lambda: own(bench), 3, time.process_time)
+    return ratio("", "", runs, "").ratio
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -369,9 +392,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        seconds, ratio = result["seconds"], result["ratio"]
+        seconds, faster = result["seconds"], result["ratio"]
         other, mine = (statistics.median(seconds[way]) for way in ("other", "sdd"))
-        spread = f"**{ratio['median']:.2f}** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})" if ratio else "differ"
+        spread = (
+            f"**{faster['median']:.2f}** ({faster['lowest']:.2f} to {faster['highest']:.2f})" if faster else "differ"
+        )
         taken = f"{other:.2f} | {mine:.2f} | {seconds['limit']:.2f}"
         apart = f"{result['goal']} | {result['losses_apart']:.1e}"
         lines.append(f"| {result['name']} | {result['against']} | {taken} | {spread} | {apart} |")

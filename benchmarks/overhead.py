@@ -27,6 +27,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.rows import Ratio, ratio
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 METRICS = ("angular", "block_influence", "magnitude", "random", "last")
 SIZES = (1, 2, 3, 4)
@@ -168,6 +172,19 @@ def run(quick: bool = False, number: int = 20, pairs: int = 3, workers: int = 2)
     """
     number, pairs = (4, 1) if quick else (number, pairs)
     return [measure_help(pairs), measure_dry_run(pairs, quick), *measure_sweep(number, pairs, workers)]
+
+
+def rows(pairs: int = 3) -> list[Ratio]:
+    """For the table of all benchmarks: seconds are compared with those that are asked."""
+    found = []
+    for one in run(pairs=pairs):
+        if one["unit"] == "times":
+            runs = [(one["apart_wall"], one["apart_wall"] / each) for each in one["ratios"]]
+            what, peer, goal = f"a sweep of {one['jobs']} cells", "as many processes", one["goal"]
+        else:
+            what, peer, goal, runs = one["what"], "the seconds asked", 1.0, [(one["goal"], one["measured"])]
+        found.append(ratio(what, peer, runs, "yes", goal=goal))
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -91,7 +91,7 @@ def rows(pairs: int = 5) -> list[Ratio]:
 
 def quick() -> float:
     """Seconds of one bare pass over those of scoring, at best 1."""
-    model, rows = synthetic(6)[0], draw_texts(8, 128)
+    model, rows = synthetic(6)[0], draw_texts(4, 96)
     bare(model, rows)
-    runs, _, _ = paired(lambda: bare(model, rows), lambda: scored(model, rows), 5, time.process_time)
+    runs, _, _ = paired(lambda: bare(model, rows), lambda: scored(model, rows), 3, time.process_time)
     return ratio("", "", runs, "").ratio
