@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 NAMES = ("scores", "sdm", "checkpoints", "generation", "evaluation", "finetuning", "overhead")
-USUAL = {"scores": 0.95, "checkpoints": 0.4, "generation": 0.4, "evaluation": 0.3, "finetuning": 0.75}
+USUAL = {"scores": 0.95, "checkpoints": 0.3, "generation": 0.4, "evaluation": 0.3, "finetuning": 0.75}
 """Share of its limit that a benchmark's quick form usually reaches; of few rows on a small model, less than of many."""
 
 

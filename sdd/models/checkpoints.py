@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from sdd.architectures import (
     BLOCK_NAME,
@@ -49,6 +50,9 @@ from sdd.untrusted import parse_json, read_json, read_text
 
 LARGEST_CONFIG = 4 << 20
 """Bytes of a `config.json`; most have one or two thousand."""
+
+opened: WeakSet[Any] = WeakSet()
+"""Models that were opened in this process and are still there."""
 
 NAMES_CODE = ("phi3",)
 """Model types whose repositories name code of their own beside a stock class, which is what is opened."""
@@ -254,6 +258,7 @@ class Checkpoint:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # Else the first pass in evaluation mode rounds the scales to bfloat16, and training goes on from those.
                 module.support_avx512bf16_for_cpu = False
+        opened.add(model)
         return model.eval() if quantisation else model.to(device).eval()
 
 

@@ -14,8 +14,12 @@ from sdd.store import Builder, Recipe
 
 
 def _release() -> None:
-    """Let go of what a stage opened: adapters and trainers hold models in circles, which outlive it otherwise."""
-    gc.collect()
+    """Let go of what a stage opened: adapters and trainers hold models in circles, which outlive it otherwise.
+
+    Where no model is left there is nothing to look for, which would take as long as a small stage.
+    """
+    if (checkpoints := sys.modules.get("sdd.models.checkpoints")) is not None and checkpoints.opened:
+        gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
