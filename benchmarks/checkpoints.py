@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,14 @@ def compared(name: str, source: Checkpoint, pairs: int) -> Ratio:
             shutil.rmtree(old)
         return place / f"new-{next(numbers)}"
 
-    def copied() -> None:
-        subprocess.run(["cp", "-r", str(kept), str(targets[0])], check=True)
+    def copied(target: Path) -> None:
+        subprocess.run(["cp", "-r", str(kept), str(target)], check=True)
 
     runs = []
     for number in range(pairs):
-        targets = [fresh(), place / f"new-{next(numbers)}"]
-        first, _, _ = paired(copied, lambda: written(way, source, targets[1]), 1, time.perf_counter)  # noqa: B023
+        copy = partial(copied, fresh())
+        own = partial(written, way, source, place / f"new-{next(numbers)}")
+        first, _, _ = paired(copy, own, 1, time.perf_counter)
         if number:  # the first one warms the cache of pages
             runs += first
     held = peak(way, source, fresh())

@@ -38,6 +38,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.models import random_llama
 from benchmarks.rows import Ratio, paired, ratio
 
 Losses = list[float]
@@ -85,23 +86,9 @@ def embedded(rows: int) -> tuple[Any, list[Any]]:
 
 def synthetic(rows: int) -> tuple[Any, list[Any]]:
     """The same of a random Llama; prompts have 55 tokens in the median and answers 115, spread as in GSM8K."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     from sdd.finetuning.module import TrainingRow
 
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32_000,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_llama()
     model.generation_config.pad_token_id = 0
     rng, drawn = random.Random(SEED), []
     for _ in range(rows):

@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.models import random_llama
 from benchmarks.rows import Ratio, paired, ratio
 from sdd.forward import decoding
 from sdd.forward.batches import padded
@@ -57,21 +58,8 @@ def embedded(rows: int) -> tuple[Any, Answers, list[int], int]:
 def synthetic(rows: int) -> tuple[Any, Answers, list[int], int]:
     """The same of a random Llama: 12 blocks, hidden 512, 32,000 tokens of which one in 16 ends an answer."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32_000,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = random_llama("eager", initializer_range=0.2).eval()
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(16, 64, (rows,), generator=generator).tolist()
     prompts = [torch.randint(0, 32_000, (length,), generator=generator).tolist() for length in lengths]

@@ -12,8 +12,9 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ class Part:
         return whole if self.columns is None else [whole[0], len(self.columns)]
 
 
-def _copy_part(source: BinaryIO, target: HashedFile, entry: dict[str, Any], base: int, part: Part) -> None:
+def _copy_part(source: BufferedReader, target: HashedFile, entry: dict[str, Any], base: int, part: Part) -> None:
     """Copy the bytes of one tensor, or of what is kept of it; `base` is the file's first data byte."""
     begin, end = (base + offset for offset in entry["data_offsets"])
     if part.columns is not None:
@@ -76,7 +77,7 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
 
 
 def _copy_columns(
-    source: BinaryIO, target: HashedFile, shape: list[int], begin: int, end: int, kept: list[int]
+    source: BufferedReader, target: HashedFile, shape: list[int], begin: int, end: int, kept: list[int]
 ) -> None:
     """Copy the `kept` columns of a matrix, some rows at a time."""
     import numpy as np

@@ -1,11 +1,12 @@
 """Large files whose sha256 is taken while they are written, so that nothing reads them again to know it."""
 
 import hashlib
+from io import BufferedReader
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from sdd.store.digests import file_digest
 
@@ -54,10 +55,10 @@ class HashedFile:
             self._fill(size)
             left = left[size:]
 
-    def copy(self, source: BinaryIO, length: int) -> None:
+    def copy(self, source: BufferedReader, length: int) -> None:
         """Append the next `length` bytes of an open file, which has to have them."""
         while length:
-            size = source.readinto(self._chunk[self._filled : self._filled + length])  # type: ignore[attr-defined]
+            size = source.readinto(self._chunk[self._filled : self._filled + length])
             assert size, "the file ended early after its header was checked"
             self._fill(size)
             length -= size
