@@ -9,7 +9,7 @@ from sdd.answers import equal, extract
 from sdd.data.tiny import TinyTasks
 from sdd.models.chats import REWRITE_TEMPLATE
 from sdd.models.checkpoints import Checkpoint
-from sdd.rewriting.engines import HFEngine, Request
+from sdd.rewriting.engines import HFEngine, Place, Request
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.sources import TEACHER
 from sdd.tiny.tasks import FAMILIES, instances
@@ -18,7 +18,7 @@ from sdd.tiny.tasks import FAMILIES, instances
 @pytest.fixture(scope="module")
 def engine() -> Iterator[HFEngine]:
     engine = HFEngine(max_new_tokens=96)
-    engine.open(Checkpoint(TEACHER), "float32", None, "cpu", 64)
+    engine.open(Checkpoint(TEACHER), "float32", None, Place(batch_size=64))
     yield engine
 
 

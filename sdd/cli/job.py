@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdd.cli.students import composed_students
 from sdd.cli.words import command
 from sdd.config import check_values, plain
+from sdd.config.allowed import build as build_part
 from sdd.errors import UserError
 from sdd.store import STAGES, Recipe, Store
 from sdd.untrusted import expanded
@@ -88,13 +89,15 @@ class Job:
         store = self.store(script or STAGES[wanted.stage].script)
         if missing := store.missing(wanted):
             graph.read_data(self.study, missing)
-            stages = {recipe.stage for recipe in missing}
+            stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
+            if "rewrites" in stages:
+                build_part(self.config.engine).check(runtime.place)
             if "tuned" in stages:
                 check_tracker(self.config.logger)
                 for one in self.study.students or [self.study]:
                     _check_quantisation(one.config.adapter.quantisation)
             _use_threads(self.config.trainer.threads)
-            build = builder(self._runtime())
+            build = builder(runtime)
             if "merged" in stages and self.config.store.missing == "build":
                 # So that a student's manifest names its own command and config.
                 for student, (_, words) in zip(self.study.students, self.students, strict=True):
@@ -118,6 +121,7 @@ class Job:
             gradient_checkpointing=trainer.gradient_checkpointing,
             logger=plain(self.config.logger),
             run_folder=self.run_folder,
+            server=Runtime.server_of(self.config),
         )
 
 

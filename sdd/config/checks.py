@@ -68,6 +68,8 @@ AT_LEAST = {
     "engine.max_new_tokens": 1,
     "engine.tries": 1,
     "engine.seed": 0,
+    "engine.concurrency": 1,
+    "engine.retries": 0,
     "metric.seed": 0,
     "metric.depth": 1,
     "metric.num_texts": 1,
@@ -79,6 +81,7 @@ AT_MOST = {
     "finetune.epochs": 10_000,
     "adapter.rank": 65_536,
     "trainer.threads": 1_024,
+    "engine.concurrency": 10_000,
 }
 """Where less than `LARGEST` is too much for any machine."""
 WITHIN = {
@@ -93,6 +96,7 @@ WITHIN = {
     "analysis.temperature": (1e-3, 100.0),
     "engine.temperature": (0.0, 100.0),
     "engine.top_p": (1e-6, 1.0),
+    "engine.timeout": (1e-3, 1e6),
     **{
         f"{metric}.{key}": limits
         for metric in ("metric", "width_metric")

@@ -43,7 +43,10 @@ _ROWS = {
     "sdd.data.instruct.OpenMathInstruct2": "sdd.data.instruct",
 }
 _MIXTURES = {"sdd.data.mixture.Mixture": "sdd.data.mixture"}
-_ENGINES = {"sdd.engines.HFEngine": "sdd.rewriting.engines"}
+_ENGINES = {
+    "sdd.engines.HFEngine": "sdd.rewriting.engines",
+    "sdd.rewriting.OpenAIEngine": "sdd.rewriting.server",
+}
 _LOGGERS = {"pytorch_lightning.loggers.WandbLogger": "pytorch_lightning.loggers"}
 
 SWEEP_END = "sdd.cli.sweep.SweepEnd"

@@ -23,7 +23,10 @@ from sdd.config.schema import Config, hints_of
 LEFT_OUT = ("paths", "logger", "store", "dry_run", "study")
 """Settings that say where and by whom, not what; `study` holds what other settings refer to, which have the values."""
 CRITERION = ("by", "depth", "contiguous", "keep_final", "seed", "num_texts", "alpha", "temperature", "first_cut")
-ENGINE = ("batch_size", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "tries", "seed")
+ENGINE = (
+    *("batch_size", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "tries", "seed"),
+    *("model", "endpoint", "concurrency", "retries", "timeout"),
+)
 OPEN = {"metric": CRITERION, "width_metric": CRITERION, "engine": ENGINE}
 """Nodes for which the schema names no settings, and those of them that are kept, besides `_target_`."""
 FIELDS = ("prompt", "reference", "id", "answer")

@@ -38,6 +38,8 @@ MOST_JOBS = 10_000
 TRACKED = ("project", "group", "job_type", "tags", "notes")
 """What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
 NEVER_SWEPT = ("hydra", "paths", "logger", "allow")
+SERVER = "engine.base_url"
+"""Where a server answers, to which rows and templates are sent: of no file, nor of a word that a file holds."""
 AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
 LARGEST_NUMBER = 1_000_000
 """Of the launcher's and the sweeper's."""
@@ -219,7 +221,7 @@ def _words(value: Any) -> bool:
 def _check_swept(params: dict[Any, Any], where: str) -> None:
     """Settings of this project and what they are swept over. These words become overrides, so they call nothing."""
     for key, value in params.items():
-        if not (isinstance(key, str) and _SWEPT.fullmatch(key)) or re.split(r"[./@]", key)[0] in NEVER_SWEPT:
+        if not (isinstance(key, str) and _SWEPT.fullmatch(key)) or _is_the_users(key):
             raise _not_allowed(f"sweeper.params.{key}", value, where)
         if ".." in f"{key}={value}":
             raise UserError(f"{where}: hydra.sweeper.params.{key}={value} leaves the search path; refused")
@@ -234,12 +236,15 @@ def check_words(overrides: Iterable[str], where: str) -> None:
         bare = key.lstrip("+~")
         if not (_SWEPT.fullmatch(bare) and (separator or key.startswith("~")) and len(override) <= LONGEST_WORD):
             raise UserError(f"{where}: {override[:80]!r} is no override; refused")
-        if re.split(r"[./@]", bare)[0] in (*NEVER_SWEPT, "store", "dry_run") or any(
-            sign in override for sign in ("$", "..")
-        ):
+        if _is_the_users(bare, "store", "dry_run") or any(sign in override for sign in ("$", "..")):
             raise UserError(f"{where}: {override[:80]} is not a config file's to set; say it on the command line")
         if not override.isprintable():
             raise UserError(f"{where}: {override[:80]!r} holds control characters; refused")
+
+
+def _is_the_users(key: str, *groups: str) -> bool:
+    """Whether only a person's own command line may set a key; `groups` are more of which that holds."""
+    return re.split(r"[./@]", key)[0] in (*NEVER_SWEPT, *groups) or key == SERVER
 
 
 def check_jobs(params: Mapping[Any, Any], all_combined: bool) -> None:

@@ -107,6 +107,14 @@ def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = Non
     return _ids(tokenizer, render_chat(tokenizer, messages, add_generation_prompt=True))
 
 
+def completion_prompt(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> str:
+    """The same chat as text for whoever tokenizes it and adds the tokenizer's own first token, which is left out."""
+    text = render_chat(tokenizer, chat_messages(tokenizer, prompt, system_prompt), add_generation_prompt=True)
+    bos = tokenizer.bos_token_id
+    adds = bos is not None and tokenized(tokenizer, PROBE)["input_ids"][:1] == [bos]
+    return text.removeprefix(tokenizer.bos_token) if adds else text
+
+
 def text_ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids of running text with the tokenizer's default special tokens and no others, cut to `max_length`."""
     control = control_of(tokenizer)

@@ -1,9 +1,9 @@
 """Who generates: an engine turns chat prompts into completions. `HFEngine` runs a checkpoint in this process.
 
-A server fits behind the same interface: requests carry text, never token ids, and every request has an id of its own
-that its randomness is a function of. Greedy by default. Sampling draws by the Gumbel-max trick (argmax of the
-temperature-scaled logits plus Gumbel noise is an exact sample), the noise being a function of (seed, request id, try),
-so that a row's sample does not depend on its batch. Knows nothing of what the text is for.
+A server (`sdd.rewriting.server`) is behind the same interface: requests carry text, never token ids, and every request
+has an id of its own that its randomness is a function of. Greedy by default. Sampling draws by the Gumbel-max trick
+(argmax of the temperature-scaled logits plus Gumbel noise is an exact sample), the noise being a function of (seed,
+request id, try), so that a row's sample does not depend on its batch. Knows nothing of what the text is for.
 """
 
 import hashlib
@@ -46,25 +46,64 @@ class Completion:
     tokens: tuple[int, ...] = field(default=(), compare=False)
 
 
-class Engine(Protocol):
-    """What rewriting needs of an engine. `spec` is what of its settings decides the text, its `kind` among it."""
+def sampling(temperature: float, top_p: float, tries: int, seed: int) -> dict[str, Any]:
+    """What of these counts in a key; the seed only where something is drawn."""
+    if temperature == 0:
+        return {"temperature": 0.0}
+    return {"temperature": temperature, "top_p": top_p, "tries": tries, "seed": seed}
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server is asked: at most `concurrency` requests at once, each `retries` times more, `timeout` seconds."""
+
+    url: str
+    concurrency: int = 16
+    retries: int = 12
+    timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an engine computes, none of which decides the text: this machine, or the server of an engine that asks one.
+
+    `batch_size` is how many prompts go together.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 32
+    attention: str | None = None
+    server: Server | None = None
+
+    @property
+    def at_once(self) -> int:
+        """How many answers are worked on at a time."""
+        return self.server.concurrency if self.server else self.batch_size
+
+
+class Answering(Protocol):
+    """Who answers requests, each of which may be made `tries` times."""
+
+    tries: int
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
+
+
+class Engine(Answering, Protocol):
+    """What rewriting needs of an engine. `spec` is what of its settings decides the text, its `kind` among it.
+
+    `asks_alone`: an answer does not depend on what is asked beside it, so that each is kept as it comes. `check`
+    refuses what cannot work, before anything is opened.
+    """
 
     kind: str
-    tries: int
+    asks_alone: bool
 
     def spec(self) -> dict[str, Any]: ...
 
-    def open(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str,
-        system_prompt: str | None,
-        device: str,
-        batch_size: int,
-        attention: str | None = None,
-    ) -> None: ...
+    def check(self, place: Place) -> None: ...
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
+    def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None: ...
 
 
 class HFEngine:
@@ -74,6 +113,7 @@ class HFEngine:
     """
 
     kind = "hf"
+    asks_alone = False
 
     def __init__(
         self,
@@ -90,30 +130,16 @@ class HFEngine:
         self.batch_size = batch_size
 
     def spec(self) -> dict[str, Any]:
-        """Part of the rewrites' key; the seed counts only when something is drawn."""
-        sampling: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "tries": self.tries,
-            "seed": self.seed,
-        }
-        return {
-            "kind": "hf",
-            "max_new_tokens": self.max_new_tokens,
-            "max_prompt_tokens": self.max_prompt_tokens,
-            **(sampling if self.temperature > 0 else {"temperature": 0.0}),
-        }
+        """Part of the rewrites' key."""
+        limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        return {"kind": self.kind, **limits, **sampling(self.temperature, self.top_p, self.tries, self.seed)}
 
-    def open(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str,
-        system_prompt: str | None,
-        device: str,
-        batch_size: int,
-        attention: str | None = None,
-    ) -> None:
-        self.take(checkpoint.model(dtype, device, attention), checkpoint.tokenizer(), system_prompt, batch_size)
+    def check(self, place: Place) -> None:
+        """Nothing: the checkpoint has been looked at."""
+
+    def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None:
+        model = checkpoint.model(dtype, place.device, place.attention)
+        self.take(model, checkpoint.tokenizer(), system_prompt, place.batch_size)
 
     def take(self, model: Any, tokenizer: Any, system_prompt: str | None, batch_size: int) -> None:
         """Use a model that is open already."""

@@ -13,7 +13,7 @@ from typing import Any
 from sdd.answers import equal, extract
 from sdd.data import Example
 from sdd.models.chats import rewrite_prompt
-from sdd.rewriting.engines import Completion, Engine, Request
+from sdd.rewriting.engines import Answering, Completion, Request
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Selection:
 
 
 def rewrite_rows(
-    engine: Engine, examples: Sequence[Example], template: str, selection: Selection
+    engine: Answering, examples: Sequence[Example], template: str, selection: Selection
 ) -> Iterator[dict[str, Any]]:
     """A row per example, in order: {"id", "prompt", "reference", "rewrite", "finish"}.
 

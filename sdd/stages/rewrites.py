@@ -14,7 +14,8 @@ from sdd.errors import UserError
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
-from sdd.rewriting.engines import Engine, chunk_rows
+from sdd.rewriting.engines import Answering, Engine, chunk_rows
+from sdd.rewriting.journal import Journal
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages.datasets import for_row, is_chunk, read_examples, selection_for
 from sdd.stages.runtime import Runtime
@@ -82,7 +83,7 @@ def _engine(kind: str) -> type[Engine]:
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """`rewrites.jsonl`; finished chunks of rows of similar length survive a kill."""
+    """`rewrites.jsonl`; finished chunks of rows of similar length survive a kill, and every answer of a server."""
     spec = Rewrites.read(recipe.spec)
     examples = read_examples(runtime, spec.dataset)
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
@@ -92,7 +93,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         range(len(examples)),
         key=lambda i: (-len(rewrite_prompt(templates[i], examples[i].prompt, examples[i].reference)), i),
     )
-    chunks, size = [], chunk_rows(runtime.inference_batch_size)
+    chunks, size = [], chunk_rows(runtime.place.at_once)
     for part in spec.dataset.get("parts", [None]):  # rows of one chunk share a template and a selection
         own = [i for i in order if part is None or part_of(examples[i].id) == part]
         chunks += [own[at : at + size] for at in range(0, len(own), size)]
@@ -105,11 +106,12 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             if not is_chunk(path, [example.id for example in chosen]):
                 if not opened:
                     teacher = runtime.checkpoint(spec.teacher, "teacher")
-                    how = runtime.device, runtime.inference_batch_size, runtime.attention
-                    engine.open(teacher, spec.dtype, spec.system_prompt, *how)
+                    engine.open(teacher, spec.dtype, spec.system_prompt, runtime.place)
                     opened = True
                 selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
-                write_jsonl(path, rewrite_rows(engine, chosen, templates[chunk[0]], selection))
+                kept = scratch / f"{number:06d}.answers.jsonl"
+                answering: Answering = Journal(engine, kept) if engine.asks_alone else engine
+                write_jsonl(path, rewrite_rows(answering, chosen, templates[chunk[0]], selection))
             else:
                 progress.initial += len(chunk)
             progress.update(len(chunk))

@@ -6,6 +6,7 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting.engines import Place, Server
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,24 @@ class Runtime:
     gradient_checkpointing: bool = False
     logger: dict[str, Any] = field(default_factory=dict)
     run_folder: Path = Path()
+    server: Server | None = None
 
     @property
     def device(self) -> str:
         return "cuda" if self.accelerator == "gpu" else "cpu"
+
+    @property
+    def place(self) -> Place:
+        """Where an engine answers."""
+        return Place(self.device, self.inference_batch_size, self.attention, self.server)
+
+    @staticmethod
+    def server_of(config: Any) -> Server | None:
+        """The server that a composed config's engine asks, if it asks one."""
+        engine = config["engine"]
+        if not engine.get("base_url"):
+            return None
+        return Server(str(engine["base_url"]), **{key: engine[key] for key in ("concurrency", "retries", "timeout")})
 
     @staticmethod
     def sizes(config: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
     ("calibration", "local"): ["calibration.path=texts.jsonl"],
     ("dataset", "local"): ["dataset.path=rows.jsonl"],
+    ("engine", "openai"): ["engine.model=theirs"],
     **{
         ("merge", method): ["merge.students=[['seed=1'],['seed=2']]"]
         for method in ("slerp", "linear", "task_arithmetic", "ties")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sdd.models.chats import chat_prompt_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting import engines
-from sdd.rewriting.engines import Completion, GumbelNoise, HFEngine, Request
+from sdd.rewriting.engines import Completion, GumbelNoise, HFEngine, Place, Request
 from sdd.tiny.tasks import instances
 
 NEW = 12
@@ -29,7 +29,7 @@ def requests() -> list[Request]:
 
 def opened(folder: Path, **settings: Any) -> HFEngine:
     engine = HFEngine(**{"max_new_tokens": NEW, **settings})
-    engine.open(Checkpoint(folder), "float32", None, "cpu", batch_size=4)
+    engine.open(Checkpoint(folder), "float32", None, Place(batch_size=4))
     return engine
 
 
@@ -73,7 +73,7 @@ def test_greedy_text_does_not_depend_on_batches_or_order(tiny_llama: Path, reque
 
 def test_a_system_prompt_is_read(tiny_llama: Path, requests: list[Request]) -> None:
     engine = HFEngine(max_new_tokens=NEW)
-    engine.open(Checkpoint(tiny_llama), "float32", "Be brief.", "cpu", batch_size=4)
+    engine.open(Checkpoint(tiny_llama), "float32", "Be brief.", Place(batch_size=4))
     assert answered(engine, requests) != answered(opened(tiny_llama), requests)
 
 

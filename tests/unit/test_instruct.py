@@ -242,7 +242,7 @@ def test_every_row_of_the_real_files(kind: Any, name: str, count: int) -> None:
 def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_path: Path) -> None:
     """By the embedded teacher. The first reference of each part is wrong; only a part with an answer rule minds."""
     from sdd.models.chats import REWRITE_TEMPLATE, rewrite_prompt
-    from sdd.rewriting.engines import HFEngine, Request
+    from sdd.rewriting.engines import HFEngine, Place, Request
     from sdd.stages.rewrites import build as build_rewrites
     from sdd.stages.runtime import Runtime
     from sdd.stages.sources import TEACHER
@@ -275,7 +275,7 @@ def test_every_part_is_rewritten_by_its_template_and_checked_by_its_rule(tmp_pat
     recipe = Recipe("rewrites", 1, spec)
     build_rewrites(runtime, recipe, {}, rewrites)
     examples = source.examples()
-    engine.open(Checkpoint(TEACHER), "float32", None, "cpu", 16)
+    engine.open(Checkpoint(TEACHER), "float32", None, Place(batch_size=16))
     asked: dict[str, dict[str, str]] = {}
     for template in set(templates.values()):
         chosen = [e for e in examples if template == templates[part_of(e.id)] or part_of(e.id) == "loose"]

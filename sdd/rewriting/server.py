@@ -1,0 +1,188 @@
+"""An engine that asks a server with OpenAI's interface: vLLM, SGLang, `transformers serve`, llama.cpp, or another.
+
+The official client sends, waits and tries again: connections that fail or end, timeouts and the statuses 408, 409, 429
+and 5xx, after waits that double up to 8 seconds and are varied at random, or as long as the server asks for. Where the
+server is, the command line says; its key is in the environment.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
+from typing import Any
+
+from sdd.errors import UserError
+from sdd.models.chats import chat_messages, chat_prompt_ids, completion_prompt
+from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting.engines import Completion, Place, Request, Server, sampling
+from sdd.untrusted import printable
+
+KEY = "OPENAI_API_KEY"
+"""The environment variable with the server's key, if it wants one."""
+ENDPOINTS = ("chat", "completions")
+TOO_LONG = ("context_length_exceeded", "maximum context length", "maximum model length", "context size")
+"""How servers say that a prompt has more tokens than their model reads."""
+LONGEST = 300
+"""Characters of what a server says that are shown."""
+
+
+class OpenAIEngine:
+    """Rewrites by the model that a server calls `model`, which must be the teacher that the config names.
+
+    With `endpoint="chat"` the server's own chat template is used; with "completions" the teacher's is, here. Greedy
+    unless `temperature` is above 0; then each try has a seed of its own, which servers obey as far as they can.
+    """
+
+    kind = "openai"
+    asks_alone = True
+
+    def __init__(
+        self,
+        model: str | None = None,
+        endpoint: str = "chat",
+        max_new_tokens: int = 256,
+        max_prompt_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        tries: int = 1,
+        seed: int = 0,
+        base_url: str | None = None,
+        concurrency: int = Server.concurrency,
+        retries: int = Server.retries,
+        timeout: float = Server.timeout,
+    ) -> None:
+        if endpoint not in ENDPOINTS:
+            raise UserError(f"engine.endpoint={endpoint} is unknown; choose one of {', '.join(ENDPOINTS)}")
+        self.model, self.endpoint = model, endpoint
+        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.temperature, self.top_p, self.tries, self.seed = temperature, top_p, tries, seed
+
+    def spec(self) -> dict[str, Any]:
+        """Part of the rewrites' key: which server answers, and how it is asked, is none of it."""
+        if not self.model:
+            raise UserError("engine=openai needs the name that the server gives the model; add engine.model=NAME")
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "endpoint": self.endpoint,
+            "max_new_tokens": self.max_new_tokens,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            **sampling(self.temperature, self.top_p, self.tries, self.seed),
+        }
+
+    def check(self, place: Place) -> None:
+        """Have the server say one word, so that a wrong address, key or name is known before any work."""
+        client = self._client(place, retries=1)
+        try:
+            self._answer(client, [{"role": "user", "content": "Hello"}] if self.endpoint == "chat" else "Hello", 1, 0)
+        except Exception as error:
+            raise self._refusal(error, place, client) from None
+        finally:
+            client.close()
+
+    def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None:
+        """Only the teacher's tokenizer is loaded here; in which dtype it computes is its server's business."""
+        self.tokenizer, self.system_prompt, self.place = checkpoint.tokenizer(), system_prompt, place
+        self.client = self._client(place)
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Completions as they come; prompts that begin alike are asked one after another, which caches like."""
+        asked = []
+        for request in requests:
+            if len(chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt)) > self.max_prompt_tokens:
+                yield Completion(request.id, "", "too_long")
+            else:
+                asked.append(request)
+        asked.sort(key=lambda request: request.prompt)
+        assert self.place.server is not None, "open() comes first"
+        pool = ThreadPoolExecutor(self.place.server.concurrency, thread_name_prefix="server")
+        try:
+            for future in as_completed([pool.submit(self._completed, request) for request in asked]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _completed(self, request: Request) -> Completion:
+        drawn = hashlib.sha256(f"{self.seed} {request.attempt} {request.id}".encode()).digest()
+        prompt: Any = chat_messages(self.tokenizer, request.prompt, self.system_prompt)
+        if self.endpoint == "completions":
+            prompt = completion_prompt(self.tokenizer, request.prompt, self.system_prompt)
+        try:
+            text, finish = self._answer(self.client, prompt, self.max_new_tokens, int.from_bytes(drawn[:4], "big") >> 1)
+        except Exception as error:
+            if getattr(error, "status_code", None) == 400 and any(words in _said(error) for words in TOO_LONG):
+                return Completion(request.id, "", "too_long")
+            raise self._refusal(error, self.place, self.client) from None
+        return Completion(request.id, text, finish)
+
+    def _answer(self, client: Any, prompt: Any, limit: int, seed: int) -> tuple[str, str]:
+        """(text, "stop" or "length") of one request."""
+        settings: dict[str, Any] = {"model": self.model, "max_tokens": limit, "temperature": self.temperature}
+        if self.temperature > 0:
+            settings |= {"top_p": self.top_p, "seed": seed}
+        if self.endpoint == "chat":
+            response = client.chat.completions.create(messages=prompt, **settings)
+        else:
+            response = client.completions.create(prompt=prompt, **settings)
+        try:
+            (choice,) = response.choices
+            text, finish = choice.message.content if self.endpoint == "chat" else choice.text, choice.finish_reason
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"{response}") from None
+        if not isinstance(text, str | None) or not isinstance(finish, str):
+            raise ValueError(f"{choice}")
+        whole = (text or "").encode("utf-8", "replace").decode()  # half a character is none
+        return whole.strip(), "stop" if finish == "stop" else "length"
+
+    def _client(self, place: Place, retries: int | None = None) -> Any:
+        if place.server is None:
+            raise UserError(
+                "engine=openai asks a server; say where on the command line: engine.base_url=http://HOST/v1"
+            )
+        if find_spec("openai") is None:
+            raise UserError("engine=openai needs the package openai; run: pip install 'sdd[server]'")
+        from openai import OpenAI
+
+        server = place.server
+        return OpenAI(
+            base_url=server.url,
+            api_key=os.environ.get(KEY) or "none",
+            max_retries=server.retries if retries is None else retries,
+            timeout=server.timeout,
+        )
+
+    def _refusal(self, error: Exception, place: Place, client: Any) -> UserError:
+        """One line for whatever came back instead of an answer."""
+        import openai
+
+        assert place.server is not None
+        where, said = f"engine.base_url={place.server.url}", _said(error)
+        again = "finished rows are kept, run the same command again"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return UserError(f"{where}: the server refuses the key ({said}); set {KEY} in the environment")
+        if isinstance(error, openai.APITimeoutError):
+            return UserError(f"{where}: no answer within engine.timeout={place.server.timeout:g} seconds; {again}")
+        if isinstance(error, openai.APIConnectionError):
+            return UserError(f"{where}: no server can be reached there ({said}); {again}")
+        if isinstance(error, openai.NotFoundError | openai.BadRequestError | openai.UnprocessableEntityError):
+            return UserError(f"{where}: the server refuses engine.model={self.model} ({said}){self._models(client)}")
+        if isinstance(error, openai.APIStatusError):
+            return UserError(f"{where}: the server gives up ({said}); {again}")
+        kind = "chat completion" if self.endpoint == "chat" else "completion"
+        return UserError(f"{where}: what comes back is no {kind} ({said}); see that the address ends in /v1")
+
+    def _models(self, client: Any) -> str:
+        """What the server says that it has."""
+        try:
+            names = [str(model.id) for model in client.with_options(max_retries=0).models.list()]
+        except Exception:
+            return ""
+        return f"; it has {printable(', '.join(names)[:LONGEST])}" if names else ""
+
+
+def _said(error: Exception) -> str:
+    """What the server answered, in whatever form, or else what went wrong on the way."""
+    response = getattr(error, "response", None)
+    text = str(error) if response is None else f"{response.status_code}: {response.text}"
+    return printable(" ".join(text.split())[:LONGEST])

@@ -1,0 +1,306 @@
+"""Rewriting by a server: a real one, `transformers serve` on the embedded teacher; and small ones that misbehave.
+
+That server knows no keys and always answers what was asked, so that what refuses keys, is busy or talks nonsense is a
+stand-in of this file.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import PATIENCE, Running, run, spawn
+
+import sdd
+from sdd.errors import UserError
+from sdd.models.chats import chat_prompt_ids, completion_prompt
+from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting.engines import HFEngine, Place, Request, Server
+from sdd.rewriting.journal import Journal
+from sdd.rewriting.server import OpenAIEngine
+from sdd.store.files import read_jsonl
+from sdd.tiny.tasks import instances
+
+TEACHER = Path(sdd.__file__).parent / "tiny" / "teacher"
+ROWS = ["model.dtype=float32", "dataset=tiny_math", "dataset.num_rows=20", "finetune.validation_rows=4"]
+ROWS += ["finetune.num_rows=16", "engine.max_new_tokens=72"]
+"""The limit is one that no answer ends at: that server calls an answer cut whose end is the last token it may say."""
+LONG = "pear " * 400
+
+
+class Serving:
+    """`transformers serve` in a process of its own, which can be killed and started again at its place."""
+
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log, self.url = log, f"http://127.0.0.1:{self.port}/v1"
+        self.start()
+
+    def start(self) -> None:
+        program = Path(sys.executable).with_name("transformers")
+        words = [str(TEACHER), "--port", str(self.port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(program), "serve", *words], stdout=log, stderr=log, env={**os.environ}
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def words(self) -> list[str]:
+        return ["engine=openai", f"engine.base_url={self.url}", f"engine.model={TEACHER}", "engine.concurrency=3"]
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    server = Serving(tmp_path_factory.mktemp("server") / "log")
+    server.wait()
+    yield server
+    server.kill()
+
+
+def rewrites_of(root: Path) -> list[dict[str, Any]]:
+    (path,) = (root / "artifacts" / "rewrites").glob("*/rewrites.jsonl")
+    return list(read_jsonl(path))
+
+
+def journal_of(root: Path) -> list[str]:
+    paths = list((root / "artifacts" / ".partial" / "rewrites").glob("*/scratch/*.answers.jsonl"))
+    return paths[0].read_text().splitlines() if paths else []
+
+
+def generate_until(rows: int, serving: Serving, cwd: Path, name: str) -> Running:
+    """`generate.py` that asks the server, as soon as so many rows are answered."""
+    process = spawn("generate", *ROWS, *serving.words, cwd=cwd, name=name)
+    process.until(lambda: len(journal_of(cwd)) >= rows)
+    return process
+
+
+def test_no_row_is_lost_or_asked_twice_by_kills_of_either_side(serving: Serving, tmp_path: Path) -> None:
+    """The rows of a killed run are kept; a server that is killed and comes back is waited for; rows equal `hf`'s."""
+    expected = run("generate", *ROWS, cwd=tmp_path / "hf")
+    assert expected.code == 0, expected.stderr
+    generate_until(4, serving, tmp_path, "killed").kill()
+    kept = journal_of(tmp_path)
+    (path,) = (tmp_path / "artifacts" / ".partial" / "rewrites").glob("*/scratch/*.answers.jsonl")
+    with path.open("a") as file:
+        file.write('{"id": "cut off')
+    again = generate_until(len(kept) + 4, serving, tmp_path, "again")
+    serving.kill()
+    serving.start()
+    outcome = again.outcome()
+    assert outcome.code == 0, outcome.stderr
+    assert rewrites_of(tmp_path) == rewrites_of(tmp_path / "hf")
+    assert not [path for path in (tmp_path / "artifacts").rglob("manifest.json") if serving.url in path.read_text()]
+    asked = serving.log.read_text().count("POST /v1/chat/completions")
+    cut = 2 * 3  # requests in flight at a kill
+    assert len(rewrites_of(tmp_path)) + 2 <= asked <= len(rewrites_of(tmp_path)) + 2 + cut  # two checks
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_answers_equal_this_process(serving: Serving, endpoint: str) -> None:
+    serving.wait()
+    place = Place(batch_size=8, server=Server(serving.url, concurrency=4))
+    own, asking = HFEngine(max_new_tokens=24), OpenAIEngine(str(TEACHER), endpoint, max_new_tokens=24)
+    requests = [Request(f"r{number}", task.prompt) for number, task in enumerate(instances("pool", 5, 12))]
+    requests.append(Request("long", LONG))
+    for engine in (own, asking):
+        engine.open(Checkpoint(TEACHER), "float32", None, place)
+    answers = {one.id: one for one in asking.complete(requests)}
+    assert answers == {one.id: one for one in own.complete(requests)}
+    assert answers["long"].finish == "too_long"
+    assert {one.finish for one in answers.values()} == {"stop", "length", "too_long"}
+
+
+def test_a_prompt_as_text_has_the_tokens_of_the_chat(tokenizer: Any) -> None:
+    text = completion_prompt(tokenizer, "Reverse: abc", "Be brief.")
+    assert tokenizer(text)["input_ids"] == chat_prompt_ids(tokenizer, "Reverse: abc", "Be brief.")
+
+
+def test_a_model_that_the_server_has_not(serving: Serving, tmp_path: Path) -> None:
+    serving.wait()
+    outcome = run("generate", *ROWS, *serving.words, "engine.model=another", cwd=tmp_path)
+    assert outcome.code == 2
+    (line,) = outcome.errors
+    assert "engine.model=another" in line and "pinned to" in line
+    assert not outcome.built
+
+
+# ---- servers that misbehave ---------------------------------------------------------------------------------------
+
+
+class Standing(ThreadingHTTPServer):
+    """Answers from a list, the last one again and again: (status, headers, body); `asked` are the requests."""
+
+    daemon_threads = True
+
+    def __init__(self, answers: list[tuple[int, dict[str, str], bytes]]) -> None:
+        super().__init__(("127.0.0.1", 0), StandIn)
+        self.answers, self.asked = answers, list[tuple[str | None, dict[str, Any]]]()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class StandIn(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.asked.append((self.headers["Authorization"], body))
+        status, headers, content = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json"} | headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+def answer(text: Any, finish: str = "stop") -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return json.dumps(
+        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    ).encode()
+
+
+def refused(message: str, **more: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "invalid_request_error", **more}}).encode()
+
+
+def asking(server: Standing, **settings: Any) -> OpenAIEngine:
+    engine = OpenAIEngine("m", **settings)
+    engine.open(Checkpoint(TEACHER), "float32", None, Place(server=Server(server.url, 1, 2, 5.0)))
+    return engine
+
+
+OK: tuple[int, dict[str, str], bytes] = (200, {}, answer("fine"))
+MISTAKES = {
+    "wrong key": ([(401, {}, refused("Incorrect API key"))], "set OPENAI_API_KEY"),
+    "unknown model": ([(404, {}, refused("no such model"))], "engine.model=m (404: "),
+    "page": ([(200, {"Content-Type": "text/html"}, b"<html>It works!</html>")], "no chat completion"),
+    "torn": ([(200, {}, b'{"id": "1", "choi')], "no chat completion"),
+    "no choices": ([(200, {}, b'{"choices": []}')], "no chat completion"),
+    "a number": ([(200, {}, answer(17))], "no chat completion"),
+    "always busy": ([(503, {"Retry-After": "0"}, b"{}")], "the server gives up"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_is_no_answer_costs_one_line(mistake: str) -> None:
+    answers, expected = MISTAKES[mistake]
+    engine = asking(Standing(list(answers)))
+    for refuse in (lambda: list(engine.complete([Request("a", "b")])), lambda: engine.check(engine.place)):
+        with pytest.raises(UserError) as refusal:
+            refuse()
+        assert expected in str(refusal.value) and engine.place.server.url in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    """Before anything is computed, and the scripts' exit code is that of a mistake."""
+    words = ["engine=openai", "engine.base_url=http://127.0.0.1:9/v1", "engine.model=m"]
+    outcome = run("generate", *ROWS, *words, cwd=tmp_path)
+    assert (outcome.code, outcome.built) == (2, [])
+    assert "no server can be reached there" in outcome.errors[0]
+
+
+def test_busy_servers_are_asked_again_and_long_prompts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of-a-test")
+    long = (400, {}, refused("This model's maximum context length is 8 tokens", code="context_length_exceeded"))
+    server = Standing([(429, {"Retry-After": "0"}, b"{}"), (500, {"Retry-After": "0"}, b"{}"), OK, long, OK])
+    engine = asking(server, temperature=0.7, top_p=0.9, tries=2, seed=5)
+    found = {one.id: one for one in engine.complete([Request("a", "first"), Request("b", "second")])}
+    assert [(found[id].text, found[id].finish) for id in "ab"] == [("fine", "stop"), ("", "too_long")]
+    assert {key for key, _ in server.asked} == {"Bearer of-a-test"}
+    list(engine.complete([Request("a", "first", attempt=1)]))
+    bodies = [body for _, body in server.asked]
+    assert [body["messages"][-1]["content"] for body in bodies] == ["first"] * 3 + ["second", "first"]
+    assert bodies[0] == bodies[2] and bodies[0]["seed"] != bodies[-1]["seed"]
+    assert (bodies[0]["temperature"], bodies[0]["top_p"]) == (0.7, 0.9)
+
+
+def test_a_journal_asks_for_what_it_lacks(tmp_path: Path) -> None:
+    server = Standing([OK])
+    engine = asking(server)
+    path = tmp_path / "answers.jsonl"
+    first = list(Journal(engine, path).complete([Request("a", "x"), Request("b", "y")]))
+    asked = len(server.asked)
+    again = Journal(engine, path)
+    assert sorted(one.id for one in again.complete([Request("a", "x"), Request("b", "y")])) == ["a", "b"]
+    assert len(server.asked) == asked == len(first)
+    list(again.complete([Request("a", "x", attempt=1)]))
+    assert len(server.asked) == asked + 1
+
+
+def test_where_and_how_a_server_is_asked_is_no_part_of_a_key() -> None:
+    one = OpenAIEngine("m", base_url="http://a/v1", concurrency=1, retries=1, timeout=1.0, seed=3)
+    assert one.spec() == OpenAIEngine("m", base_url="http://b/v1").spec()
+    assert one.spec() != OpenAIEngine("n").spec() != OpenAIEngine("n", "completions").spec()
+    rebuilt = OpenAIEngine(**{key: value for key, value in one.spec().items() if key != "kind"})
+    assert rebuilt.spec() == one.spec()
+
+
+# ---- rows leave for no server that a file names -------------------------------------------------------------------
+
+SENT = "http://127.0.0.1:9/v1"
+FILES = {
+    "a setting": "defaults: [override /engine: openai]\nengine: {base_url: %s, model: m}",
+    "a sweep": "defaults: [override /engine: openai]\nhydra: {sweeper: {params: {engine.base_url: '%s'}}}",
+    "by a reference": "defaults: [override /engine: openai]\nstudy: {url: %s}\nengine: {base_url: '${study.url}'}",
+    "a student": "defaults: [override /merge: linear, override /engine: openai]\nengine: {model: m}\n"
+    "merge: {students: [['engine.base_url=%s'], [seed=1]]}",
+}
+
+
+@pytest.mark.parametrize("way", FILES)
+def test_a_file_names_no_server(way: str, tmp_path: Path) -> None:
+    (tmp_path / "given" / "experiment").mkdir(parents=True)
+    (tmp_path / "given/experiment/theirs.yaml").write_text(f"# @package _global_\n{FILES[way] % SENT}\n")
+    words = ["--config-dir=given", "experiment=theirs", *(["-m"] if way == "a sweep" else []), "dry_run=true"]
+    outcome = run("evaluate" if way == "a student" else "generate", *words, cwd=tmp_path)
+    assert outcome.code == 2
+    assert "engine.base_url" in outcome.stderr and not outcome.built
+
+
+def test_the_command_line_names_it_by_itself(tmp_path: Path) -> None:
+    referring = ["engine=openai", "+study.url=http://a/v1", "engine.base_url=${study.url}", "engine.model=m"]
+    assert "say engine.base_url=" in run("generate", *ROWS, *referring, "dry_run=true", cwd=tmp_path).stderr
+    words = ["engine=openai", f"engine.base_url={SENT}", "engine.model=m", "dry_run=true"]
+    assert run("generate", *ROWS, *words, cwd=tmp_path).code == 0
+    (lacking,) = run("generate", *ROWS, "engine=openai", "engine.model=m", cwd=tmp_path).errors
+    assert "engine.base_url=" in lacking
+    (nameless,) = run("generate", *ROWS, "engine=openai", f"engine.base_url={SENT}", cwd=tmp_path).errors
+    assert "engine.model=" in nameless
