@@ -118,6 +118,9 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     wanted = job.wanted(script)
     if config.dry_run:
         return {"dry_run": True, "plan": print_plan(wanted, job.study, job.store(script))}
+    if config.fetch:
+        job.fetch(wanted)
+        return {"fetched": True}
     if wanted is None:
         folder = job.study.models.checkpoint.folder
         print(folder, flush=True)

@@ -71,7 +71,7 @@ def cut_lines(folder: Path) -> list[str]:
 
 def _next_commands(words: Sequence[str]) -> list[str]:
     """What the cut cost, and how to get quality back."""
-    shared = [word for word in words if _name(word) not in ("finetune", "dry_run")]
+    shared = [word for word in words if _name(word) not in ("finetune", "dry_run", "fetch")]
     cost, back = command("evaluate", [*shared, "finetune=none"]), command("train", [*shared, "finetune=self_distill"])
     return [f"next, what the cut cost: {cost}", f"next, to get quality back: {back}"]
 

@@ -105,6 +105,20 @@ class Job:
             store.ensure(wanted, build, self.config.store.missing)
         return store.folder(wanted)
 
+    def fetch(self, wanted: Recipe | None) -> None:
+        """Have all that the hub has to give for an artifact lie on this machine, so that none is needed to build it.
+
+        The models are there already: the recipe names them by their content.
+        """
+        from sdd.stages import evaluated, graph
+
+        recipes = list(wanted.walk()) if wanted else []
+        graph.read_data(self.study, [recipe for recipe in recipes if recipe.stage != "evaluated"])
+        if any(recipe.stage == "evaluated" for recipe in recipes):
+            evaluated.fetch_rows(self.study)
+        for folder in dict.fromkeys(self.study.sources.values()):
+            print(folder, flush=True)
+
     def _runtime(self) -> Any:
         from sdd.stages.runtime import Runtime
 

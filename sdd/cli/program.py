@@ -10,10 +10,12 @@ sdd: cut a language model, get its quality back, see what it cost. Usage: sdd CO
   sdd generate dataset=tiny_math              the unpruned model rewrites the reference answers
   sdd train pruning=n2 finetune=self_distill  fine-tune the pruned model; then evaluate, with the same settings
   sdd evaluate -m finetune=none,sft seed=0,1  a sweep, and its report
+  sdd fetch experiment=quickstart             what the hub has to give for it, for machines without a network
   sdd chat ADDRESS                            talk to a student and to the model it was made of
   sdd explain [GROUP | SETTING]               what there is to choose, what it is, what it changes
 Also: report, export, share, rerun, store, stages (each with --help); sdd train --help shows every setting."""
 SCRIPTS = ("prune", "generate", "train", "evaluate")
+FETCH = "fetch"
 TOOLS = {
     "report": ("sdd.report.__main__", "main"),
     "export": ("sdd.export.checkpoint", "main"),
@@ -34,11 +36,12 @@ def main(words: list[str] | None = None) -> int:
         print(HELP)
         return 0
     command, *rest = words
-    if command in SCRIPTS:
+    if command in (*SCRIPTS, FETCH):
         from sdd.cli import app
 
-        sys.argv = [f"sdd-{command}", *rest]
-        app.main(command)
+        script, more = ("evaluate", ["fetch=true"]) if command == FETCH else (command, [])
+        sys.argv = [f"sdd-{script}", *rest, *more]
+        app.main(script)
         return 0
     if command in TOOLS:
         module, function = TOOLS[command]
@@ -47,7 +50,7 @@ def main(words: list[str] | None = None) -> int:
     from sdd.cli.mistakes import advice
     from sdd.untrusted import printable
 
-    line = f"sdd has no command {command}; {advice(command, [*SCRIPTS, *TOOLS])}"
+    line = f"sdd has no command {command}; {advice(command, [*SCRIPTS, FETCH, *TOOLS])}"
     if "=" in command:
         line = f"{command} needs a command before it, for example: sdd train {command}"
     print(f"error: {printable(line)}", file=sys.stderr)

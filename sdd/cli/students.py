@@ -25,7 +25,9 @@ from sdd.errors import UserError
 COMPOSING: ContextVar[bool] = ContextVar("composing a student", default=False)
 """Whether a job composes a student, whose mistakes are the job's."""
 
-NOT_OF_A_STUDENT = ("hydra", "merge", "evaluation", "trainer", "logger", "paths", "store", "dry_run", "allow")
+NOT_OF_A_STUDENT = (
+    *("hydra", "merge", "evaluation", "trainer", "logger", "paths", "store", "dry_run", "fetch", "allow"),
+)
 """Groups that say nothing of how a student is made."""
 
 

@@ -20,7 +20,7 @@ from typing import Any, Union, get_args, get_origin
 
 from sdd.config.schema import Config, hints_of
 
-LEFT_OUT = ("paths", "logger", "store", "dry_run", "study")
+LEFT_OUT = ("paths", "logger", "store", "dry_run", "fetch", "study")
 """Settings that say where and by whom, not what; `study` holds what other settings refer to, which have the values."""
 CRITERION = ("by", "depth", "contiguous", "keep_final", "seed", "num_texts", "alpha", "temperature", "first_cut")
 ENGINE = (

@@ -261,6 +261,7 @@ class Config:
     paths: Paths = described("where things lie", Paths)
     store: Store = described("how artifacts are come by", Store)
     dry_run: bool = described("show what would be built and what it takes, and build nothing", False)
+    fetch: bool = described("fetch models, rows and evaluation data that the hub has, and build nothing", False)
     allow: Any = described("classes of your own that this command line allows; no file may say it", None)
 
 

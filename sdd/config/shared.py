@@ -236,7 +236,7 @@ def check_words(overrides: Iterable[str], where: str) -> None:
         bare = key.lstrip("+~")
         if not (_SWEPT.fullmatch(bare) and (separator or key.startswith("~")) and len(override) <= LONGEST_WORD):
             raise UserError(f"{where}: {override[:80]!r} is no override; refused")
-        if _is_the_users(bare, "store", "dry_run") or any(sign in override for sign in ("$", "..")):
+        if _is_the_users(bare, "store", "dry_run", "fetch") or any(sign in override for sign in ("$", "..")):
             raise UserError(f"{where}: {override[:80]} is not a config file's to set; say it on the command line")
         if not override.isprintable():
             raise UserError(f"{where}: {override[:80]!r} holds control characters; refused")

@@ -2,11 +2,16 @@
 
 A pinned commit is content, so recipes name it without asking the hub. Files that are fetched lie in the hub's own cache
 and are read as local files are, so that work goes on without a network; what is streamed is drawn through a shuffle
-buffer and never stored. Nothing of a repository is run.
+buffer, and the rows that were drawn are kept beside that cache. Nothing of a repository is run.
 """
 
+import json
+import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -17,6 +22,8 @@ from sdd.data.files import read_rows
 from sdd.errors import UserError
 from sdd.models.hub import HUB_ID, UNREACHABLE, explained, is_due_to, snapshot
 from sdd.store import digest_of
+
+log = logging.getLogger(__name__)
 
 BUFFER_ROWS = 10_000
 """Rows in the buffer that a stream is shuffled through."""
@@ -84,11 +91,55 @@ def streamed_rows(
     source: Repository, setting: str, count: int, seed: int | None
 ) -> Sequence[tuple[str, dict[str, Any]]]:
     """The first `count` rows of the stream, shuffled by `seed` through a buffer; in the repository's order if None."""
-    return list(islice(stream(source, setting, seed), count))
+    with closing(stream(source, setting, seed)) as rows:
+        return list(islice(rows, count))
 
 
-def stream(source: Repository, setting: str, seed: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a stream that has no end for practical purposes."""
+def stream(source: Repository, setting: str, seed: int | None) -> Generator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a stream that has no end for practical purposes; close it where it is left.
+
+    What was read of it before, on this machine, is not asked of the hub again.
+    """
+    place, kept = f"{setting}.hub.repository={source.repository}: row", _kept_file(source, seed)
+    number = 0
+    if kept.is_file():
+        for number, (_, row) in enumerate(read_rows([kept], setting), 1):
+            yield f"{place} {number} of the stream", row
+    fresh: list[dict[str, Any]] = []
+    try:
+        for row in islice(_asked(source, setting, seed), number, None):
+            fresh.append(row)
+            yield f"{place} {number + len(fresh)} of the stream", row
+    finally:
+        _keep(kept, number, fresh)
+
+
+def _kept_file(source: Repository, seed: int | None) -> Path:
+    """Where the rows that were read of a stream lie, beside the hub's cache: they may be shared as that is."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "sdd" / "streams" / f"{digest_of([source.spec(), seed])[:16]}.jsonl"
+
+
+def _keep(path: Path, number: int, fresh: list[dict[str, Any]]) -> None:
+    """Add rows to the `number` that are kept, unless another process did, or the disk does not take them."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in fresh]
+    if not fresh or any(json.loads(line) != row for line, row in zip(lines, fresh, strict=True)):
+        return  # rows of more than JSON's own types would be others when they are read again
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if before.count("\n") != number:
+            return
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
+            file.write(before + "".join(f"{line}\n" for line in lines))
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("rows of a stream cannot be kept at %s: %s", path, error.strerror)
+
+
+def _asked(source: Repository, setting: str, seed: int | None) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, asked of the hub."""
     from datasets import load_dataset
 
     kind = "parquet" if source.files[0].endswith(".parquet") else "json"
@@ -100,8 +151,7 @@ def stream(source: Repository, setting: str, seed: int | None) -> Iterator[tuple
         rows = load_dataset(kind, data_files=paths, split="train", streaming=True)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=BUFFER_ROWS)
-        for number, row in enumerate(rows, 1):
-            yield f"{setting}.hub.repository={source.repository}: row {number} of the stream", row
+        yield from rows
     except Exception as error:
         raise _refusal(source, setting, error) from None
 

@@ -7,6 +7,7 @@ shared here.
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,12 +80,13 @@ class Rows(ABC):
         """The first usable rows of the stream, repeated ones left out; their ids are digests of their words."""
         assert self.repository is not None
         examples: dict[str, Example] = {}
-        for place, row in stream(self.repository, "dataset", self.seed):
-            example = self.example(row, digest_of(row)[:16], place)
-            if example is not None:
-                examples.setdefault(example.id, example)
-            if len(examples) == count:
-                break
+        with closing(stream(self.repository, "dataset", self.seed)) as rows:
+            for place, row in rows:
+                example = self.example(row, digest_of(row)[:16], place)
+                if example is not None:
+                    examples.setdefault(example.id, example)
+                if len(examples) == count:
+                    break
         return list(examples.values())
 
     @cached_property

@@ -146,6 +146,18 @@ def check_rows(study: Study) -> None:
     study.tasks |= benchmark.built({name: files[digest] for name, digest in data["files"].items()} if files else None)
 
 
+def fetch_rows(study: Study) -> None:
+    """Have the rows of lm-eval's tasks fetched, once for all jobs of a process that ask for the same."""
+    settings = study.config.evaluation
+    if settings.suite != "tiny" and settings.data_dir is None:
+        _fetch_rows(settings.suite, None if settings.tasks is None else tuple(settings.tasks), settings.num_fewshot)
+
+
+@cache
+def _fetch_rows(suite: str, names: tuple[str, ...] | None, num_fewshot: int | None) -> None:
+    Benchmark(suite, None if names is None else list(names), num_fewshot).built(None)
+
+
 def _stock_tasks(study: Study) -> dict[str, Any]:
     settings = study.config.evaluation
     if settings.suite not in SUITES:

@@ -174,6 +174,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("paths.artifacts", "elsewhere", [], {}),
     ("store.missing", "raise", [], {}),
     ("dry_run", True, [], {}),
+    ("fetch", True, [], {}),
     ("allow", "mine.metrics.Middle", [], {}),
     ("dataset.name", "renamed", [], {}),
     ("engine.seed", 1, [], {}),

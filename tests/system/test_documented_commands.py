@@ -16,7 +16,7 @@ from launching import REPOSITORY
 from omegaconf import open_dict
 
 from sdd.cli.loader import own_loader
-from sdd.cli.program import SCRIPTS, TOOLS
+from sdd.cli.program import FETCH, SCRIPTS, TOOLS
 from sdd.cli.words import arranged
 from sdd.config import check_values
 
@@ -36,6 +36,8 @@ def plain(command: str) -> str:
     program, name, *words = command.split(" ")
     if program != "sdd":
         return command
+    if name == FETCH:
+        return " ".join(["python evaluate.py", *words])
     if name in SCRIPTS:
         return " ".join([f"python {name}.py", *words])
     module, function = TOOLS[name]

@@ -17,7 +17,7 @@ from test_addresses import IN_KEY, NOT_IN_KEY
 from sdd.cli.explain import explained, first_sentence, options_of
 from sdd.cli.influence import Influence
 from sdd.cli.loader import config_folder, own_loader
-from sdd.cli.program import HELP, SCRIPTS, TOOLS, main
+from sdd.cli.program import FETCH, HELP, SCRIPTS, TOOLS, main
 from sdd.config.settings import descriptions, keys, setting
 from sdd.stages import graph
 from sdd.stages.dry_run import planned, summary
@@ -50,7 +50,7 @@ def test_help_is_ten_lines_and_imports_little(tmp_path: Path) -> None:
     assert len(HELP.splitlines()) <= 10
     assert max(map(len, HELP.splitlines())) <= 120
     assert not {"hydra", "torch", "omegaconf", "numpy"} & set(re.findall(r"'(\w+)'", done.stderr))
-    assert {word for line in HELP.splitlines()[1:-1] for word in [line.split()[1]]} <= {*SCRIPTS, *TOOLS}
+    assert {word for line in HELP.splitlines()[1:-1] for word in [line.split()[1]]} <= {*SCRIPTS, FETCH, *TOOLS}
 
 
 def test_commands_of_the_help_compose() -> None:

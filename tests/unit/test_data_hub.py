@@ -108,7 +108,16 @@ def answers(hub: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     found = asked(hub[0], home, *cases.values())
     again = asked("http://127.0.0.1:9", home, {"hub": node()}, {"hub": node("somebody/elsewhere")}, HF_HUB_OFFLINE="1")
     down = asked("http://127.0.0.1:9", home, {"hub": node("somebody/elsewhere")})
-    return dict(zip(cases, found, strict=True)) | {"offline": again[0], "offline, other": again[1], "down": down[0]}
+    kept = {"hub": node(stream=True), "num_rows": 20, "seed": 3}
+    known, unknown = asked("http://127.0.0.1:9", home, kept, kept | {"num_rows": 21}, HF_HUB_OFFLINE="1")
+    return (
+        dict(zip(cases, found, strict=True))
+        | {"offline": again[0], "offline, other": again[1], "down": down[0]}
+        | {
+            "kept stream": known,
+            "more than is kept": unknown,
+        }
+    )
 
 
 def test_files_are_fetched_and_read_as_local_ones(answers: dict[str, Any], hub: tuple[str, Path]) -> None:
@@ -126,6 +135,7 @@ def test_a_stream_gives_a_seeded_sample_with_nested_prefixes(answers: dict[str, 
     assert sorted(answers["other stream"]) != sorted(stream)
     assert {prompt for _, prompt in stream} != {f"q{n}?" for n in range(7)}
     assert {prompt for _, prompt in answers["stream of jsonl"]} <= {f"q{n}?" for n in range(60)}
+    assert answers["kept stream"] == answers["longer stream"], "what was read needs no network"
     assert answers["stream too short"] == "error: dataset.num_rows=61, but somebody/sums has 60 rows"
 
 
@@ -142,6 +152,7 @@ def test_a_stream_gives_a_seeded_sample_with_nested_prefixes(answers: dict[str, 
         ("stream of nothing", f"somebody/sums has no file data/test-*.parquet at {COMMIT}"),
         ("no column", "no column 'text'; the file has question, answer"),
         ("offline, other", "the hub cannot be reached (HF_HUB_OFFLINE is set) and the files are not in its cache"),
+        ("more than is kept", "the hub cannot be reached"),
         ("down", "the hub cannot be reached ("),
     ],
 )
