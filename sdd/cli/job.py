@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from sdd.cli.gpus import claim_gpu
 from sdd.cli.students import composed_students
 from sdd.cli.words import command
 from sdd.config import check_values, plain
@@ -163,6 +164,8 @@ def _check_machine(trainer: DictConfig) -> None:
         )
     if trainer.accelerator == "gpu":
         import torch
+
+        claim_gpu()
 
         if not torch.cuda.is_available():
             raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")

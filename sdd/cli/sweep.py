@@ -24,6 +24,8 @@ RECORD = {
     "plan?": [ANY],
 }
 """What a job says of itself in `result.json`."""
+WORKERS = (2, 4, 8)
+"""How many workers a dry run of a sweep counts for."""
 LARGEST = 4 << 20
 """Bytes of a job's record or config."""
 
@@ -64,9 +66,17 @@ class SweepEnd(Callback):
                 print(printable(f"  #{name} {' '.join(job['overrides'])}: {job['error']}"), file=sys.stderr)
         plans = [record for _, job in jobs for record in job.get("plan", [])]
         if plans:
+            from sdd.planning.requirements import duration
+            from sdd.planning.side_by_side import seconds_of
             from sdd.stages.dry_run import summary
 
             log.info("the whole sweep: %s", summary(plans))
+            steps = [
+                [(one["artifact"], 0.0 if one["exists"] else one["seconds"]) for one in job.get("plan", [])]
+                for _, job in jobs
+            ]
+            times = ", ".join(f"{duration(seconds_of(steps, workers))} by {workers}" for workers in WORKERS)
+            log.info("by several workers, each with a device of its own: about %s", times)
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]
         if not evaluated:
             return

@@ -69,6 +69,7 @@ def test_sweep_counts_what_jobs_share_once(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.stderr
     assert len(outcome.lines) == 4
     assert "the whole sweep: 3 artifacts to build" in outcome.stderr
+    assert re.search(r"by several workers, .*: about \S+ \w+ by 2, \S+ \w+ by 4, \S+ \w+ by 8", outcome.stderr)
 
 
 # ---- the counts behind the estimates -----------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Several workers on one machine: what a sweep takes by count, and who sees which GPU."""
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sdd.planning.side_by_side import seconds_of
+
+SHARED = ("scores", 10.0)
+JOBS = [[SHARED, (f"tuned {n}", 4.0)] for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        (1, 10 + 4 * 4),
+        (2, 10 + 2 * 4),  # the second waits for the scores, as for anything that another builds
+        (4, 10 + 4),
+        (9, 10 + 4),
+    ],
+)
+def test_what_is_shared_is_built_once_and_waited_for(workers: int, expected: float) -> None:
+    assert seconds_of(JOBS, workers) == expected
+
+
+def test_what_exists_takes_nothing_and_no_job_no_time() -> None:
+    assert seconds_of([[("scores", 0.0), ("tuned", 3.0)], [("scores", 0.0)]], 2) == 3
+    assert seconds_of([], 2) == 0
+
+
+CLAIM = """
+import os, sys
+from sdd.cli.gpus import claim_gpu
+claim_gpu(); claim_gpu()
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path) -> None:
+    """As many as there are; then they are shared. One that ends gives its GPU back."""
+    names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names), "TMPDIR": str(tmp_path)}
+
+    def started() -> subprocess.Popen[str]:
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", CLAIM], env=environment, **streams)  # type: ignore[call-overload]
+
+    def seen(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
+
+    first, second = started(), started()
+    kept, given_back = seen(first), seen(second)
+    assert {kept, given_back} == set(names)
+    third = started()
+    assert seen(third) in names
+    for process in (third, second):
+        process.communicate()
+    fourth = started()
+    assert seen(fourth) == given_back
+    for process in (first, fourth):
+        process.communicate()
+        assert process.returncode == 0
