@@ -29,6 +29,7 @@ from sdd.cli.words import arranged
 from sdd.errors import UserError
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
+from sdd.store.files import read_facts
 from sdd.untrusted import printable
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ outcome: list[int] = []
 """Exit codes of this process's jobs; at the end of a sweep, of all its jobs."""
 
 
-def _task(script: str) -> Callable[[DictConfig], None]:
-    def task(config: DictConfig) -> None:
-        run_job(script, config)
+def _task(script: str) -> Callable[[DictConfig], float | None]:
+    def task(config: DictConfig) -> float | None:
+        """What a sweeper that searches (Optuna) makes better: an evaluation's average; None where there is none."""
+        return measure(HydraConfig.get().runtime.output_dir) if run_job(script, config) == 0 else None
 
     task.__module__ = f"sdd.{script}"  # Hydra names the job after it
     return task
@@ -87,6 +89,18 @@ def run_job(script: str, config: DictConfig) -> int:
         write_atomically(folder / "result.json", json.dumps(record, indent=1) + "\n")
     outcome.append(code)
     return code
+
+
+def measure(run_folder: str) -> float | None:
+    """The average, 0 to 1, of what a job evaluated."""
+    try:
+        record = read_facts(Path(run_folder) / "result.json", {"stage?": str, "path?": str})
+        if record.get("stage") != "evaluated":
+            return None
+        average: float | None = read_facts(Path(record["path"]) / "results.json", {"average": (float, None)})["average"]
+    except (UserError, OSError):
+        return None
+    return average
 
 
 def explained(error: BaseException) -> tuple[int, str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, artifacts_of, run, subprocess_run
 
+from sdd.cli import app
+
 SCRIPTS = ["prune", "generate", "train", "evaluate"]
 HEAVY = ["torch", "transformers", "pytorch_lightning", "peft", "datasets", "lm_eval", "pandas", "matplotlib", "wandb"]
 
@@ -107,6 +109,16 @@ def test_each_script_prints_its_own_artifact(small: list[str], study: Path, mani
         assert re.search(endings[script], outcome.stderr), outcome.stderr
         assert outcome.path == copied / "artifacts" / stage / manifests[stage]["address"]
         assert outcome.built == []
+
+
+def test_a_search_is_told_what_a_job_is_worth(small: list[str], copied: Path) -> None:
+    """The average of an evaluation; of anything else, and of a job that failed, nothing."""
+    outcome = run("evaluate", *small, "hydra.run.dir=evaluation", cwd=copied)
+    average = json.loads((outcome.path / "results.json").read_text())["average"]
+    assert app.measure(str(copied / "evaluation")) == average
+    run("prune", *small, "hydra.run.dir=cut", cwd=copied)
+    run("evaluate", *small, "pruning.size=9", "hydra.run.dir=mistake", cwd=copied)
+    assert [app.measure(str(copied / name)) for name in ("cut", "mistake", "nothing")] == [None] * 3
 
 
 def test_train_without_finetuning_prints_the_pruned_path(small: list[str], manifests: dict, copied: Path) -> None:
