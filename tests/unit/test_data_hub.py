@@ -106,16 +106,16 @@ def answers(hub: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     }
     home = tmp_path_factory.mktemp("home")
     found = asked(hub[0], home, *cases.values())
-    again = asked("http://127.0.0.1:9", home, {"hub": node()}, {"hub": node("somebody/elsewhere")}, HF_HUB_OFFLINE="1")
-    down = asked("http://127.0.0.1:9", home, {"hub": node("somebody/elsewhere")})
     kept = {"hub": node(stream=True), "num_rows": 20, "seed": 3}
-    known, unknown = asked("http://127.0.0.1:9", home, kept, kept | {"num_rows": 21}, HF_HUB_OFFLINE="1")
+    offline = [{"hub": node()}, {"hub": node("somebody/elsewhere")}, kept, kept | {"num_rows": 21}]
+    again = asked("http://127.0.0.1:9", home, *offline, HF_HUB_OFFLINE="1")
+    down = asked("http://127.0.0.1:9", home, {"hub": node("somebody/elsewhere")})
     return (
         dict(zip(cases, found, strict=True))
         | {"offline": again[0], "offline, other": again[1], "down": down[0]}
         | {
-            "kept stream": known,
-            "more than is kept": unknown,
+            "kept stream": again[2],
+            "more than is kept": again[3],
         }
     )
 
