@@ -13,7 +13,7 @@ sdd: cut a language model, get its quality back, see what it cost. Usage: sdd CO
   sdd fetch experiment=quickstart             what the hub has to give for it, for machines without a network
   sdd chat ADDRESS                            talk to a student and to the model it was made of
   sdd explain [GROUP | SETTING]               what there is to choose, what it is, what it changes
-Also: report, export, share, rerun, store, stages (each with --help); sdd train --help shows every setting."""
+Also: report, export, serve, share, rerun, store, stages (each with --help); sdd train --help shows every setting."""
 SCRIPTS = ("prune", "generate", "train", "evaluate")
 FETCH = "fetch"
 TOOLS = {
@@ -23,6 +23,7 @@ TOOLS = {
     "rerun": ("sdd.share", "rerun"),
     "store": ("sdd.store.__main__", "main"),
     "stages": ("sdd.stages.__main__", "main"),
+    "serve": ("sdd.export.serving", "main"),
     "chat": ("sdd.cli.chat", "main"),
     "explain": ("sdd.cli.explain", "main"),
 }

@@ -27,8 +27,10 @@ def commands() -> Iterator[str]:
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith(("python ", "make ", "sdd ")):
-                    yield plain(line.partition(" #")[0].strip())
+                for part in line.split(" -- "):  # `sdd serve ... -- COMMAND`
+                    if part.startswith(("python ", "make ", "sdd ")):
+                        part = part.replace("{url}", "http://localhost/v1").replace("{model}", "served")
+                        yield plain(part.partition(" #")[0].strip())
 
 
 def plain(command: str) -> str:

@@ -6,6 +6,7 @@ stand-in of this file.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 from launching import PATIENCE, Running, run, spawn
 
 import sdd
+from sdd.cli.program import main
 from sdd.errors import UserError
 from sdd.models.chats import chat_prompt_ids, completion_prompt
 from sdd.models.checkpoints import Checkpoint
@@ -120,6 +122,32 @@ def test_no_row_is_lost_or_asked_twice_by_kills_of_either_side(serving: Serving,
     asked = serving.log.read_text().count("POST /v1/chat/completions")
     cut = 2 * 3  # requests in flight at a kill
     assert len(rewrites_of(tmp_path)) + 2 <= asked <= len(rewrites_of(tmp_path)) + 2 + cut  # two checks
+
+
+def test_a_student_is_served_while_a_command_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A fine-tuned one, which is no checkpoint yet; the server ends with the command, whose exit code is kept."""
+    words = ["metric=last", "pruning=n1", "dataset=tiny_math", "dataset.num_rows=12", "finetune=sft"]
+    words += ["finetune.num_rows=8", "finetune.validation_rows=2", "finetune.epochs=1"]
+    student = run("train", *words, cwd=tmp_path).path
+    ask = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1].replace('/v1', '/health')).status); sys.exit(7)"
+    command = ["--", sys.executable, "-c", ask, "{url}", "{model}"]
+    assert main(["serve", student.name, "--artifacts", str(tmp_path / "artifacts"), *command]) == 7
+    printed, told = capfd.readouterr()
+    assert printed == "200\n"
+    url = re.search(r"(http://127\.0\.0\.1:\d+)/v1 serves .*/tuned|(http://127\.0\.0\.1:\d+)/v1 serves ", told)
+    assert url is not None
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{url[1] or url[2]}/health")
+
+
+def test_a_server_that_does_not_start_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["serve", str(TEACHER), "--host", "203.0.113.7", "--port", "1", "--wait", "60"]) == 2
+    assert main(["serve", "0123456789abcdef", "--artifacts", str(tmp_path)]) == 2
+    assert main(["serve", str(TEACHER), "--draft", str(TEACHER)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True] * 3
+    assert "transformers ended with code" in lines[0] and "--draft needs --program vllm" in lines[2]
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
