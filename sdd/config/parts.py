@@ -46,6 +46,7 @@ _MIXTURES = {"sdd.data.mixture.Mixture": "sdd.data.mixture"}
 _ENGINES = {
     "sdd.engines.HFEngine": "sdd.rewriting.engines",
     "sdd.rewriting.OpenAIEngine": "sdd.rewriting.server",
+    "sdd.rewriting.VLLMEngine": "sdd.rewriting.vllm",
 }
 _LOGGERS = {"pytorch_lightning.loggers.WandbLogger": "pytorch_lightning.loggers"}
 

@@ -183,6 +183,14 @@ class Checkpoint:
         return digest_of({path.name: remembered_digest(path, memory) for path in files})
 
     @property
+    def ending_ids(self) -> list[int]:
+        """The token ids that end an answer by its own word, as stock loading has them in the generation config."""
+        path = self.folder / "generation_config.json"
+        given = read_json(path, f"{self.where}: generation_config.json") if path.is_file() else {}
+        listed = given.get("eos_token_id", self._config.get("eos_token_id"))
+        return [one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, int)]
+
+    @property
     def steers_generation(self) -> bool:
         """Whether the checkpoint ships settings that would change greedy answers if they were obeyed."""
         config, path = self._config, self.folder / "generation_config.json"

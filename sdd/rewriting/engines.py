@@ -146,6 +146,11 @@ class HFEngine:
         self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
         self.batch_size = self.batch_size or batch_size
 
+    @property
+    def stops(self) -> list[int]:
+        """Ids that end an answer."""
+        return stop_ids(self.tokenizer, self.model.generation_config)
+
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in an order of the engine's choosing; match them by id."""
         rows = [chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt) for request in requests]
@@ -156,18 +161,24 @@ class HFEngine:
         if not fitting:
             return
         requests, rows = [requests[index] for index in fitting], [rows[index] for index in fitting]
-        stops = stop_ids(self.tokenizer, self.model.generation_config)
-        for index, tokens in (self._decoded if keeps_all(self.model) else self._generated)(requests, rows, stops):
+        stops = self.stops
+        for index, tokens in self._answers(requests, rows, stops):
             end = next((at for at, token in enumerate(tokens) if token in stops), None)
             with panics_told("the tokenizer gives up on an answer"):
                 text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
             said = tokens if end is None else tokens[: end + 1]
             yield Completion(requests[index].id, text, "length" if end is None else "stop", tuple(said))
 
+    def _answers(
+        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(index of a request, its new tokens); what stands behind a token of `stops` is not looked at."""
+        return (self._decoded if keeps_all(self.model) else self._generated)(requests, rows, stops)
+
     def _decoded(
         self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
     ) -> Iterator[tuple[int, list[int]]]:
-        """(index of a request, its new tokens), by this project's own loop."""
+        """By this project's own loop."""
         assert self.batch_size is not None, "open() comes first"
         choose = most_likely if self.temperature == 0 else self._chooser(requests)
         yield from decode(self.model, rows, self.max_new_tokens, stops, self.batch_size, choose)
@@ -215,6 +226,12 @@ class HFEngine:
                     logits_processor=processors,
                 )
             yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
+
+
+def seed_of(seed: int, request: Request) -> int:
+    """A seed of 31 bits for one try of one request, for whoever draws elsewhere."""
+    drawn = hashlib.sha256(f"{seed} {request.attempt} {request.id}".encode()).digest()
+    return int.from_bytes(drawn[:4], "big") >> 1
 
 
 class GumbelNoise:

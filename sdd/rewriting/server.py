@@ -5,7 +5,6 @@ and 5xx, after waits that double up to 8 seconds and are varied at random, or as
 server is, the command line says; its key is in the environment.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,7 +14,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.models.chats import chat_messages, chat_prompt_ids, completion_prompt
 from sdd.models.checkpoints import Checkpoint
-from sdd.rewriting.engines import Completion, Place, Request, Server, sampling
+from sdd.rewriting.engines import Completion, Place, Request, Server, sampling, seed_of
 from sdd.untrusted import printable
 
 KEY = "OPENAI_API_KEY"
@@ -104,12 +103,11 @@ class OpenAIEngine:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _completed(self, request: Request) -> Completion:
-        drawn = hashlib.sha256(f"{self.seed} {request.attempt} {request.id}".encode()).digest()
         prompt: Any = chat_messages(self.tokenizer, request.prompt, self.system_prompt)
         if self.endpoint == "completions":
             prompt = completion_prompt(self.tokenizer, request.prompt, self.system_prompt)
         try:
-            text, finish = self._answer(self.client, prompt, self.max_new_tokens, int.from_bytes(drawn[:4], "big") >> 1)
+            text, finish = self._answer(self.client, prompt, self.max_new_tokens, seed_of(self.seed, request))
         except Exception as error:
             if getattr(error, "status_code", None) == 400 and any(words in _said(error) for words in TOO_LONG):
                 return Completion(request.id, "", "too_long")

@@ -1,0 +1,91 @@
+"""vLLM's engine without vLLM, which needs a GPU and a torch of its own: a stand-in answers by the `hf` engine's model.
+
+Where the package is installed, what is passed to it is held against its real signatures.
+"""
+
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sdd
+from sdd.errors import UserError
+from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting.engines import HFEngine, Place, Request
+from sdd.rewriting.vllm import VLLMEngine
+from sdd.tiny.tasks import instances
+
+TEACHER = Path(sdd.__file__).parent / "tiny" / "teacher"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the stand-in was opened and asked with."""
+    seen: dict[str, Any] = {"asked": []}
+
+    class LLM:
+        def __init__(self, model: str, **settings: Any) -> None:
+            seen["opened"] = settings
+            self.model = Checkpoint(Path(model)).model(settings["dtype"], "cpu")
+
+        def generate(self, prompts: list[dict[str, list[int]]], how: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
+            from sdd.forward.decoding import decode
+
+            seen["asked"] += how
+            rows, first = [prompt["prompt_token_ids"] for prompt in prompts], how[0]
+            found = dict(decode(self.model, rows, first["max_tokens"], first["stop_token_ids"], 8))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(found[at]))]) for at in range(len(rows))]
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return seen
+
+
+def test_answers_are_read_as_every_engines(stand_in: dict[str, Any]) -> None:
+    requests = [Request(f"r{n}", task.prompt) for n, task in enumerate(instances("pool", 6, 10))]
+    requests.append(Request("long", "pear " * 200))
+    limits = {"max_new_tokens": 24, "max_prompt_tokens": 120}
+    found = []
+    for engine in (HFEngine(**limits), VLLMEngine(**limits)):
+        engine.open(Checkpoint(TEACHER), "float32", None, Place(batch_size=8))
+        found.append({one.id: (one.text, one.finish, one.tokens) for one in engine.complete(requests)})
+    assert found[0] == found[1]
+    assert {finish for _, finish, _ in found[1].values()} == {"stop", "length", "too_long"}
+    assert stand_in["opened"]["trust_remote_code"] is False
+    assert stand_in["opened"]["max_model_len"] == 144
+    assert all(how["temperature"] == 0 and "seed" not in how for how in stand_in["asked"])
+
+
+def test_every_try_draws_by_a_seed_of_its_own() -> None:
+    engine = VLLMEngine(temperature=0.7, top_p=0.9, tries=2, seed=3)
+    seeds = [
+        engine.sampling(request, [2])["seed"] for request in (Request("a", ""), Request("a", "", 1), Request("b", ""))
+    ]
+    assert len(set(seeds)) == 3
+    assert engine.sampling(Request("a", "other"), [2])["seed"] == seeds[0]
+
+
+def test_ends_are_those_of_the_opened_model(tiny_llama: Path) -> None:
+    for folder in (TEACHER, tiny_llama):
+        engine = HFEngine()
+        engine.open(Checkpoint(folder), "float32", None, Place())
+        assert set(Checkpoint(folder).ending_ids) <= set(engine.stops)
+
+
+def test_the_key_is_its_own_and_its_lack_is_told() -> None:
+    assert VLLMEngine().spec() == HFEngine().spec() | {"kind": "vllm"}
+    with pytest.raises(UserError, match="needs the package vllm" if "vllm" not in sys.modules else "needs a GPU"):
+        VLLMEngine().check(Place())
+
+
+def test_what_is_passed_has_a_place_in_the_packages_signatures() -> None:
+    vllm = pytest.importorskip("vllm")
+    known = {*inspect.signature(vllm.LLM.__init__).parameters, *inspect.signature(vllm.EngineArgs).parameters}
+    assert {"model", *VLLMEngine().settings("bfloat16")} <= known
+    sampled = VLLMEngine(temperature=0.7).sampling(Request("a", ""), [2])
+    assert set(sampled) <= set(inspect.signature(vllm.SamplingParams).parameters)
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
