@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdd.forward import chunks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.bypass import Bypass
 from sdd.models.checkpoints import blocks, decoder
 
 log = logging.getLogger(__name__)
-
-MOST_BYTES = 8 << 30
-"""Of the file: a million tokens of 2,048 float32 numbers. For more, the blocks below are passed every time."""
 
 
 def frozen_blocks(model: Any) -> int:
@@ -61,7 +59,7 @@ def frozen_states(
     """The states that enter the lowest trained block, made in passes of at most `max_tokens` padded tokens.
 
     None where that is the first block, where something below it draws random numbers in training, as dropout does, and
-    where the states would take more than `MOST_BYTES` or more than the disk of `folder` has left.
+    where the states would take more than `chunks.KEPT_STATES` or more than the disk of `folder` has left.
     """
     first = frozen_blocks(model)
     if first == 0:
@@ -88,7 +86,7 @@ def _kept(
                 decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
             states = caught[first].cpu()
             size = tokens * states.shape[-1] * states.element_size()
-            if size > MOST_BYTES or not torch.equal(drawn, _random_state(ids.device)):
+            if size > chunks.KEPT_STATES or not torch.equal(drawn, _random_state(ids.device)):
                 return None
             for index, state in zip(batch, states, strict=True):
                 file.write(state[: len(rows[index])].contiguous().view(torch.uint8).numpy())

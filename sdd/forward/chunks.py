@@ -1,4 +1,5 @@
-"""At how many positions training makes logits at once: facts that the losses and their estimate share; no library.
+"""At how many positions training makes logits at once, and how many states it keeps: facts that it shares with its
+estimate; no library.
 
 Logits at every target token of a pass would be most of its memory under a large vocabulary. Those of cross-entropy are
 made together up to a limit. Beyond it, and where a teacher's are made beside them, they are made in chunks, and again
@@ -9,6 +10,9 @@ MOST_LOGITS = 1 << 25
 """Logits that are there at once without a teacher's, 134 MB in float32."""
 CHUNK_TOKENS = 256
 """Positions of a chunk: 131 MB a float32 tensor at a vocabulary of 128,256."""
+
+KEPT_STATES = 8 << 30
+"""Bytes of the states that are kept below the lowest trained block: a million tokens of 2,048 float32 numbers."""
 
 
 def is_cut(positions: float, vocabulary: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sdd.forward.bypass import LOGITS
-from sdd.forward.chunks import CHUNK_TOKENS, is_cut
+from sdd.forward.chunks import CHUNK_TOKENS, KEPT_STATES, is_cut
 from sdd.forward.decoding import REFILL
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Shape
 
@@ -150,10 +150,12 @@ def tuned(
     batch: int,
     micro_batch_tokens: int,
     teacher: CostModel | None = None,
+    epochs: int = 1,
 ) -> Estimate:
     """Forward, and backward as far down as something is trained; Adam on what is trained, all of it in float32.
 
-    `rows` counts every epoch's. A frozen block's backward makes gradients of its states only, and costs 1.5 forward
+    `rows` counts every epoch's. Blocks below the lowest trained one are passed in one epoch alone, where their states
+    can be kept for the others. A frozen block's backward makes gradients of its states only, and costs 1.5 forward
     passes with LoRA's own; one that is trained whole costs 2, one that is recomputed 1 more. A trained weight takes 16
     bytes (value, gradient, two moments), and in 16 bits the copy that autocast keeps. What backward keeps of a block's
     activations is most of the rest. Unpacking 4 bits is not counted.
@@ -164,7 +166,10 @@ def tuned(
     tokens, together = rows * length, min(micro_batch_tokens, batch * length)
     reach = cost_model.blocks if training.reach is None else training.reach
     backward = (2.0 if training.whole else 1.5) + (1.0 if training.recomputed else 0.0)
-    cost = 1 + backward * reach / cost_model.blocks
+    below = (cost_model.blocks - reach) / cost_model.blocks
+    if tokens / epochs * cost_model.width * cost_model.shape.hidden > KEPT_STATES:
+        epochs = 1
+    cost = 1 - below * (1 - 1 / epochs) + backward * (1 - below)
     seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=cost)
     block = cost_model.width * (20 * cost_model.shape.hidden + 10 * cost_model.shape.intermediate)
     kept = reach * cost_model.width * cost_model.shape.hidden + block if training.recomputed else reach * block

@@ -181,7 +181,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     length = min(sizes.prompt + sizes.answer, finetune.max_length)
     cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
     teacher = _teacher(sizes, spec)
-    return estimates.tuned(cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher)
+    settings = cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher
+    return estimates.tuned(*settings, epochs=finetune.epochs)
 
 
 def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:

@@ -90,6 +90,15 @@ def test_training_by_hand() -> None:
     assert one.disk == 400
 
 
+def test_blocks_below_what_is_trained_are_passed_once() -> None:
+    """One of two blocks is trained over 4 epochs of 5 rows: the other is passed in a quarter of the steps."""
+    settings = {"rows": 20, "length": 4, "batch": 5, "micro_batch_tokens": 20}
+    one = estimates.tuned(WORK, Training(100, reach=1), **settings, epochs=4)
+    assert one.seconds == pytest.approx(WORK.opening + (0.5 + 0.5 / 4 + 1.5 * 0.5) * WORK.passes(80, 4, 4))
+    for whole in (Training(100), Training(100, reach=2)):
+        assert estimates.tuned(WORK, whole, **settings, epochs=4) == estimates.tuned(WORK, whole, **settings)
+
+
 def test_a_teacher_beside_the_student_by_hand() -> None:
     """80 tokens forward in the same 5 passes, 2,472 numbers in 16 bits, and 16 states of 8 of them."""
     teacher = CostModel(SMALL, 3, 2, MACHINE)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdd.finetuning import prefix
 from sdd.finetuning.adapters import adapted, causal_lm
 from sdd.finetuning.module import TrainingRow, loss_sum
 from sdd.finetuning.prefix import frozen_blocks, frozen_states
+from sdd.forward import chunks
 from sdd.models.checkpoints import Checkpoint
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
@@ -88,9 +88,9 @@ def test_states_that_are_too_many_or_do_not_fit_are_not_kept(
 ) -> None:
     model, rows = causal_lm(student(tiny_llama, [2])), [row.ids for row in ROWS]
     size = 4 * 32 * sum(map(len, rows))
-    monkeypatch.setattr(prefix, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(chunks, "KEPT_STATES", size - 1)
     assert frozen_states(model, rows, tmp_path, 100) is None
-    monkeypatch.setattr(prefix, "MOST_BYTES", size)
+    monkeypatch.setattr(chunks, "KEPT_STATES", size)
     assert frozen_states(model, rows, tmp_path, 100) is not None
 
     def full(**named: Any) -> Any:
