@@ -160,7 +160,12 @@ def _name(arms: list[Arm], differing: list[str], main: Run) -> None:
             groups.setdefault(arm.name, []).append(arm)
         return [group for group in groups.values() if len(group) > 1]
 
-    for setting in sorted(differing, key=lambda name: name.startswith("evaluation.tasks")):
+    def said_last(setting: str) -> tuple[bool, bool]:
+        """What says little to a reader: digests of data that another setting describes."""
+        values = (str(arm.run.settings.get(setting)) for arm in arms)
+        return setting.startswith("evaluation.tasks"), any(map(DIGEST.fullmatch, values))
+
+    for setting in sorted(differing, key=said_last):
         for group in clashes():
             if len({_same(arm.run.settings.get(setting)) for arm in group}) > 1:
                 for arm in group:

@@ -1,6 +1,7 @@
 """The report of a small study on disk: arms, retention, contrasts, files and what it says about mistakes."""
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -241,6 +242,16 @@ def test_a_long_setting_is_named_in_short(artifacts, tmp_path):
     names = [name.split("template=")[1] for name in rows]
     assert len(set(names)) == 2
     assert all(len(name) < 70 and "\n" not in name and name.startswith("Task: {prompt} Ref") for name in names)
+
+
+def test_data_are_named_by_what_describes_them_rather_than_by_a_digest(artifacts, tmp_path):
+    pruned = artifacts.pruned(4)
+    for described in ({}, {"register": "mild"}, {"register": "strong"}):
+        data = {"digest": hashlib.sha256(str(described).encode()).hexdigest(), **described}
+        targets = artifacts.put("targets", {"mode": "sft", "dataset": data}, {}, **{"summary.json": {"rows": 1}})
+        artifacts.evaluated(artifacts.tuned(pruned, targets, 0), scores(add=HALF))
+    rows, _ = report(artifacts, tmp_path / "out")
+    assert set(rows) == {"sft", "sft register=mild", "sft register=strong"}
 
 
 def test_number_of_rows_differs_across_modes(artifacts, tmp_path):
