@@ -160,8 +160,6 @@ def check_values(config: DictConfig) -> None:
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")
-    if config.trainer.devices > 1:
-        raise UserError(f"trainer.devices={config.trainer.devices}: one device at a time so far; sweep over processes")
     if config.fetch and config.dry_run:
         raise UserError("fetch=true and dry_run=true exclude each other: a dry run fetches nothing; keep one")
     pruning = config.pruning

@@ -20,6 +20,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sdd.errors import UserError
+from sdd.finetuning import ranks
 from sdd.finetuning.adapters import causal_lm
 from sdd.finetuning.prefix import FrozenStates, frozen_states
 from sdd.forward import chunks
@@ -156,27 +157,34 @@ class StudentModule(pl.LightningModule):
         if self.global_step != len(self.history):
             raise ValueError(f"step {self.global_step}, and {len(self.history)} in the history")
         self.began = True
-        if self.scratch is not None and sum(map(len, self.plan)) > len(self.rows):
+        if self.scratch is not None and self.trainer.world_size == 1 and sum(map(len, self.plan)) > len(self.rows):
             rows = [row.ids for row in (*self.rows, *self.validation)]
             with self.trainer.precision_plugin.train_step_context():
                 self.frozen = frozen_states(self.causal_lm, rows, self.scratch, self.micro_batch_tokens, self.device)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
-        torch.manual_seed(_seed_of(self.optimisation.seed, step))
+        torch.manual_seed(_seed_of(self.optimisation.seed, step) + self.trainer.global_rank)
         rows = [self.rows[index] for index in self.plan[step]]
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens, total = target_tokens(rows), 0.0
-        for micro in micro_batches(rows, self.micro_batch_tokens):
+        for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
             loss, _ = self._loss_of(micro)
             self.manual_backward(loss / max(tokens, 1))
             total += float(loss.detach())
+        if self.trainer.world_size > 1:
+            ranks.sum_gradients(self.trained().values())
+            (total,) = ranks.summed([total], self.device)
         self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr, call-arg]
         self._record(step + 1, total / max(tokens, 1), rate)
+
+    def _own(self, batches: list[list[TrainingRow]]) -> list[list[TrainingRow]]:
+        """This rank's share."""
+        return batches[self.trainer.global_rank :: self.trainer.world_size]
 
     def _loss_of(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, int]:
         frozen = self.frozen.standing_in([row.ids for row in rows], self.device) if self.frozen else nullcontext()
@@ -201,9 +209,11 @@ class StudentModule(pl.LightningModule):
         """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
         self.student.eval()
         total, tokens = 0.0, 0
-        for micro in micro_batches(self.validation, self.micro_batch_tokens):
+        for micro in self._own(micro_batches(self.validation, self.micro_batch_tokens)):
             loss, count = self._loss_of(micro)
             total, tokens = total + float(loss), tokens + count
+        if self.trainer.world_size > 1:
+            total, tokens = ranks.summed([total, tokens], self.device)  # type: ignore[assignment]
         self.student.train()
         return total / max(tokens, 1)
 

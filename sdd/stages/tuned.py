@@ -7,7 +7,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Tuned(Spec):
     """`model` where nothing was pruned, else the input `pruned`; `distillation` where a teacher's probabilities are
-    learned; `micro_batch_tokens` where dropout's draws follow the passes."""
+    learned; `micro_batch_tokens`, and `devices` where there are several, where dropout's draws follow the passes."""
 
     adapter: dict[str, Any]
     base_quantisation: str | None
@@ -53,6 +53,7 @@ class Tuned(Spec):
     chat_template: str | None = None
     distillation: dict[str, Any] | None = None
     micro_batch_tokens: int | None = None
+    devices: int | None = None
     model: str | None = None
 
 
@@ -84,6 +85,7 @@ def recipe(study: Study) -> Recipe:
         chat_template=models.plain_template(models.digest),
         distillation=distillation,
         micro_batch_tokens=config.trainer.micro_batch_tokens if adapter.get("dropout", 0) > 0 else None,
+        devices=config.trainer.devices if adapter.get("dropout", 0) > 0 and config.trainer.devices > 1 else None,
         model=models.digest if cut is None else None,
     )
     return study.recipe("tuned", spec, inputs if cut is None else inputs | {"pruned": cut}, study.rows.labels)
@@ -254,9 +256,17 @@ def tokenized(
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """`adapter/` (or `checkpoint/`, where all is trained), `history.csv`, `learning_curve.png` and `rows.json`."""
+    """`adapter/` (or `checkpoint/`, where all is trained), `history.csv`, `learning_curve.png` and `rows.json`.
+
+    With several devices this process waits for those that train, one a device, of which the first writes.
+    """
     import torch
 
+    from sdd.finetuning import ranks
+
+    if runtime.devices > 1 and not ranks.is_rank():
+        ranks.launch(build, (replace(runtime, tasks={}), recipe, dict(inputs), folder), runtime.devices)
+        return
     spec = Tuned.read(recipe.spec)
     settings = spec.finetune
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
@@ -284,6 +294,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     loss = _loss(spec, runtime)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
+    if ranks.rank() > 0:
+        return
     save_student(student, folder, base, base_name)
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
@@ -335,8 +347,10 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
     A folder may have come from elsewhere. To begin anew costs time, and ends with the same bytes.
     """
+    from sdd.finetuning import ranks
     from sdd.finetuning.module import read_checkpoint
 
+    first = ranks.rank() == 0  # the others look at the same files, and leave them alone
     if scratch.is_symlink():
         scratch.unlink()
     scratch.mkdir(exist_ok=True)
@@ -346,7 +360,11 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
             if (checkpoint := read_checkpoint(path, module)) is not None:
                 kept = path, checkpoint
                 continue
+            if not first:
+                continue
             log.warning("%r in %s is no checkpoint of this run, or damaged; it is removed", path.name, scratch)
+        if not first:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -367,6 +385,7 @@ def _fit(
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.plugins.environments import LightningEnvironment
 
+    from sdd.finetuning import ranks
     from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
 
     spec = Tuned.read(recipe.spec)
@@ -383,7 +402,8 @@ def _fit(
     )
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with tqdm(total=len(plan), desc="tune", unit="step") as progress, warnings.catch_warnings():
+    shown = {"desc": "tune", "unit": "step", "disable": ranks.rank() > 0}
+    with tqdm(total=len(plan), **shown) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
 
         def on_step(step: int, logged: dict[str, float]) -> None:
@@ -408,10 +428,11 @@ def _fit(
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
+            strategy=ranks.SummedGradients() if runtime.devices > 1 else "auto",
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),
             max_epochs=-1,
-            logger=_logger(recipe, runtime),
+            logger=_logger(recipe, runtime) if ranks.rank() == 0 else False,
             callbacks=[keeping],
             # Slurm's environment would write on a signal, and load, checkpoints that are not this run's.
             plugins=[WholeCheckpoints(resumed), LightningEnvironment()],

@@ -74,9 +74,3 @@ def test_no_model_outlives_its_stage(small: list[str], tmp_path: Path) -> None:
         assert run("evaluate", *small, *words, cwd=tmp_path).code == 0
         assert alive() <= before, words
     assert len(artifacts_of(tmp_path / "artifacts")) > 6
-
-
-def test_several_devices_are_refused_at_once(small: list[str], tmp_path: Path) -> None:
-    outcome = run("train", *small, "trainer.devices=2", cwd=tmp_path)
-    assert (outcome.code, len(outcome.errors)) == (2, 1), outcome.stderr
-    assert not (tmp_path / "artifacts").exists()
