@@ -64,7 +64,7 @@ def _fail() -> None:
 
 
 def test_a_mistake_that_one_rank_finds_ends_all() -> None:
-    with pytest.raises(UserError, match="^no room$"):
+    with pytest.raises(UserError, match=r"^no room$"):
         ranks.launch(_fail, (), 2)
 
 
