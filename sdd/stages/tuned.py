@@ -429,6 +429,7 @@ def _fit(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
             strategy=ranks.SummedGradients() if runtime.devices > 1 else "auto",
+            use_distributed_sampler=False,  # every rank goes through all steps
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),
             max_epochs=-1,
