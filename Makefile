@@ -5,7 +5,7 @@ ARGS ?=
 DEMO := outputs/demo
 SIZES ?= none,n2,n3,n4
 SEEDS ?= 0,1,2,3,4
-CURVE ?= 0,1,2
+CURVE ?= 0,1,2,3,4
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
