@@ -5,7 +5,7 @@ ARGS ?=
 DEMO := outputs/demo
 SIZES ?= none,n2,n3,n4
 SEEDS ?= 0,1,2,3,4
-CURVE ?= 0,1,2,3,4
+MORE ?= 0,1,2
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
 EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
@@ -59,7 +59,7 @@ demo: env
 
 # The same with one block fewer and one more, at the same rates.
 curve: env
-	$(EVALUATE) pruning=n2,n4 finetune=sft,self_distill seed=$(CURVE) hydra.sweep.dir=$(DEMO)/jobs/curve $(ARGS)
+	$(EVALUATE) pruning=n2,n4 finetune=sft,self_distill seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/curve $(ARGS)
 
 # What comes after: SFT and self-distillation at other sizes, two students merged, how far each moved the student, how well
 # it drafts for its teacher. The last two sweeps run side by side: each waits for one answerer at a time.
@@ -68,11 +68,11 @@ more: demo curve
 	$(REPORT)
 
 merged: env
-	$(EVALUATE) seed=$(CURVE) finetune=self_distill merge=none,slerp 'merge.students=$(STUDENTS)' \
+	$(EVALUATE) seed=$(MORE) finetune=self_distill merge=none,slerp 'merge.students=$(STUDENTS)' \
 	    hydra.sweep.dir=$(DEMO)/jobs/merged $(ARGS)
 
 analysed: env
-	$(EVALUATE) seed=$(CURVE) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
+	$(EVALUATE) seed=$(MORE) finetune=sft,self_distill analysis=speculative,shift analysis.repeats=0 \
 	    hydra.sweep.dir=$(DEMO)/jobs/analysed $(ARGS)
 
 # What should be cut, and how: the studies whose tables are in LOG.md. Not part of any test; hours on two cores.
