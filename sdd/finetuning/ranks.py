@@ -5,10 +5,12 @@ the sum of the ranks' gradients is the gradient of one process; it rounds otherw
 """
 
 import logging
+import multiprocessing
 import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from sdd.errors import UserError
 
+LIBRARIES = ["sdd.finetuning.module", "transformers", "peft"]
 BUCKET = 1 << 24
 """Numbers that are summed together."""
 
@@ -68,13 +71,15 @@ def summed(values: Sequence[float], device: Any) -> list[float]:
 
 def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) -> None:
     """Run `work(*arguments)` in so many processes; one that fails, or is killed, ends all of them with its reason."""
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+    multiprocessing.set_forkserver_preload(LIBRARIES)  # imported once, and not by every rank
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        spawn(_rank, args=(work, arguments, devices, port), nprocs=devices)
+        here = dict(os.environ), str(Path.cwd())
+        start_processes(_rank, (work, arguments, devices, port, *here), devices, start_method="forkserver")
     except ProcessRaisedException as error:
         if told := re.search(r"^sdd\.errors\.UserError: (.*)", str(error), re.M):
             raise UserError(told[1]) from None
@@ -87,7 +92,17 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) 
         ) from None
 
 
-def _rank(number: int, work: Callable[..., None], arguments: tuple[Any, ...], devices: int, port: int) -> None:
+def _rank(
+    number: int,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    devices: int,
+    port: int,
+    environment: dict[str, str],
+    folder: str,
+) -> None:
+    os.environ |= environment
+    os.chdir(folder)
     os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if number > 0:

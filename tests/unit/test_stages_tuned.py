@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from sdd.errors import UserError
-from sdd.finetuning import module, prefix
+from sdd.finetuning import module
 from sdd.finetuning.module import StudentModule, labelled
+from sdd.forward import chunks
 from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import build as build_tuned
 from sdd.stages.tuned import split_rows, tokenized
@@ -227,7 +228,7 @@ def test_states_of_frozen_blocks_are_kept_for_a_second_epoch_and_change_no_bit(
     monkeypatch.setattr(module, "frozen_states", noting)
     one = tune(tmp_path / "kept", inputs, asked, runtime)
     assert kept == [True] * (epochs - 1), "one epoch reads nothing twice"
-    monkeypatch.setattr(prefix, "MOST_BYTES", 0)
+    monkeypatch.setattr(chunks, "KEPT_STATES", 0)
     assert same(one, tune(tmp_path / "passed", inputs, asked, runtime))
     assert kept == [True, False] * (epochs - 1)
     histories = [(tmp_path / name / "history.csv").read_text() for name in ("kept", "passed")]
