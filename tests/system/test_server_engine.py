@@ -104,6 +104,7 @@ def generate_until(rows: int, serving: Serving, cwd: Path, name: str) -> Running
     return process
 
 
+@pytest.mark.peer
 def test_no_row_is_lost_or_asked_twice_by_kills_of_either_side(serving: Serving, tmp_path: Path) -> None:
     """The rows of a killed run are kept; a server that is killed and comes back is waited for; rows equal `hf`'s."""
     expected = run("generate", *ROWS, cwd=tmp_path / "hf")
@@ -125,6 +126,7 @@ def test_no_row_is_lost_or_asked_twice_by_kills_of_either_side(serving: Serving,
     assert len(rewrites_of(tmp_path)) + 2 <= asked <= len(rewrites_of(tmp_path)) + 2 + cut  # two checks
 
 
+@pytest.mark.peer
 def test_a_student_is_served_while_a_command_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A fine-tuned one, which is no checkpoint yet; the server ends with the command, whose exit code is kept."""
     words = ["metric=last", "pruning=n1", "dataset=tiny_math", "dataset.num_rows=12", "finetune=sft"]
