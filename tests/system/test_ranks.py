@@ -61,6 +61,7 @@ def test_gradients_are_those_of_one_process(tiny_llama: Path, tmp_path: Path) ->
     assert len(micro_batches(_rows(), 64)) > 3
 
 
+@pytest.mark.peer
 def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[str], tmp_path: Path) -> None:
     """Byte by byte where a step has two micro-batches, whose order is all that differs; the second time in a sweep."""
     words = [*small, "finetune=sft", *STEPS]
