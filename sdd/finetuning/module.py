@@ -208,12 +208,12 @@ class StudentModule(pl.LightningModule):
     def validation_loss(self) -> float:
         """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
         self.student.eval()
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, 0.0
         for micro in self._own(micro_batches(self.validation, self.micro_batch_tokens)):
             loss, count = self._loss_of(micro)
             total, tokens = total + float(loss), tokens + count
         if self.trainer.world_size > 1:
-            total, tokens = ranks.summed([total, tokens], self.device)  # type: ignore[assignment]
+            total, tokens = ranks.summed([total, tokens], self.device)
         self.student.train()
         return total / max(tokens, 1)
 

@@ -92,20 +92,22 @@ class OpenAIEngine:
             if len(chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt)) > self.max_prompt_tokens:
                 yield Completion(request.id, "", "too_long")
             else:
-                asked.append(request)
-        asked.sort(key=lambda request: request.prompt)
+                asked.append((request, self._prompt(request)))  # here: a tokenizer serves one thread at a time
+        asked.sort(key=lambda pair: pair[0].prompt)
         assert self.place.server is not None, "open() comes first"
         pool = ThreadPoolExecutor(self.place.server.concurrency, thread_name_prefix="server")
         try:
-            for future in as_completed([pool.submit(self._completed, request) for request in asked]):
+            for future in as_completed([pool.submit(self._completed, *pair) for pair in asked]):
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _completed(self, request: Request) -> Completion:
-        prompt: Any = chat_messages(self.tokenizer, request.prompt, self.system_prompt)
-        if self.endpoint == "completions":
-            prompt = completion_prompt(self.tokenizer, request.prompt, self.system_prompt)
+    def _prompt(self, request: Request) -> Any:
+        """Messages, or for the endpoint "completions" a text."""
+        words = self.tokenizer, request.prompt, self.system_prompt
+        return chat_messages(*words) if self.endpoint == "chat" else completion_prompt(*words)
+
+    def _completed(self, request: Request, prompt: Any) -> Completion:
         try:
             text, finish = self._answer(self.client, prompt, self.max_new_tokens, seed_of(self.seed, request))
         except Exception as error:
@@ -150,8 +152,8 @@ class OpenAIEngine:
             timeout=server.timeout,
         )
 
-    def _refusal(self, error: Exception, place: Place, client: Any) -> UserError:
-        """One line for whatever came back instead of an answer."""
+    def _refusal(self, error: Exception, place: Place, client: Any) -> Exception:
+        """One line for whatever came back instead of an answer; what is no server's doing, as it is."""
         import openai
 
         assert place.server is not None
@@ -167,6 +169,8 @@ class OpenAIEngine:
             return UserError(f"{where}: the server refuses engine.model={self.model} ({said}){self._models(client)}")
         if isinstance(error, openai.APIStatusError):
             return UserError(f"{where}: the server gives up ({said}); {again}")
+        if not isinstance(error, openai.OpenAIError | ValueError):
+            return error
         kind = "chat completion" if self.endpoint == "chat" else "completion"
         return UserError(f"{where}: what comes back is no {kind} ({said}); see that the address ends in /v1")
 
