@@ -5,8 +5,8 @@
 Muon (Jordan et al. 2024, `torch.optim.Muon`) for the matrices of the blocks, AdamW for embeddings and norms; constant
 rate, then a linear decay. Whole blocks are dropped at random late in training (LayerDrop, Fan et al. 2020), which is
 what lets blocks be removed afterwards, as depth and width do in a large model. Two gloo processes with one thread each
-beat one process with two threads on a small CPU, so the work is cut by processes; the result is a function of the
-seed, the number of steps and the number of processes.
+beat one process with two threads on a small CPU, so the work is cut by processes; on one kind of processor the result
+is a function of the seed, the number of steps and the number of processes: other vector instructions round otherwise.
 """
 
 import argparse
