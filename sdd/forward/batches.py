@@ -1,15 +1,18 @@
 """One pass of a model over texts, shown block by block to a criterion. No logits, no kept activations.
 
 Texts are batched by length, so that little padding is computed; the criterion sees each block's entering and leaving
-states as they pass. Knows nothing of what the criterion computes.
+states as they pass. Where all that it keeps are sums, a pass that was killed goes on. Knows nothing of what the
+criterion computes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from sdd.errors import UserError
+from sdd.forward import sums
 from sdd.models import checkpoints
 from sdd.models.chats import text_ids
 
@@ -50,7 +53,11 @@ def padded(rows: Sequence[list[int]], device: Any = "cpu", left: int | None = No
 
 
 class Observer(Protocol):
-    """What is told of every block's states."""
+    """What is told of every block's states.
+
+    One that keeps nothing but sums from batch to batch may have them as `sums`, float64 tensors by name: they are set
+    to zero before a batch, and to the sums over all batches after the last.
+    """
 
     def observe(self, block: int, entering: Any, leaving: Any, mask: Any) -> None:
         """States before and after a block, (B, T, hidden) each, and the mask of real tokens, (B, T)."""
@@ -60,9 +67,18 @@ class Observer(Protocol):
 
 
 def show_texts(
-    model: Any, criterion: Observer, rows: list[list[int]], batch_size: int, max_tokens: int = 16_384
+    model: Any,
+    criterion: Observer,
+    rows: list[list[int]],
+    batch_size: int,
+    max_tokens: int = 16_384,
+    kept: Path | None = None,
+    what: Any = None,
 ) -> None:
-    """Run the texts through the model's blocks, telling the criterion of every block's states."""
+    """Run the texts through the model's blocks, telling the criterion of every block's states.
+
+    Its sums are kept in the file `kept`, as being of `what`.
+    """
     import torch
 
     body, layers = checkpoints.decoder(model), checkpoints.blocks(model)
@@ -80,15 +96,26 @@ def show_texts(
 
         return hook
 
+    own: sums.Sums | None = getattr(criterion, "sums", None)
+
+    def show(batch: list[int]) -> sums.Sums:
+        nonlocal mask
+        for total in (own or {}).values():
+            total.zero_()
+        ids, mask = padded([rows[index] for index in batch], device)
+        body(input_ids=ids, attention_mask=mask, use_cache=False)
+        criterion.finish_batch()
+        progress.update(len(batch))
+        return {name: total.clone() for name, total in (own or {}).items()}
+
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(layers)]
+    batches = length_batches([len(row) for row in rows], batch_size, max_tokens)
     try:
         with torch.no_grad(), tqdm(total=len(rows), desc="scores", unit="text") as progress:
-            for batch in length_batches([len(row) for row in rows], batch_size, max_tokens):
-                ids, mask = padded([rows[index] for index in batch], device)
-                body(input_ids=ids, attention_mask=mask, use_cache=False)
-                criterion.finish_batch()
-                progress.update(len(batch))
+            whole = sums.over(batches, show, progress, kept if own else None, what)
+        for name, total in whole.items():
+            (own or {})[name].copy_(total)
     finally:
         for handle in handles:
             handle.remove()

@@ -94,9 +94,9 @@ class ActivationWidth(TextChannels):
     name = "activation_width"
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
-        from sdd.importance.sample_gradients import mean_activations
+        from sdd.importance.sample_gradients import activation_norms
 
-        return [activation_norm(means) for means in mean_activations(model, rows, max_tokens)]
+        return activation_norms(model, rows, max_tokens, self.kept("activations"))
 
 
 class TaylorWidth(TextChannels):
@@ -107,7 +107,7 @@ class TaylorWidth(TextChannels):
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import channel_importance
 
-        return channel_importance(model, rows, max_tokens)
+        return channel_importance(model, rows, max_tokens, kept=self.kept("importance"))
 
 
 class SDM(ChannelCriterion, OfTexts):
@@ -151,4 +151,4 @@ class SDM(ChannelCriterion, OfTexts):
 
         assert self.alpha is not None and self.temperature is not None, "resolved before the work begins"
         distillation = Distillation(self.alpha, self.temperature, self.masked(first), teacher)
-        return channel_importance(model, rows, max_tokens, distillation)
+        return channel_importance(model, rows, max_tokens, distillation, self.kept("importance"))

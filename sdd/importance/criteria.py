@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
 
 
 class Criterion(ABC):
-    """What scores blocks or MLP channels."""
+    """What scores blocks or MLP channels.
+
+    In the folder `scratch` it may keep what it has summed up, to go on from after a kill (`sdd.forward.sums`).
+    """
 
     name: str
+    scratch: Path | None = None
+
+    def kept(self, name: str) -> Path | None:
+        """A file in the folder, where there is one."""
+        return self.scratch / f"{name}.safetensors" if self.scratch else None
 
 
 # ---- what it looks at -----------------------------------------------------------------------------------------------
@@ -69,7 +78,7 @@ class WeightCriterion(BlockCriterion, OfWeights):
 
 
 class StateCriterion(BlockCriterion, OfTexts):
-    """One that is told of each block's states as texts pass: see `sdd.forward.batches.Observer`."""
+    """One that is told of each block's states as texts pass: see `sdd.forward.batches.Observer`, also for `sums`."""
 
     @abstractmethod
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None: ...

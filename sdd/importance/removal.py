@@ -17,9 +17,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.forward import sums
 from sdd.forward.batches import length_batches, padded, show_texts
 from sdd.forward.bypass import Bypass, Row, likelihoods
 from sdd.importance.criteria import ModelCriterion, OfRows, OfTexts
@@ -39,14 +41,6 @@ class Quality:
     right: int = 0
     rows: int = 0
 
-    def add(self, nats: float, tokens: int, right: int, rows: int) -> None:
-        self.nats, self.tokens, self.right, self.rows = (
-            self.nats + nats,
-            self.tokens + tokens,
-            self.right + right,
-            self.rows + rows,
-        )
-
     @property
     def log_perplexity(self) -> float:
         """Nats per token."""
@@ -58,35 +52,49 @@ class Quality:
 
 
 def without_each(
-    model: Any, rows: Sequence[Row], removed: Collection[int], batch_size: int, max_tokens: int = MAX_TOKENS
+    model: Any,
+    rows: Sequence[Row],
+    removed: Collection[int],
+    batch_size: int,
+    max_tokens: int = MAX_TOKENS,
+    kept_sums: Path | None = None,
 ) -> tuple[Quality, dict[int, Quality]]:
-    """The quality of the model without the blocks `removed`, and of it without each other block besides."""
+    """The quality of the model without the blocks `removed`, and of it without each other block besides.
+
+    What is summed up is kept in the file `kept_sums`.
+    """
     import torch
     from tqdm import tqdm
 
     bypass, body = Bypass(model), checkpoints.decoder(model)
     kept = [block for block in range(len(checkpoints.blocks(model))) if block not in removed]
-    whole, qualities = Quality(), {block: Quality() for block in kept}
     device = next(model.parameters()).device
+
+    def of(batch: list[int]) -> sums.Sums:
+        batch_rows = [rows[index] for index in batch]
+        ids, mask = padded([row.ids for row in batch_rows], device)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        with bypass.letting_through(dict.fromkeys(removed)), bypass.catching(kept) as states:
+            hidden = body(**inputs).last_hidden_state
+        reached = [likelihoods(model, hidden, batch_rows)]
+        progress.update(len(batch))
+        for block in kept:
+            # All blocks up to this one are passed over, and behind it goes on what entered it.
+            outputs = dict.fromkeys([*range(block), *removed]) | {block: states[block]}
+            with bypass.letting_through(outputs):
+                hidden = body(**inputs).last_hidden_state
+            reached.append(likelihoods(model, hidden, batch_rows))
+            progress.update(len(batch))
+        return {"reached": torch.tensor(reached, dtype=torch.float64)}
+
+    batches = length_batches([len(row.ids) for row in rows], batch_size, max_tokens)
     with (
         torch.no_grad(),
         tqdm(total=len(rows) * (len(kept) + 1), desc=f"removal {len(removed) + 1}", unit="text") as progress,
     ):
-        for batch in length_batches([len(row.ids) for row in rows], batch_size, max_tokens):
-            batch_rows = [rows[index] for index in batch]
-            ids, mask = padded([row.ids for row in batch_rows], device)
-            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            with bypass.letting_through(dict.fromkeys(removed)), bypass.catching(kept) as states:
-                hidden = body(**inputs).last_hidden_state
-            whole.add(*likelihoods(model, hidden, batch_rows))
-            progress.update(len(batch))
-            for block in kept:
-                # All blocks up to this one are passed over, and behind it goes on what entered it.
-                outputs = dict.fromkeys([*range(block), *removed]) | {block: states[block]}
-                with bypass.letting_through(outputs):
-                    hidden = body(**inputs).last_hidden_state
-                qualities[block].add(*likelihoods(model, hidden, batch_rows))
-                progress.update(len(batch))
+        reached = sums.over(batches, of, progress, kept_sums, sorted(removed))["reached"].tolist()
+    whole, *each = (Quality(nats, *map(int, counts)) for nats, *counts in reached)
+    qualities = dict(zip(kept, each, strict=True))
     for quality in (whole, *qualities.values()):
         if not math.isfinite(quality.nats):
             raise UserError("the model's likelihoods are not finite; choose model.dtype=float32 or bfloat16")
@@ -105,7 +113,7 @@ class Perplexity(ModelCriterion, OfTexts):
         return _runs(num_blocks)
 
     def measure(self, model: Any, rows: Sequence[Row], batch_size: int) -> None:
-        whole, qualities = without_each(model, rows, [], batch_size)
+        whole, qualities = without_each(model, rows, [], batch_size, kept_sums=self.kept("removal"))
         self.log_perplexity = whole.log_perplexity
         self.rises = [qualities[block].log_perplexity - whole.log_perplexity for block in range(self.num_blocks)]
 
@@ -179,7 +187,8 @@ class ByAngle(_Iterative, OfTexts):
         angular = Angular()
         angular.start(self.num_blocks)
         with Bypass(model).letting_through(dict.fromkeys(removed)):
-            show_texts(model, angular, [row.ids for row in rows], batch_size)
+            kept = self.kept(f"removal-{len(removed)}")
+            show_texts(model, angular, [row.ids for row in rows], batch_size, kept=kept, what=removed)
         angles = angular.scores()["distance"]["1"]
         return {block: (angle,) for block, angle in enumerate(angles) if block not in removed}
 
@@ -196,7 +205,8 @@ class _Greedy(_Iterative):
     def _step(
         self, model: Any, rows: Sequence[Row], removed: list[int], batch_size: int
     ) -> dict[int, tuple[float, ...]]:
-        whole, qualities = without_each(model, rows, removed, batch_size)
+        kept = self.kept(f"removal-{len(removed)}")
+        whole, qualities = without_each(model, rows, removed, batch_size, kept_sums=kept)
         return {block: self._cost(whole, quality) for block, quality in qualities.items()}
 
     @abstractmethod

@@ -15,6 +15,7 @@ Knows nothing of Hydra or the store.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdd.architectures import MLP, mlp_layers, mlp_of
+from sdd.forward import sums
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.losses import distillation_slope, softened
+from sdd.importance.channels import activation_norm
 from sdd.models.checkpoints import blocks, decoder, head_logits
 
 HEAD_ELEMENTS = 1 << 22
@@ -56,38 +59,44 @@ def coupled_saliency(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> 
 
 
 def channel_importance(
-    model: Any, rows: Sequence[list[int]], max_tokens: int, distillation: Distillation | None = None
+    model: Any,
+    rows: Sequence[list[int]],
+    max_tokens: int,
+    distillation: Distillation | None = None,
+    kept: Path | None = None,
 ) -> list[Tensor]:
     """Importance of every channel, a float64 vector of length width a block; higher is more important.
 
     `rows` are token ids; a pass has at most `max_tokens` padded tokens, or one row. Cross-entropy without
-    `distillation`.
+    `distillation`. What is summed up is kept in the file `kept`.
     """
     model.requires_grad_(False)
     layout = mlp_of(model)
     recorders = [_Recorder(block, layout) for block in blocks(model)]
     teacher = None if distillation is None else distillation.teacher or model
+
+    def of(batch: list[int]) -> sums.Sums:
+        ids, _ = padded([rows[index] for index in batch], model.device)
+        lengths = [len(rows[index]) for index in batch]
+        teacher_states = None if teacher is None else _states(teacher, ids)
+        for index, recorder in enumerate(recorders):
+            recorder.begin(lengths, None if distillation is None else distillation.masked[index])
+        with torch.enable_grad():
+            states = _forward(model, ids)
+        slope = _slope_of_states(model, teacher, states.detach(), teacher_states, ids, lengths, distillation)
+        del teacher_states
+        states.backward(slope)
+        del states, slope
+        progress.update(len(batch))
+        return {"importance": torch.stack([recorder.end() for recorder in recorders])}
+
+    batches = length_batches([len(row) for row in rows], len(rows), max_tokens)
     try:
         with tqdm(total=len(rows), desc="importance", unit="text") as progress:
-            for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
-                ids, _ = padded([rows[index] for index in batch], model.device)
-                lengths = [len(rows[index]) for index in batch]
-                teacher_states = None if teacher is None else _states(teacher, ids)
-                for index, recorder in enumerate(recorders):
-                    recorder.begin(lengths, None if distillation is None else distillation.masked[index])
-                with torch.enable_grad():
-                    states = _forward(model, ids)
-                slope = _slope_of_states(model, teacher, states.detach(), teacher_states, ids, lengths, distillation)
-                del teacher_states
-                states.backward(slope)
-                del states, slope
-                for recorder in recorders:
-                    recorder.end()
-                progress.update(len(batch))
+            return list(sums.over(batches, of, progress, kept)["importance"])
     finally:
         for recorder in recorders:
             recorder.remove()
-    return [recorder.total.cpu() for recorder in recorders]
 
 
 def _forward(model: Any, ids: Tensor) -> Tensor:
@@ -155,8 +164,7 @@ class _Recorder:
     def __init__(self, block: Any, layout: MLP) -> None:
         self.into, self.out = mlp_layers(block, layout)
         self.stacks = layout.stacks
-        device = self.out.weight.device
-        self.total = torch.zeros(layout.width, dtype=torch.float64, device=device)
+        self.width = layout.width
         self.keep: Tensor | None = None
         self.recording = False
         self.handles = [self.out.register_forward_pre_hook(self._mask)]
@@ -166,14 +174,16 @@ class _Recorder:
     def begin(self, lengths: list[int], masked: Tensor | None) -> None:
         """What follows is the student's forward pass on rows of these lengths."""
         self.lengths, self.recording = lengths, True
+        self.total = torch.zeros(self.width, dtype=torch.float64, device=self.out.weight.device)
         self.entering: dict[int, Tensor] = {}
         self.slopes: dict[int, Tensor] = {}
         self.keep = None if masked is None else (~masked).to(self.out.weight)
 
-    def end(self) -> None:
-        """The pass is over: nothing of it is left here."""
+    def end(self) -> Tensor:
+        """The pass is over: its total is given, and nothing else of it is left here."""
         assert not self.slopes, "gradients arrived that were not used"
         self.entering, self.recording, self.keep = {}, False, None
+        return self.total
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -212,29 +222,32 @@ class _Recorder:
 
 
 @torch.no_grad()
-def mean_activations(model: Any, rows: Sequence[list[int]], max_tokens: int) -> list[Tensor]:
-    """Mean over a text's tokens of |what enters the down projection|: a (texts, width) float64 tensor a block."""
+def activation_norms(model: Any, rows: Sequence[list[int]], max_tokens: int, kept: Path | None = None) -> list[Tensor]:
+    """`activation_norm` of what enters each down projection: a (width,) float64 tensor a block.
+
+    Its square is a sum over texts, which is kept in the file `kept`.
+    """
     layout = mlp_of(model)
-    means = [torch.zeros(len(rows), layout.width, dtype=torch.float64) for _ in blocks(model)]
-    batch: list[int] = []
+    lengths: list[int] = []
+    squares: list[Tensor] = []
 
-    def saw(block: int) -> Any:
-        def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-            for position, index in enumerate(batch):
-                means[block][index] = arguments[0][position, : len(rows[index])].abs().double().mean(dim=0).cpu()
+    def saw(module: Any, arguments: tuple[Any, ...]) -> None:
+        (states, *_) = arguments
+        means = [row[:length].abs().double().mean(dim=0) for row, length in zip(states, lengths, strict=True)]
+        squares.append(activation_norm(torch.stack(means)).square())
 
-        return hook
+    def of(batch: list[int]) -> sums.Sums:
+        lengths[:], squares[:] = [len(rows[index]) for index in batch], []
+        ids, _ = padded([rows[index] for index in batch], model.device)
+        _states(model, ids)
+        progress.update(len(batch))
+        return {"squares": torch.stack(squares)}
 
-    handles = [
-        mlp_layers(block, layout)[1].register_forward_pre_hook(saw(index)) for index, block in enumerate(blocks(model))
-    ]
+    batches = length_batches([len(row) for row in rows], len(rows), max_tokens)
+    handles = [mlp_layers(block, layout)[1].register_forward_pre_hook(saw) for block in blocks(model)]
     try:
         with tqdm(total=len(rows), desc="activations", unit="text") as progress:
-            for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
-                ids, _ = padded([rows[index] for index in batch], model.device)
-                _states(model, ids)
-                progress.update(len(batch))
+            return list(sums.over(batches, of, progress, kept)["squares"].sqrt())
     finally:
         for handle in handles:
             handle.remove()
-    return means

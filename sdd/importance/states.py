@@ -63,9 +63,10 @@ class Angular(StateCriterion):
     def start(self, num_blocks: int) -> None:
         import torch
 
-        self.num_blocks, self.texts = num_blocks, 0
+        self.num_blocks = num_blocks
         self.states: list[Tensor] = []
-        self.sums = {n: torch.zeros(num_blocks - n + 1, dtype=torch.float64) for n in range(1, num_blocks)}
+        sizes = {str(n): num_blocks - n + 1 for n in range(1, num_blocks)} | {"texts": 1}
+        self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
 
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
         assert block == len(self.states), f"block {block} seen after {len(self.states)} states"
@@ -77,13 +78,14 @@ class Angular(StateCriterion):
         import torch
 
         states = torch.stack(self.states)
-        for n, total in self.sums.items():
-            total += angular_distance(states[:-n], states[n:]).sum(dim=1)
-        self.texts += states.shape[1]
+        for n in range(1, self.num_blocks):
+            self.sums[str(n)] += angular_distance(states[:-n], states[n:]).sum(dim=1)
+        self.sums["texts"] += states.shape[1]
         self.states = []
 
     def scores(self) -> dict[str, Any]:
-        return {"distance": {str(n): (total / self.texts).tolist() for n, total in self.sums.items()}}
+        sizes, texts = map(str, range(1, self.num_blocks)), self.sums["texts"]
+        return {"distance": {size: (self.sums[size] / texts).tolist() for size in sizes}}
 
 
 class BlockInfluence(StateCriterion):
@@ -95,19 +97,20 @@ class BlockInfluence(StateCriterion):
         self.contiguous = contiguous
 
     def start(self, num_blocks: int) -> None:
-        self.sums = [0.0] * num_blocks
-        self.tokens = [0] * num_blocks
+        import torch
+
+        self.sums = {name: torch.zeros(num_blocks, dtype=torch.float64) for name in ("influence", "tokens")}
 
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
         real = mask.bool()
-        self.sums[block] += float(block_influence(entering[real], leaving[real]).sum())
-        self.tokens[block] += int(real.sum())
+        self.sums["influence"][block] += float(block_influence(entering[real], leaving[real]).sum())
+        self.sums["tokens"][block] += int(real.sum())
 
     def finish_batch(self) -> None:
         """Running sums need nothing here."""
 
     def scores(self) -> dict[str, Any]:
-        values = [total / tokens for total, tokens in zip(self.sums, self.tokens, strict=True)]
+        values: list[float] = (self.sums["influence"] / self.sums["tokens"]).tolist()
         table = {"distance": window_sums(values)}
         if self.contiguous:
             return table

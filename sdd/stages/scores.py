@@ -36,7 +36,7 @@ from sdd.stages.figures import channel_curves, heat_map
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.store import Recipe
+from sdd.store import SCRATCH, Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
 
@@ -225,9 +225,11 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`scores.json` and a figure, after as many passes over the texts as the criterion takes; of channels, also
-    `channels.safetensors`."""
+    `channels.safetensors`. Sums over texts survive a kill."""
     criterion = build_part(recipe.spec["metric"])
     spec = read_spec(recipe, criterion)
+    criterion.scratch = folder / SCRATCH
+    criterion.scratch.mkdir(exist_ok=True)
     if isinstance(criterion, ChannelCriterion):
         _build_channels(runtime, spec, inputs, folder, criterion)
     else:
@@ -265,7 +267,13 @@ def _show(runtime: Runtime, spec: TextScores | RowScores, source: Checkpoint, cr
         criterion.measure(model, rows, runtime.inference_batch_size)
     else:
         assert isinstance(criterion, StateCriterion), f"{criterion.name} is told of no states"
-        show_texts(model, criterion, [row.ids for row in rows], runtime.inference_batch_size)
+        show_texts(
+            model,
+            criterion,
+            [row.ids for row in rows],
+            runtime.inference_batch_size,
+            kept=criterion.kept("scores"),
+        )
     return len(rows)
 
 

@@ -27,7 +27,7 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("scores", "prune"),
+        Stage("scores", "prune", resumable=True),
         Stage("pruned", "prune", is_model=True),
         Stage("rewrites", "generate", resumable=True),
         Stage("targets", "generate"),

@@ -193,7 +193,7 @@ def test_manifest_says_what_made_it(manifests: dict[str, dict]) -> None:
 
 # ---- builders that fail, without a model --------------------------------------------------------------------------
 
-RECIPE, RESUMABLE = Recipe("scores", 1, {"a": 1}), Recipe("rewrites", 1, {"a": 1})
+RECIPE, RESUMABLE = Recipe("pruned", 1, {"a": 1}), Recipe("rewrites", 1, {"a": 1})
 
 
 def failing(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_group_may_read_what_it_may_enter(tmp_path: Path) -> None:
 
 def test_stale_work_of_a_stage_that_cannot_resume_is_dropped(tmp_path: Path) -> None:
     store, seen = Store(tmp_path), []
-    stale = tmp_path / ".partial" / "scores" / RECIPE.address / "old.json"
+    stale = tmp_path / ".partial" / RECIPE.stage / RECIPE.address / "old.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("from a killed build")
 

@@ -195,7 +195,7 @@ def test_a_task_counts_answers_before_likelihood(monkeypatch: pytest.MonkeyPatch
 
     whole = removal.Quality(10.0, 10, 4, 8)
     each = {0: removal.Quality(5.0, 10, 3, 8), 1: removal.Quality(30.0, 10, 4, 8), 2: removal.Quality(20.0, 10, 4, 8)}
-    monkeypatch.setattr(removal, "without_each", lambda *_: (whole, each))
+    monkeypatch.setattr(removal, "without_each", lambda *_, **__: (whole, each))
     criterion = iterative("task", depth=1)
     criterion.start(3)
     criterion.measure(None, [], 1)

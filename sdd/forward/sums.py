@@ -1,0 +1,72 @@
+"""Sums over batches of rows, written down as they grow, so that a pass that was killed goes on where it stood.
+
+They are added in the order of the batches, in float64: a pass that went on ends with the bytes of one that was not
+killed. Knows nothing of what is added up.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdd.store import digest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVERY = 5.0
+"""Seconds after which sums are written down, and once after the last batch; a kill costs as many, and a batch."""
+
+Sums = dict[str, "Tensor"]
+
+
+def over(
+    batches: Sequence[list[int]],
+    of: Callable[[list[int]], Sums],
+    progress: Any,
+    kept: Path | None = None,
+    what: Any = None,
+) -> Sums:
+    """The sums of what `of` says of each batch, by name, in float64 on the CPU.
+
+    They are kept in the file `kept`, and taken from there if it says that they are of these batches and of `what`.
+    `progress` counts how often a row is passed; `of` moves it, and what is taken from the file is left out of it.
+    """
+    asked = digest_of([what, batches])
+    done, total = _read(kept, asked)
+    whole, left = (sum(map(len, some)) for some in (batches, batches[done:]))
+    progress.total = progress.total * left // max(1, whole)
+    written = time.monotonic()
+    for number, batch in enumerate(batches[done:], done + 1):
+        for name, part in of(batch).items():
+            total[name] = total[name] + part.double().cpu() if name in total else part.double().cpu()
+        if kept and (number == len(batches) or time.monotonic() - written >= EVERY):
+            _write(kept, total, {"of": asked, "batches": str(number)})
+            written = time.monotonic()
+    return total
+
+
+def _read(path: Path | None, asked: str) -> tuple[int, Sums]:
+    """How many batches the sums in a file are of, and the sums; none where it is damaged, or of something else.
+
+    A folder may have come from elsewhere. To begin anew costs time, and ends with the same bytes.
+    """
+    if path is None or path.is_symlink() or not path.is_file():
+        return 0, {}
+    from safetensors import SafetensorError, safe_open
+
+    with contextlib.suppress(SafetensorError, OSError, ValueError), safe_open(path, "pt") as file:
+        said = file.metadata() or {}
+        if said.get("of") == asked:
+            return int(said["batches"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return 0, {}
+
+
+def _write(path: Path, sums: Sums, said: dict[str, str]) -> None:
+    """There whole or not at all."""
+    from safetensors.torch import save_file
+
+    half = path.with_suffix(".half")
+    save_file({name: part.contiguous() for name, part in sums.items()}, half, said)
+    half.replace(path)
