@@ -53,7 +53,11 @@ SCENES: dict[str, list[list[str]]] = {
         ["dataset=mixture"],
         ["dataset=local", "dataset.path=ROWS"],
     ],
-    "finetune": [[], ["finetune=logit_distill"]],
+    "finetune": [
+        [],
+        ["finetune=logit_distill"],
+        *([f"finetune={mode}"] for mode in ("skew_kl", "jsd", "taid", "dac_kl", "redi")),
+    ],
     "adapter": [[], ["adapter=lora_beside_cut"]],
     "engine": [[], ["engine.temperature=0.7", "engine.tries=2"]],
     "merge": [],
@@ -81,6 +85,7 @@ OTHERS: dict[str, list[Any]] = {
     "adapter.quantisation": ["nf4"],
     "evaluation.tasks": [["arithmetic"], ["piqa"]],
     "evaluation.split": ["test"],
+    "finetune.loss": ["reverse_kl", "redi"],
     "metric.by": ["angular", "perplexity"],
 }
 """Values of settings that cannot be thought of by their type alone."""

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdd.answers import RULES
 from sdd.config.schema import plain
 from sdd.errors import UserError
+from sdd.finetuning.losses import LOSSES
 from sdd.finetuning.modes import MODES
 from sdd.store import ANALYSES
 
@@ -89,6 +90,11 @@ WITHIN = {
     "finetune.noise_share": (0.0, 1.0),
     "finetune.ce_share": (0.0, 1.0),
     "finetune.temperature": (1e-2, 100.0),
+    "finetune.skew": (0.0, 0.99),
+    "finetune.jsd_beta": (1e-3, 0.999),
+    "finetune.taid_start": (0.0, 0.99),
+    "finetune.clip_mass": (1e-3, 1.0),
+    "finetune.rejected_weight": (0.0, 1.0),
     "finetune.warmup_share": (0.0, 1.0),
     "finetune.weight_decay": (0.0, 10.0),
     "finetune.clip_norm": (1e-6, 1e6),
@@ -108,6 +114,8 @@ POSITIVE = ("finetune.learning_rate", "repair.penalty")
 SHARES_ABOVE_0 = ("pruning.keep", "merge.density")
 """Numbers above 0 and at most 1."""
 NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks", "analysis.draft_lengths")
+MOST_WEIGHT = 1e6
+"""Of a loss beside others."""
 MOST_STUDENTS = 32
 """Each is composed and checked like a config of its own."""
 MERGE_SETTINGS = {
@@ -177,6 +185,7 @@ def check_values(config: DictConfig) -> None:
         )
     if pruning.start is not None and pruning.size == 0 and pruning.keep is None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
+    _check_loss(plain(config.finetune))
     adapter = config.adapter
     if adapter.quantisation not in (None, "nf4"):
         raise UserError(f"adapter.quantisation={adapter.quantisation} is unknown; choose nf4, or null for none")
@@ -230,6 +239,37 @@ def _check_values(value: Any, where: str) -> None:
 
 def _is_cut(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_loss(finetune: dict[str, Any]) -> None:
+    """`loss` is a known name or positive weights by name, and what it needs is there."""
+    loss, mode = finetune["loss"], finetune["mode"]
+    if loss is None:
+        weights = dict(MODES[mode].loss or {}) if mode in MODES else {}
+    elif isinstance(loss, str):
+        weights = {loss: 1.0}
+    elif isinstance(loss, dict) and loss:
+        weights = loss
+    else:
+        raise UserError(f"finetune.loss={loss} must be the name of a loss, or weights by name: {{jsd: 0.5, ...}}")
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise UserError(f"finetune.loss={name} is unknown; choose one of {', '.join(LOSSES)}")
+        if not (_is_number(weight) and 0 < weight <= MOST_WEIGHT):
+            raise UserError(f"finetune.loss.{name}={weight} must be above 0 and at most {MOST_WEIGHT:g}")
+    if loss is not None and finetune["ce_share"]:
+        raise UserError(
+            f"finetune.ce_share={finetune['ce_share']:g} goes with a mode's own loss; give finetune.loss the weight: "
+            "{cross_entropy: 0.5, ...}"
+        )
+    if "redi" not in weights or mode not in MODES:
+        return
+    if MODES[mode].targets != "rewrites":
+        raise UserError(
+            f"finetune.loss=redi learns from rejected rewrites, which finetune={mode} has none of; choose finetune=redi"
+        )
+    if not finetune["select"]:
+        raise UserError("finetune.loss=redi learns from rejected rewrites; finetune.select=false rejects none")
 
 
 def _check_merge(merge: Any) -> None:

@@ -124,12 +124,18 @@ class Dataset(Rows):
 class Finetune:
     """Whose answers are the targets, and how the student is optimised on them."""
 
-    mode: str = described("whose answers are the targets, and the loss", "self_distill")
+    mode: str = described("whose answers are the targets, and the loss where `loss` is null", "self_distill")
+    loss: Any = described("what is minimised: a loss by name, or {name: weight, ...}; null is the mode's own", None)
     select: bool = described("whether a rewrite that fails the selection gives way to the reference", True)
     gold_share: float = described("share of rows whose reference stays in place", 0.0)
     noise_share: float = described("share of the kept rewrites that another row's takes the place of", 0.0)
-    ce_share: float = described("weight of cross-entropy beside the divergence, in logit_distill", 0.0)
-    temperature: float = described("what both distributions are softened by, in logit_distill", 1.0)
+    ce_share: float = described("weight of cross-entropy beside a mode's own loss on the teacher's logits", 0.0)
+    temperature: float = described("what teacher and student are softened by in divergences", 1.0)
+    skew: float = described("the teacher's share of the mixture in skew_kl", 0.1)
+    jsd_beta: float = described("of jsd: near 0 it is like forward KL, near 1 like reverse KL", 0.5)
+    taid_start: float = described("the teacher's share of the target at the first step of taid", 0.4)
+    clip_mass: float = described("probability of the teacher's likeliest tokens that dac_kl keeps", 0.95)
+    rejected_weight: float = described("weight of the rejected rewrites in redi", 0.8)
     epochs: int = described("passes over the training rows", 2)
     learning_rate: float = described("the highest of the schedule", 1e-3)
     batch_size: int = described("rows of a step", 32)

@@ -1,11 +1,28 @@
 """The ways of fine-tuning, a record each: where targets come from, what is minimised, what is said and shown of it."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 SOLID = "-"
 _SALTIRE = "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z"
+_HOURGLASS = ((-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1))
+_BOWTIE = ((-1, -0.8), (1, 0.8), (1, -0.8), (-1, 0.8), (-1, -0.8))
+_ARROW = ((0, 1), (1, 0), (0.4, 0), (0.4, -1), (-0.4, -1), (-0.4, 0), (-1, 0), (0, 1))
+_HOUSE = ((0, 1), (1, 0.1), (0.7, 0.1), (0.7, -1), (-0.7, -1), (-0.7, 0.1), (-1, 0.1), (0, 1))
+"""Outlines; y grows upwards in matplotlib and downwards in Vega."""
+
+
+def _vega(outline: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g},{-y:g}" for x, y in outline) + "Z"
+
+
+def _star(points: int, inner: float) -> str:
+    """Vega's path of a star whose first point is on top."""
+    angles = [math.pi * number / points for number in range(2 * points)]
+    radii = [inner if number % 2 else 1.0 for number in range(2 * points)]
+    return _vega([(round(r * math.sin(a), 2), round(r * math.cos(a), 2)) for r, a in zip(radii, angles, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class Style:
 
     colour: str
     on_dark: str
-    marker: str
+    marker: Any
     symbol: str
     glyph: str
     hatch: str
@@ -26,25 +43,16 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A loss with a teacher beside the student: a class that is called with the teacher and these settings of
-    `finetune`, which then are in the key. `id` tells losses apart there; the first that there was has none."""
-
-    place: str
-    settings: tuple[str, ...]
-    id: str | None = None
-
-
-@dataclass(frozen=True)
 class Mode:
-    """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `loss`: None is
-    cross-entropy on them. `words` say what an exported student was tuned on."""
+    """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `loss`: the weights of
+    the losses of `sdd.finetuning.losses`; None is cross-entropy on the targets. `words` say what an exported student
+    was tuned on."""
 
     name: str
     targets: Literal["reference", "gold", "rewrites"]
     words: str
     look: Style
-    loss: Loss | None = None
+    loss: Mapping[str, float] | None = None
 
 
 _ALL = (
@@ -59,13 +67,76 @@ _ALL = (
         "reference",
         "the dataset's own reference answers, towards the teacher's probabilities of every next token",
         Style("#E69F00", "#FEBE35", "X", _SALTIRE, "✖\ufe0e", "++", (0, (8, 3))),
-        Loss("sdd.finetuning.logit_distillation:LogitDistillation", ("temperature", "ce_share")),
+        {"forward_kl": 1.0},
+    ),
+    Mode(
+        "reverse_kl",
+        "reference",
+        "the dataset's own reference answers, towards what the teacher says most (reverse KL)",
+        Style("#8289C3", "#90FDA9", "p", _star(5, 0.81), "⬟", "|/"),
+        {"reverse_kl": 1.0},
+    ),
+    Mode(
+        "skew_kl",
+        "reference",
+        "the dataset's own reference answers, towards a mixture of teacher and student (skew KL, arXiv 2402.03898)",
+        Style("#B70627", "#B64B1E", "d", "M0,-1L0.6,0L0,1L-0.6,0Z", "♦\ufe0e", "-/"),
+        {"skew_kl": 1.0},
+    ),
+    Mode(
+        "jsd",
+        "reference",
+        "the dataset's own reference answers, nearer to the teacher (Jensen-Shannon divergence, arXiv 2306.13649)",
+        Style("#AF9CB3", "#D66B0D", _HOURGLASS, _vega(_HOURGLASS), "⧗", "|\\\\"),
+        {"jsd": 1.0},
+    ),
+    Mode(
+        "taid",
+        "reference",
+        "the dataset's own reference answers, towards a teacher that starts near the student (TAID, arXiv 2501.16937)",
+        Style("#1C2307", "#A682A5", _ARROW, _vega(_ARROW), "⬆\ufe0e", "-\\\\"),
+        {"taid": 1.0},
+    ),
+    Mode(
+        "total_variation",
+        "reference",
+        "the dataset's own reference answers, by the total variation distance from the teacher",
+        Style("#3B05A2", "#6296E1", (4, 1, 0), _star(4, 0.5), "✦", "/."),
+        {"total_variation": 1.0},
+    ),
+    Mode(
+        "dac_kl",
+        "reference",
+        "the dataset's own reference answers, towards the teacher's likeliest tokens (after arXiv 2407.10068)",
+        Style("#1E5F0D", "#FAE51D", _HOUSE, _vega(_HOUSE), "⌂", "|."),
+        {"dac_kl": 1.0},
+    ),
+    Mode(
+        "hidden_states",
+        "reference",
+        "the dataset's own reference answers, and towards the teacher's states after every block (arXiv 2310.06927)",
+        Style("#400B49", "#88C080", (6, 1, 0), _star(6, 0.5), "✶", "-."),
+        {"cross_entropy": 1.0, "hidden_states": 1.0},
+    ),
+    Mode(
+        "relations",
+        "reference",
+        "the dataset's own reference answers, and towards the teacher's self-attention relations (arXiv 2002.10957)",
+        Style("#06052E", "#C0BAC9", _BOWTIE, _vega(_BOWTIE), "⧓", "x."),
+        {"cross_entropy": 1.0, "relations": 1.0},
     ),
     Mode(
         "self_distill",
         "rewrites",
         "answers that the unpruned model itself rewrote (self-data distillation, arXiv 2410.09982)",
         Style("#D55E00", "#F5883D", "^", "triangle-up", "▲", ".."),
+    ),
+    Mode(
+        "redi",
+        "rewrites",
+        "answers that the unpruned model itself rewrote, and away from the refused ones (REDI, arXiv 2505.24850)",
+        Style("#1C0307", "#C5846C", (8, 1, 0), _star(8, 0.5), "✸", "o."),
+        {"redi": 1.0},
     ),
     Mode(
         "gold",
@@ -76,10 +147,3 @@ _ALL = (
 )
 MODES = {mode.name: mode for mode in _ALL}
 """In the order in which reports compare them: the later minus the earlier."""
-
-
-def loss_of(id: str | None) -> tuple[type, Loss]:
-    """The class of a loss with a teacher, and its record, by the id that it has in a key."""
-    record = next(mode.loss for mode in _ALL if mode.loss is not None and mode.loss.id == id)
-    module, _, name = record.place.partition(":")
-    return getattr(import_module(module), name), record

@@ -6,13 +6,14 @@ loss. Logits are computed at target positions only. Order and randomness are fun
 all that resuming needs. Knows nothing of the store, Hydra, or where the rows come from.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -34,10 +35,16 @@ VALIDATIONS = 4
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """Token ids of prompt and target; loss is taken on ids[prompt_length:]."""
+    """Token ids of prompt and target; loss is taken on ids[prompt_length:]. `rejected` are those of the same prompt and
+    of an answer that was refused."""
 
     ids: list[int]
     prompt_length: int
+    rejected: list[int] | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.ids), len(self.rejected or ()))
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[li
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
     """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
     batches: list[list[TrainingRow]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
-    for row in sorted(rows, key=lambda r: len(r.ids)):
-        if batches and (len(batches[-1]) + 1) * len(row.ids) <= max_tokens:
+    for row in sorted(rows, key=lambda r: r.longest):
+        if batches and (len(batches[-1]) + 1) * row.longest <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -104,6 +111,21 @@ def target_states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
 
 def target_tokens(rows: Sequence[TrainingRow]) -> int:
     return sum(len(row.ids) - row.prompt_length for row in rows)
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A loss that goes by what it was in earlier steps, and counts otherwise than by target tokens."""
+
+    def count(self, rows: Sequence[TrainingRow]) -> int:
+        """What the sum over a global batch is divided by."""
+
+    def stepped(self, loss: float, done: float) -> None:
+        """Told of a step's mean loss, and of the share of all steps that are behind."""
+
+    def state(self) -> dict[str, float]: ...
+
+    def restore(self, state: dict[str, float]) -> None: ...
 
 
 class StudentModule(pl.LightningModule):
@@ -144,6 +166,14 @@ class StudentModule(pl.LightningModule):
         """The student as a causal LM, its adapter in place."""
         return causal_lm(self.student)
 
+    def count(self, rows: Sequence[TrainingRow]) -> int:
+        """What the loss of a global batch is divided by: its target tokens, unless the loss says otherwise."""
+        return self.loss.count(rows) if isinstance(self.loss, Remembering) else target_tokens(rows)
+
+    def loss_state(self) -> dict[str, float]:
+        """What the loss goes by of earlier steps."""
+        return self.loss.state() if isinstance(self.loss, Remembering) else {}
+
     def train_dataloader(self) -> Any:
         """A bare counter: the rows of a step follow from the step itself."""
         return torch.utils.data.DataLoader(range(len(self.plan)), batch_size=None)  # type: ignore[arg-type]
@@ -167,11 +197,11 @@ class StudentModule(pl.LightningModule):
         torch.manual_seed(_seed_of(self.optimisation.seed, step) + self.trainer.global_rank)
         rows = [self.rows[index] for index in self.plan[step]]
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        tokens, total = target_tokens(rows), 0.0
+        tokens, total = self.count(rows), 0.0
         for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
-            loss, _ = self._loss_of(micro)
-            self.manual_backward(loss / max(tokens, 1))
-            total += float(loss.detach())
+            summed, _ = self._loss_of(micro)
+            self.manual_backward(summed / max(tokens, 1))
+            total += float(summed.detach())
         if self.trainer.world_size > 1:
             ranks.sum_gradients(self.trained().values())
             (total,) = ranks.summed([total], self.device)
@@ -180,7 +210,10 @@ class StudentModule(pl.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr, call-arg]
-        self._record(step + 1, total / max(tokens, 1), rate)
+        loss = total / max(tokens, 1)
+        if isinstance(self.loss, Remembering):
+            self.loss.stepped(loss, (step + 1) / len(self.plan))
+        self._record(step + 1, loss, rate)
 
     def _own(self, batches: list[list[TrainingRow]]) -> list[list[TrainingRow]]:
         """This rank's share."""
@@ -244,10 +277,14 @@ class StudentModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint.pop("callbacks", None)  # paths of files that go as new ones come
         checkpoint |= {"history": self.history, "run": self.run}
+        if state := self.loss_state():
+            checkpoint["loss"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.pop("callbacks", None)
         self.history = list(checkpoint["history"])
+        if state := checkpoint.get("loss"):
+            self.loss.restore(state)  # type: ignore[attr-defined]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -285,6 +322,7 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         moments = {index: state["exp_avg"].shape for index, state in checkpoint["optimizer_states"][0]["state"].items()}
         steps = [row["step"] for row in checkpoint["history"]]
         run, step = checkpoint["run"], checkpoint["global_step"]
+        remembered = {name: math.isfinite(value) for name, value in checkpoint.get("loss", {}).items()}
     except UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
     except (OSError, MemoryError):  # of the machine, not of the file, which is kept
@@ -295,6 +333,7 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         return None
     expected = {name: parameter.shape for name, parameter in module.trained().items()}
     in_plan = steps == list(range(1, step + 1)) and step <= len(module.plan)
+    in_plan = in_plan and remembered == dict.fromkeys(module.loss_state(), True)
     own_run = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
     return checkpoint if in_plan and own_run else None
 

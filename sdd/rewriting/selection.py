@@ -76,11 +76,17 @@ def rewrite_rows(
         }
 
 
-def choose_target(row: dict[str, Any], selection: Selection | None, gold_share: float, seed: int = 0) -> dict[str, Any]:
+REJECTED = ("leak", "answer")
+"""Why a rewrite that has text and an end is refused."""
+
+
+def choose_target(
+    row: dict[str, Any], selection: Selection | None, gold_share: float, seed: int = 0, keep_rejected: bool = False
+) -> dict[str, Any]:
     """A training row from a rewritten one: {"id", "prompt", "reference", "target", "source", "reason"}.
 
     `selection=None` takes every rewrite that has text; `gold_share` keeps the reference for that share of rows, drawn
-    by row id.
+    by row id. With `keep_rejected` there is also "rejected": a rewrite that was refused for what it says, or None.
     """
     if random.Random(f"gold {seed} {row['id']}").random() < gold_share:
         reason = "gold_share"
@@ -96,6 +102,7 @@ def choose_target(row: dict[str, Any], selection: Selection | None, gold_share: 
         "target": row["rewrite"] if accepted else row["reference"],
         "source": "rewrite" if accepted else "reference",
         "reason": reason,
+        **({"rejected": row["rewrite"] if reason in REJECTED else None} if keep_rejected else {}),
     }
 
 

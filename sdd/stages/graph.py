@@ -81,7 +81,7 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
         if "tuned" in stages:
             tuned.check_rows(study, len(examples))
             tuned.check_lengths(study, examples)
-    if any("distillation" in recipe.spec for recipe in missing):
+    if any("teacher" in recipe.spec.get("distillation", {}) for recipe in missing):
         tuned.check_vocabulary(study)
     if any("texts" in recipe.spec for recipe in missing) and not study.students:
         study.texts[study.calibration.spec["texts"]] = study.calibration.source.texts()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.finetuning.losses import needed
 from sdd.finetuning.modes import MODES
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets(Spec):
-    """`dataset` where answers of the dataset are the targets; where rewrites are, how they are chosen."""
+    """`dataset` where answers of the dataset are the targets; where rewrites are, how they are chosen, and whether
+    refused ones are kept beside the targets."""
 
     mode: str
     dataset: dict[str, Any] | None = None
@@ -35,6 +37,7 @@ class Targets(Spec):
     select: bool | None = None
     gold_share: float | None = None
     noise_share: float = 0.0
+    rejected: bool = False
 
 
 def recipe(study: Study) -> Recipe:
@@ -48,7 +51,8 @@ def recipe(study: Study) -> Recipe:
     if mode.targets != "rewrites":
         return study.recipe("targets", Targets(mode.name, dataset=rows.spec), {}, rows.labels)
     shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
-    spec = Targets(mode.name, **rows.selection, select=finetune.select, **shares)
+    rejected = "rejected rows" in needed(study.losses)
+    spec = Targets(mode.name, **rows.selection, select=finetune.select, **shares, rejected=rejected)
     raised = rows.judged_anew and bool(finetune.select or finetune.noise_share)
     return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels, raised)
 
@@ -93,7 +97,7 @@ def _chosen(spec: Targets, rewrites: Path) -> list[dict[str, Any]]:
         return selection_for(spec.rule, spec.leak_phrases, row["id"])
 
     rows = [
-        choose_target(row, selection(row) if spec.select else None, spec.gold_share or 0.0)
+        choose_target(row, selection(row) if spec.select else None, spec.gold_share or 0.0, keep_rejected=spec.rejected)
         for row in read_jsonl(rewrites / "rewrites.jsonl")
     ]
     return with_noise(rows, spec.noise_share, selection) if spec.noise_share else rows

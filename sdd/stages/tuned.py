@@ -18,7 +18,7 @@ from sdd.config.allowed import build as build_part
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, linear_layers, save_student
-from sdd.finetuning.modes import MODES, loss_of
+from sdd.finetuning.losses import LOSSES, PLAIN, SETTINGS
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
@@ -41,8 +41,9 @@ PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Tuned(Spec):
-    """`model` where nothing was pruned, else the input `pruned`; `distillation` where a teacher's probabilities are
-    learned; `micro_batch_tokens`, and `devices` where there are several, where dropout's draws follow the passes."""
+    """`model` where nothing was pruned, else the input `pruned`; `distillation` where the loss is another than
+    cross-entropy, with the teacher if it needs one; `micro_batch_tokens`, and `devices` where there are several, where
+    dropout's draws follow the passes."""
 
     adapter: dict[str, Any]
     base_quantisation: str | None
@@ -67,12 +68,8 @@ def recipe(study: Study) -> Recipe:
         check_rows(study, rows)
     _check_adapter(study)
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
-    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "temperature", "precision"):
+    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "loss", "precision", *SETTINGS):
         settings.pop(key)
-    distillation, loss = None, MODES[finetune.mode].loss if finetune.mode in MODES else None
-    if loss is not None:
-        distillation = {"teacher": models.teacher_digest, "dtype": config.model.dtype}
-        distillation |= {key: finetune[key] for key in loss.settings} | ({"loss": loss.id} if loss.id else {})
     adapter = _adapter_spec(study)
     inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
     spec = Tuned(
@@ -83,12 +80,54 @@ def recipe(study: Study) -> Recipe:
         system_prompt=config.dataset.system_prompt,
         seed=config.seed,
         chat_template=models.plain_template(models.digest),
-        distillation=distillation,
+        distillation=_distillation(study),
         micro_batch_tokens=config.trainer.micro_batch_tokens if adapter.get("dropout", 0) > 0 else None,
         devices=config.trainer.devices if adapter.get("dropout", 0) > 0 and config.trainer.devices > 1 else None,
         model=models.digest if cut is None else None,
     )
     return study.recipe("tuned", spec, inputs if cut is None else inputs | {"pruned": cut}, study.rows.labels)
+
+
+def _distillation(study: Study) -> dict[str, Any] | None:
+    """What of the losses counts; forward KL, alone or with its share of cross-entropy, has no weights there."""
+    weights, finetune, models = study.losses, study.config.finetune, study.models
+    if weights in (PLAIN, {}):
+        return None
+    _check_loss(study)
+    spec: dict[str, Any] = {}
+    if any(LOSSES[name].needs_teacher for name in weights):
+        spec = {"teacher": models.teacher_digest, "dtype": study.config.model.dtype}
+    spec |= {key: finetune[key] for name in weights for key in LOSSES[name].settings}
+    ce_share = weights.get("cross_entropy", 0.0)
+    if weights | {"cross_entropy": ce_share} == {"forward_kl": 1 - ce_share, "cross_entropy": ce_share}:
+        return spec | {"ce_share": ce_share}
+    return spec | {"loss": weights}
+
+
+def _weights(distillation: dict[str, Any]) -> dict[str, float]:
+    """The weights of the losses that a recipe names."""
+    if "loss" in distillation:
+        return {name: float(weight) for name, weight in distillation["loss"].items()}
+    ce_share = distillation["ce_share"]
+    return {"forward_kl": 1 - ce_share} | ({"cross_entropy": ce_share} if ce_share else {})
+
+
+def _check_loss(study: Study) -> None:
+    """Refuse losses on states that the teacher does not have, or keeps as one with others."""
+    weights, models = study.losses, study.models
+    states = [name for name in weights if LOSSES[name].needs == "teacher states"]
+    if states and models.teacher_digest != models.digest:
+        raise UserError(
+            f"finetune.loss={states[0]} compares states block by block with the unpruned model's, and teacher.path="
+            f"{study.config.teacher.path} is another; leave it out, or choose a loss on logits such as forward_kl"
+        )
+    if "relations" in states:
+        names: set[str] = models.known(lambda: set(models.checkpoint.block_tensors[0]), set())
+        if names and not any(name.endswith("q_proj.weight") for name in names):
+            raise UserError(
+                "finetune.loss=relations compares queries, keys and values, which this model keeps in one matrix; "
+                "choose hidden_states"
+            )
 
 
 def _adapter_spec(study: Study) -> dict[str, Any]:
@@ -189,7 +228,7 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:
     """Work on the teacher beside a student; one that is not here yet counts as the model itself."""
-    if spec.distillation is None:
+    if spec.distillation is None or "teacher" not in spec.distillation:
         return None
     folder = sizes.sources.get(spec.distillation["teacher"])
     shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
@@ -244,14 +283,17 @@ def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed
 def tokenized(
     tokenizer: Any, rows: list[dict[str, Any]], system_prompt: str | None, max_length: int
 ) -> tuple[list[Any], int]:
-    """Training rows as token ids, and how many were over `max_length`."""
+    """Training rows as token ids, and how many were over `max_length`; a rejected answer that is over it is none."""
     from sdd.finetuning.module import TrainingRow
 
     kept = []
     for row in rows:
         ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], system_prompt)
+        rejected = None
+        if row.get("rejected"):
+            rejected = training_ids(tokenizer, row["prompt"], row["rejected"], system_prompt)[0]
         if len(ids) <= max_length:
-            kept.append(TrainingRow(ids, prompt_length))
+            kept.append(TrainingRow(ids, prompt_length, rejected if len(rejected or ()) <= max_length else None))
     return kept, len(rows) - len(kept)
 
 
@@ -276,6 +318,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     shown = spec.system_prompt, settings["max_length"]
     training, too_long = tokenized(tokenizer, drawn, *shown)
     validation, held_out_too_long = tokenized(tokenizer, held_out, *shown)
+    if recipe.inputs["targets"].spec.get("rejected"):
+        refused = sum(bool(row.rejected) for row in training)
+        log.log(logging.INFO if refused else logging.WARNING, "%d training rows have a rejected rewrite", refused)
     if not training:
         raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
     if too_long:
@@ -291,7 +336,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         checkpoints.recompute_activations(model)
-    loss = _loss(spec, runtime)
+    loss = _loss(spec, runtime, model, inputs.get("pruned"))
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
     if ranks.rank() > 0:
@@ -315,18 +360,30 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     )
 
 
-def _loss(spec: Tuned, runtime: Runtime) -> Any:
-    """Cross-entropy on the targets, or the mode's own loss with a teacher beside the student."""
+def _loss(spec: Tuned, runtime: Runtime, model: Any, pruned: Path | None) -> Any:
+    """Cross-entropy on the targets, or the losses that the recipe names, with a teacher beside the student if need."""
     from sdd.finetuning.module import loss_sum
 
     if spec.distillation is None:
         return loss_sum
-    settings = spec.distillation
-    checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
-    teacher = checkpoint.model(settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
-    checkpoints.check_logits(teacher)
-    kind, record = loss_of(settings.get("loss"))
-    return kind(teacher, **{key: settings[key] for key in record.settings})
+    from sdd.finetuning.losses.weighted import built
+
+    settings, teacher, kept = spec.distillation, None, []
+    weights = _weights(settings)
+    if "teacher" in settings:
+        checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
+        teacher = checkpoint.model(settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
+        checkpoints.check_logits(teacher)
+    if any(LOSSES[name].needs == "teacher states" for name in weights):
+        kept = _kept(model, pruned)
+    return built(weights, settings, teacher, kept)
+
+
+def _kept(model: Any, pruned: Path | None) -> list[int]:
+    """The unpruned model's block that each block of the student was."""
+    if pruned is None:
+        return list(range(len(checkpoints.blocks(model))))
+    return list(json.loads((pruned / "pruning.json").read_text())["kept_blocks"])
 
 
 def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[int] | None:
@@ -421,7 +478,7 @@ def _fit(
             on_step=on_step,
             loss=loss,
             run=recipe.address,
-            scratch=scratch,
+            scratch=None if getattr(loss, "needs_whole_passes", False) else scratch,
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)

@@ -13,7 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sdd.config import check_pruning
+from sdd.config import check_pruning, plain
+from sdd.finetuning.losses import weights_of
+from sdd.finetuning.modes import MODES
 from sdd.store import STAGES, Recipe, canonical
 from sdd.study.calibration import Calibration
 from sdd.study.keeping import with_size
@@ -56,6 +58,14 @@ class Study:
     def blocks_removed(self) -> int:
         pruning = self.config.pruning
         return int(pruning.size if pruning.blocks is None else len(pruning.blocks))
+
+    @cached_property
+    def losses(self) -> dict[str, float]:
+        """The weight of each loss that the student is trained on; none where it is not trained."""
+        finetune = plain(self.config.finetune)
+        if finetune["mode"] not in MODES:
+            return {}
+        return weights_of(MODES[finetune["mode"]].loss, finetune["ce_share"], finetune["loss"])
 
     @cached_property
     def validation_rows(self) -> int:

@@ -121,6 +121,14 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.ce_share", 0.5, {"tuned"}, LOGITS, {}),
     ("finetune.temperature", 2.0, {"tuned"}, LOGITS, {}),
     ("model.dtype", "bfloat16", {"tuned"}, [*LOGITS, "metric=last"], {}),
+    ("finetune.loss", "jsd", {"tuned"}, [], {}),
+    ("finetune.loss", {"jsd": 1.0, "cross_entropy": 0.5}, {"tuned"}, ["finetune=jsd"], {}),
+    ("finetune.loss", "redi", {"targets"}, [], {}),
+    ("finetune.skew", 0.2, {"tuned"}, ["finetune=skew_kl"], {}),
+    ("finetune.jsd_beta", 0.2, {"tuned"}, ["finetune=jsd"], {}),
+    ("finetune.taid_start", 0.2, {"tuned"}, ["finetune=taid"], {}),
+    ("finetune.clip_mass", 0.2, {"tuned"}, ["finetune=dac_kl"], {}),
+    ("finetune.rejected_weight", 0.2, {"tuned"}, ["finetune=redi"], {}),
     ("finetune.epochs", 1, {"tuned"}, [], {}),
     ("finetune.learning_rate", 1e-4, {"tuned"}, [], {}),
     ("finetune.batch_size", 5, {"tuned"}, [], {}),
@@ -185,6 +193,9 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("finetune.noise_share", 0.5, ["finetune=sft"], {}),
     ("finetune.ce_share", 0.5, [], {}),
     ("finetune.temperature", 2.0, [], {}),
+    ("finetune.loss", "cross_entropy", [], {}),
+    ("finetune.loss", "forward_kl", LOGITS, {}),
+    ("finetune.skew", 0.2, ["finetune=jsd"], {}),
     ("dataset.template", "{prompt}", LOGITS, {}),
     ("finetune.noise_share", 0.5, LOGITS, {}),
     ("engine.max_new_tokens", 5, ["finetune=sft"], {}),
@@ -253,6 +264,12 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
 @pytest.mark.parametrize("groups", [["trainer=gpu"], ["logger=wandb"], ["logger=wandb", "logger.project=other"]])
 def test_option_is_not_in_the_key(groups: list[str], addresses: Addresses) -> None:
     assert addresses() == addresses(*groups)
+
+
+def test_forward_kl_with_cross_entropy_is_said_in_two_ways_and_is_the_same_work(addresses: Addresses) -> None:
+    mixed = {"finetune.loss": {"cross_entropy": 0.25, "forward_kl": 0.75}}
+    assert addresses(*LOGITS, values=mixed) == addresses(*LOGITS, values={"finetune.ce_share": 0.25})
+    assert addresses(values=mixed)["targets"] == addresses()["targets"], "whoever wrote the answers"
 
 
 def test_metric_is_in_the_key(addresses: Addresses) -> None:

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sdd.finetuning.logit_distillation import LogitDistillation
+from sdd.finetuning.losses.weighted import Weighted, built
 from sdd.finetuning.module import (
     Optimisation,
     StudentModule,
@@ -133,6 +133,10 @@ def teacher(sharded_llama: Path) -> Any:
     return Checkpoint(sharded_llama).model("float32").requires_grad_(False)
 
 
+def distillation(teacher: Any, temperature: float = 1.0, ce_share: float = 0.0) -> Weighted:
+    return built({"forward_kl": 1 - ce_share, "cross_entropy": ce_share}, {"temperature": temperature}, teacher)
+
+
 def direct_loss(model: Any, teacher: Any, rows: Sequence[TrainingRow], temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) summed over target tokens, from both models' own logits of every position."""
     ids, mask, labels = labelled(rows)
@@ -155,7 +159,7 @@ def test_logit_distillation_is_the_formula_on_target_tokens(
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     trained = [p for p in student.parameters() if p.requires_grad]
-    loss, count = LogitDistillation(teacher, temperature, ce_share)(student.get_base_model(), rows)
+    loss, count = distillation(teacher, temperature, ce_share)(student.get_base_model(), rows)
     assert count == target_tokens(rows)
     expected = (1 - ce_share) * direct_loss(student, teacher, rows, temperature)
     expected = expected + ce_share * own_loss(student, rows) * count
@@ -167,7 +171,7 @@ def test_logit_distillation_is_the_formula_on_target_tokens(
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(model: Any, rows: list[TrainingRow]) -> None:
-    assert float(LogitDistillation(model)(model, rows)[0]) == pytest.approx(0, abs=1e-4)
+    assert float(distillation(model)(model, rows)[0]) == pytest.approx(0, abs=1e-4)
 
 
 def test_logits_of_both_models_are_there_for_one_chunk_of_target_tokens_only(
@@ -180,7 +184,7 @@ def test_logits_of_both_models_are_there_for_one_chunk_of_target_tokens_only(
         for each in (model, teacher)
     ]
     with torch.no_grad():
-        LogitDistillation(teacher)(model, rows)
+        distillation(teacher)(model, rows)
     for hook in hooks:
         hook.remove()
     assert max(shapes) == 16
@@ -206,7 +210,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(
                 parameter.normal_(std=0.1)
     model = student.get_base_model() if method == "lora" else student
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    loss_of = LogitDistillation(teacher, 2.0, 0.3) if distilled else loss_sum
+    loss_of = distillation(teacher, 2.0, 0.3) if distilled else loss_sum
     positions = target_tokens(rows)
     shapes: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda module, given: shapes.append(len(given[0])))
@@ -237,7 +241,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_module(
 ) -> None:
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     plan = [[0, 1, 2], [3, 4, 5]]
-    module, gradients = trained(tiny_llama, rows, plan, validation=rows[:2], loss=LogitDistillation(teacher))
+    module, gradients = trained(tiny_llama, rows, plan, validation=rows[:2], loss=distillation(teacher))
     assert len(gradients) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(p.grad is not None for p in teacher.parameters())
@@ -248,7 +252,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_module(
     after = float(direct_loss(module.student.eval(), teacher, rows[:2])) / target_tokens(rows[:2])
     assert module.history[-1]["validation_loss"] == pytest.approx(after, rel=1e-4)
     masked = [TrainingRow([1, 5, 6], 3)]
-    loss, count = LogitDistillation(teacher)(fresh.get_base_model(), masked)
+    loss, count = distillation(teacher)(fresh.get_base_model(), masked)
     assert (loss.item(), count) == (0.0, 0)
     loss.backward()
 

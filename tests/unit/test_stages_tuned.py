@@ -148,20 +148,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "quantisation", "recompute", "distilled", "scope"),
+    ("killed_at", "quantisation", "recompute", "loss", "scope"),
     [
-        (3, None, False, False, {}),
-        (5, None, False, False, {}),
-        (5, "nf4", True, False, {}),
-        (5, None, True, True, {}),
-        (5, None, True, False, {"scope": "last", "blocks": 2}),
+        (3, None, False, {}, {}),
+        (5, None, False, {}, {}),
+        (5, "nf4", True, {}, {}),
+        (5, None, True, {"temperature": 2.0, "ce_share": 0.5}, {}),
+        (5, None, False, {"loss": {"taid": 1.0}, "temperature": 1.0, "taid_start": 0.4}, {}),
+        (5, None, True, {}, {"scope": "last", "blocks": 2}),
     ],
 )
 def test_a_resumed_run_is_bit_exact(
     killed_at: int,
     quantisation: str | None,
     recompute: bool,
-    distilled: bool,
+    loss: dict[str, Any],
     scope: dict[str, Any],
     sharded_llama: Path,
     inputs: dict[str, Path],
@@ -179,8 +180,8 @@ def test_a_resumed_run_is_bit_exact(
     asked = recipe(dropout=0.2)
     asked = dataclasses.replace(asked, spec=asked.spec | {"base_quantisation": quantisation})
     asked.spec["adapter"] |= scope
-    if distilled:
-        asked.spec["distillation"] = {"teacher": "teacher's", "dtype": "float32", "temperature": 2.0, "ce_share": 0.5}
+    if loss:
+        asked.spec["distillation"] = {"teacher": "teacher's", "dtype": "float32", **loss}
     whole = tune(tmp_path / "whole", inputs, asked, runtime)
     taken: list[int] = []
     record = StudentModule._record
@@ -200,6 +201,7 @@ def test_a_resumed_run_is_bit_exact(
     kept = torch.load(saved, weights_only=False)
     assert kept["state_dict"]
     assert all("lora_" in name for name in kept["state_dict"]), "the base and the teacher are not saved again"
+    assert ("loss" in kept) == ("taid_start" in loss), "what a loss remembers is kept"
     assert [path.name for path in (tmp_path / "broken" / SCRATCH).iterdir()] == [saved.name]
     (tmp_path / "broken" / SCRATCH / "frozen").write_bytes(b"damaged")
     resumed = tune(tmp_path / "broken", inputs, asked, runtime)
@@ -366,7 +368,9 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
     saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
     content = torch.load(saved, weights_only=True)
     name, tensor = next(iter(content["state_dict"].items()))
-    module = SimpleNamespace(run=recipe().address, plan=range(STEPS), trained=lambda: content["state_dict"])
+    module = SimpleNamespace(
+        run=recipe().address, plan=range(STEPS), trained=lambda: content["state_dict"], loss_state=dict
+    )
     assert read_checkpoint(saved, module) is not None  # type: ignore[arg-type]
     moments = content["optimizer_states"][0]["state"]
     wrong = [
@@ -374,6 +378,8 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
         {"global_step": 3},
         {"history": content["history"][1:]},
         {"history": None},
+        {"loss": {"t": 0.5}},
+        {"loss": [0.5]},
         {"state_dict": {}},
         {"state_dict": content["state_dict"] | {name: tensor[:1]}},
         {"state_dict": content["state_dict"] | {"more": tensor}},
