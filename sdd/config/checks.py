@@ -22,6 +22,7 @@ CHOICES = {
     "repair.method": ("none", "ridge"),
     "finetune.mode": (*MODES, "none"),
     "finetune.precision": ("32", "bf16"),
+    "finetune.choose": ("random", "damage"),
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "pruning.ratio_of": ("all", "mlp"),
@@ -44,6 +45,7 @@ AT_LEAST = {
     "finetune.batch_size": 1,
     "finetune.max_length": 8,
     "finetune.num_rows": 1,
+    "finetune.num_tokens": 1,
     "finetune.validation_rows": 0,
     "adapter.rank": 1,
     "adapter.alpha": 1,
@@ -95,6 +97,7 @@ WITHIN = {
     "finetune.taid_start": (0.0, 0.99),
     "finetune.clip_mass": (1e-3, 1.0),
     "finetune.rejected_weight": (0.0, 1.0),
+    "finetune.choose_temperature": (0.0, 100.0),
     "finetune.warmup_share": (0.0, 1.0),
     "finetune.weight_decay": (0.0, 10.0),
     "finetune.clip_norm": (1e-6, 1e6),
@@ -111,7 +114,7 @@ WITHIN = {
 }
 POSITIVE = ("finetune.learning_rate", "repair.penalty")
 """Numbers above 0, and finite."""
-SHARES_ABOVE_0 = ("pruning.keep", "merge.density")
+SHARES_ABOVE_0 = ("pruning.keep", "merge.density", "finetune.deduplicate")
 """Numbers above 0 and at most 1."""
 NOT_EMPTY = ("pruning.blocks", "dataset.families", "adapter.targets", "evaluation.tasks", "analysis.draft_lengths")
 MOST_WEIGHT = 1e6
@@ -186,6 +189,7 @@ def check_values(config: DictConfig) -> None:
     if pruning.start is not None and pruning.size == 0 and pruning.keep is None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
     _check_loss(plain(config.finetune))
+    _check_draw(config.finetune)
     adapter = config.adapter
     if adapter.quantisation not in (None, "nf4"):
         raise UserError(f"adapter.quantisation={adapter.quantisation} is unknown; choose nf4, or null for none")
@@ -270,6 +274,30 @@ def _check_loss(finetune: dict[str, Any]) -> None:
         )
     if not finetune["select"]:
         raise UserError("finetune.loss=redi learns from rejected rewrites; finetune.select=false rejects none")
+
+
+def _check_draw(finetune: Any) -> None:
+    """Which rows are trained on, and what each counts."""
+    for key in ("weights", "domains"):
+        if finetune[key] not in (None, "damage"):
+            raise UserError(f"finetune.{key}={finetune[key]} is unknown; choose damage, or null for none")
+    rows, tokens = finetune.num_rows, finetune.num_tokens
+    if rows is not None and tokens is not None:
+        raise UserError(
+            f"finetune.num_rows={rows} and finetune.num_tokens={tokens} both say how much is trained on; keep one (set "
+            "the other to null)"
+        )
+    for key in ("choose", "domains"):
+        if finetune[key] == "damage" and rows is None and tokens is None:
+            raise UserError(
+                f"finetune.{key}=damage chooses nothing where all rows are taken; add finetune.num_tokens or num_rows"
+            )
+    own_loss = finetune.mode in MODES and MODES[finetune.mode].loss is not None
+    if finetune.weights is not None and (own_loss or finetune.loss is not None):
+        raise UserError(
+            f"finetune.weights=damage weighs cross-entropy, and finetune={finetune.mode} has another loss; leave it out, "
+            "or choose finetune=sft or self_distill without finetune.loss"
+        )
 
 
 def _check_merge(merge: Any) -> None:

@@ -141,6 +141,18 @@ class Finetune:
     batch_size: int = described("rows of a step", 32)
     max_length: int = described("tokens of a row at most; longer rows are left out", 256)
     num_rows: int | None = described("rows trained on; null is all beside the held-out ones", None)
+    num_tokens: int | None = described("target tokens trained on at most, instead of num_rows", None)
+    choose: str = described("which rows are taken: random ones, or those that the cut did most damage to", "random")
+    choose_temperature: float = described(
+        "of the draw by damage, in its standard deviations; 0 takes the rows with the largest, the same for every seed",
+        0.5,
+    )
+    weights: str | None = described("damage: a row's loss counts in proportion to what the cut took from it", None)
+    domains: str | None = described("damage: what the cut harmed more has a larger share of the target tokens", None)
+    deduplicate: float | None = described(
+        "similarity, by word 5-grams, by which a row is left out for an earlier or held-out one; 1: the same words",
+        None,
+    )
     validation_rows: int = described("rows held out before num_rows are drawn, at most a fifth of all", 100)
     precision: str = described("of the weights in training: 32 bits, or bf16 under mixed precision", "32")
     warmup_share: float = described("share of the steps over which the rate rises", 0.05)

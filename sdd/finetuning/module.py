@@ -35,12 +35,13 @@ VALIDATIONS = 4
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """Token ids of prompt and target; loss is taken on ids[prompt_length:]. `rejected` are those of the same prompt and
-    of an answer that was refused."""
+    """Token ids of prompt and target; loss is taken on ids[prompt_length:], and counts `weight` times. `rejected` are
+    those of the same prompt and of an answer that was refused."""
 
     ids: list[int]
     prompt_length: int
     rejected: list[int] | None = None
+    weight: float = 1.0
 
     @property
     def longest(self) -> int:
@@ -94,13 +95,16 @@ def loss_sum(model: Any, rows: Sequence[TrainingRow], device: Any = "cpu") -> tu
     ids, mask, labels = labelled(rows, device)
     at = labels[:, 1:] != -100
     states, targets = target_states(model, ids, mask, at), labels[:, 1:][at]
+    tensors = [states, targets]
+    if any(row.weight != 1 for row in rows):
+        tensors.append(torch.tensor([row.weight for row in rows], device=device)[:, None].expand(at.shape)[at])
 
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return target_loss_sum(head_logits(model, hidden), targets)
+    def loss(hidden: Tensor, *targets: Tensor) -> Tensor:
+        return target_loss_sum(head_logits(model, hidden), *targets)
 
     if not chunks.is_cut(len(states), model.config.vocab_size):
-        return loss(states, targets), len(targets)
-    return summed_in_chunks(loss, states, targets, chunk=chunks.CHUNK_TOKENS), len(targets)
+        return loss(*tensors), len(targets)
+    return summed_in_chunks(loss, *tensors, chunk=chunks.CHUNK_TOKENS), len(targets)
 
 
 def target_states(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:

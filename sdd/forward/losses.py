@@ -7,9 +7,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def target_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, in float32: (N, V), (N,) -> (). Zero for N = 0."""
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+def target_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy in nats, in float32, each token's counted `weights` times: (N, V), (N,), (N,) -> ().
+
+    Zero for N = 0.
+    """
+    if weights is None:
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 def softened(logits: Tensor, t: float) -> Tensor:

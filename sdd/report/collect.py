@@ -176,7 +176,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     upstream = library.upstream(evaluated)
     for artifact in upstream:
         for name, address in artifact.inputs.items():
-            if name not in ("scores", "rewrites") and library.get(address) is None:
+            if name not in ("scores", "rewrites", "damaged") and library.get(address) is None:
                 raise LookupError(f"{artifact.stage}/{artifact.address} lacks its input {name} ({address})")
     by_stage: dict[str, list[Artifact]] = {stage: [] for stage in STAGES}
     for artifact in upstream:

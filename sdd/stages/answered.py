@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdd.data.draws import split_rows
 from sdd.errors import UserError
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
@@ -19,7 +20,6 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import open_student, trained_prompts
-from sdd.stages.tuned import split_rows
 from sdd.store import SCRATCH, Recipe
 from sdd.store.files import read_jsonl, write_jsonl
 from sdd.study import Study

@@ -2,13 +2,14 @@
 
 teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; tuned ones -> merged; any of
 them -> evaluated, or analysed: answered (by teacher and student) -> drafted, shifted; targets -> surprisals -> shifted;
-measured. What is in a key is decided in each stage's file and nowhere else.
+measured. Rows may be drawn by what the cut took from them: surprisals + pruned -> damaged -> tuned. What is in a key is
+decided in each stage's file and nowhere else.
 """
 
 from importlib import import_module
 
 from sdd.errors import UserError
-from sdd.stages import answered, evaluated, merged, pruned, targets, tuned
+from sdd.stages import answered, draws, evaluated, merged, pruned, targets, tuned
 from sdd.store import ANALYSES, Recipe
 from sdd.study import Study
 from sdd.study.calibration import EMBEDDED_TEXTS
@@ -81,6 +82,7 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
         if "tuned" in stages:
             tuned.check_rows(study, len(examples))
             tuned.check_lengths(study, examples)
+            draws.check_domains(study.config.finetune, examples)
     if any("teacher" in recipe.spec.get("distillation", {}) for recipe in missing):
         tuned.check_vocabulary(study)
     if any("texts" in recipe.spec for recipe in missing) and not study.students:

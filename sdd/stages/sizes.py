@@ -95,9 +95,10 @@ class Sizes:
         tokens = sum(min(len(text) / CHARACTERS_PER_TOKEN, longest) for text in texts)
         return float(tokens / len(texts))
 
-    def shown(self, dtype: str, rows: int, length: float) -> Estimate:
-        """Passes of the unpruned model over given answers, without gradients."""
-        cost_model, batch = self.cost_model(self.shape.blocks, dtype), self.config.trainer.inference_batch_size
+    def shown(self, dtype: str, rows: int, length: float, student: CostModel | None = None) -> Estimate:
+        """Passes of the unpruned model, or of a student, over given answers, without gradients."""
+        cost_model = student or self.cost_model(self.shape.blocks, dtype)
+        batch = self.config.trainer.inference_batch_size
         held = cost_model.weights + cost_model.activations(batch * length) + cost_model.logits(512)
         return Estimate(
             cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows

@@ -94,7 +94,7 @@ def surprise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def lengths(tokens: Sequence[int]) -> dict[str, float]:
-    """Mean and percentiles of lengths in tokens."""
+def lengths(tokens: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles of lengths in tokens, or of other numbers."""
     cuts = quantiles(tokens, n=20, method="inclusive") if len(tokens) > 1 else [float(tokens[0])] * 19
     return {"mean": fmean(tokens), "p5": cuts[0], "p50": cuts[9], "p95": cuts[18]}

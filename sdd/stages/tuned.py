@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import random
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel, shape_of
 from sdd.planning.estimates import Estimate, Training
-from sdd.stages import pruned, targets
+from sdd.stages import damaged, draws, pruned, targets
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
@@ -70,8 +69,11 @@ def recipe(study: Study) -> Recipe:
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
     for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "loss", "precision", *SETTINGS):
         settings.pop(key)
+    settings = draws.key_of(settings)
     adapter = _adapter_spec(study)
     inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
+    if asked := draws.needs_damage(settings):
+        inputs["damaged"] = damaged.recipe(study, f"finetune.{asked}")
     spec = Tuned(
         adapter=adapter,
         base_quantisation=config.adapter.quantisation,
@@ -218,7 +220,8 @@ def _check_adapter(study: Study) -> None:
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
     left = max(1, sizes.rows - spec.finetune["validation_rows"])
-    rows = finetune.epochs * min(finetune.num_rows or left, left)
+    drawn = finetune.num_rows or (left if finetune.num_tokens is None else finetune.num_tokens / max(1, sizes.answer))
+    rows = finetune.epochs * max(1, round(min(drawn, left)))
     length = min(sizes.prompt + sizes.answer, finetune.max_length)
     cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
     teacher = _teacher(sizes, spec)
@@ -271,30 +274,38 @@ def _adapted_blocks(sizes: Sizes) -> tuple[int, int]:
 # ---- building -----------------------------------------------------------------------------------------------------
 
 
-def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, validation) rows. Validation is the same for every seed; training sets of one seed are nested."""
-    held_out = list(range(len(rows)))
-    random.Random("validation").shuffle(held_out)
-    validation, rest = held_out[:validation_rows], sorted(held_out[validation_rows:])
-    random.Random(f"rows {seed}").shuffle(rest)
-    return [rows[i] for i in rest[:num_rows]], [rows[i] for i in validation]
-
-
 def tokenized(
-    tokenizer: Any, rows: list[dict[str, Any]], system_prompt: str | None, max_length: int
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    system_prompt: str | None,
+    max_length: int,
+    num_tokens: int | None = None,
 ) -> tuple[list[Any], int]:
-    """Training rows as token ids, and how many were over `max_length`; a rejected answer that is over it is none."""
+    """Training rows as token ids, and how many were over `max_length`; the first with `num_tokens` target tokens. A
+    rejected answer that is too long is none."""
     from sdd.finetuning.module import TrainingRow
 
-    kept = []
+    kept: list[TrainingRow] = []
+    too_long, tokens = 0, 0
     for row in rows:
         ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], system_prompt)
+        if len(ids) > max_length:
+            too_long += 1
+            continue
         rejected = None
         if row.get("rejected"):
             rejected = training_ids(tokenizer, row["prompt"], row["rejected"], system_prompt)[0]
-        if len(ids) <= max_length:
-            kept.append(TrainingRow(ids, prompt_length, rejected if len(rejected or ()) <= max_length else None))
-    return kept, len(rows) - len(kept)
+            rejected = rejected if len(rejected) <= max_length else None
+        tokens += len(ids) - prompt_length
+        if num_tokens is not None and tokens > num_tokens:
+            return kept, too_long
+        kept.append(TrainingRow(ids, prompt_length, rejected, row.get("weight", 1.0)))
+    if num_tokens is not None and tokens < num_tokens:
+        raise UserError(
+            f"finetune.num_tokens={num_tokens}, but the {len(kept)} rows beside the held-out ones have {tokens} target "
+            "tokens; lower it, or raise dataset.num_rows"
+        )
+    return kept, too_long
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -314,15 +325,21 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
     tokenizer = base.tokenizer()
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
-    drawn, held_out = split_rows(rows, settings["validation_rows"], settings["num_rows"], spec.seed)
+    domains = draws.domains_of(runtime, recipe.inputs["targets"]) if settings.get("domains") else {}
+    drawn, held_out = draws.drawn(settings, spec.seed, rows, inputs.get("damaged"), domains)
     shown = spec.system_prompt, settings["max_length"]
-    training, too_long = tokenized(tokenizer, drawn, *shown)
+    training, too_long = tokenized(tokenizer, drawn, *shown, settings.get("num_tokens"))
     validation, held_out_too_long = tokenized(tokenizer, held_out, *shown)
     if recipe.inputs["targets"].spec.get("rejected"):
         refused = sum(bool(row.rejected) for row in training)
         log.log(logging.INFO if refused else logging.WARNING, "%d training rows have a rejected rewrite", refused)
+    if not training and too_long < len(drawn):
+        raise UserError(f"finetune.num_tokens={settings['num_tokens']} is less than the first row has; raise it")
     if not training:
         raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
+    drawn = drawn[: len(training) + too_long]
+    if settings.get("weights"):
+        training = draws.balanced(training)
     if too_long:
         log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
     if held_out_too_long:

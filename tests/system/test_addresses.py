@@ -23,6 +23,7 @@ FOLLOWS = {
     "evaluated": set(),
 }
 STAGES = set(FOLLOWS)
+FOLLOWS |= {"surprisals": {"damaged", "tuned", "evaluated"}}
 
 Addresses = Callable[..., dict[str, str]]
 
@@ -134,6 +135,13 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.batch_size", 5, {"tuned"}, [], {}),
     ("finetune.max_length", 99, {"tuned"}, [], {}),
     ("finetune.num_rows", 11, {"tuned"}, [], {}),
+    ("finetune.num_tokens", 50, {"tuned"}, [], {}),
+    ("finetune.deduplicate", 0.8, {"tuned"}, [], {}),
+    ("finetune.choose", "damage", {"surprisals"}, [], {}),
+    ("finetune.weights", "damage", {"surprisals"}, [], {}),
+    ("finetune.domains", "damage", {"surprisals"}, [], {}),
+    ("finetune.weights", "damage", {"tuned"}, [], {"finetune.choose": "damage"}),
+    ("finetune.choose_temperature", 0.0, {"tuned"}, [], {"finetune.choose": "damage"}),
     ("finetune.validation_rows", 5, {"tuned"}, [], {}),
     ("finetune.precision", "bf16", {"tuned"}, [], {}),
     ("finetune.warmup_share", 0.5, {"tuned"}, [], {}),
@@ -192,6 +200,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("finetune.gold_share", 0.5, ["finetune=sft"], {}),
     ("finetune.noise_share", 0.5, ["finetune=sft"], {}),
     ("finetune.ce_share", 0.5, [], {}),
+    ("finetune.choose_temperature", 0.0, [], {"finetune.weights": "damage"}),
     ("finetune.temperature", 2.0, [], {}),
     ("finetune.loss", "cross_entropy", [], {}),
     ("finetune.loss", "forward_kl", LOGITS, {}),

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdd.data.draws import split_rows
 from sdd.errors import UserError
 from sdd.finetuning import module
 from sdd.finetuning.module import StudentModule, labelled
 from sdd.forward import chunks
 from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import build as build_tuned
-from sdd.stages.tuned import split_rows, tokenized
+from sdd.stages.tuned import tokenized
 from sdd.store import SCRATCH, Recipe
 from sdd.store.files import read_jsonl, write_jsonl
 from sdd.tiny.tasks import instances
