@@ -295,8 +295,8 @@ def _check_draw(finetune: Any) -> None:
     own_loss = finetune.mode in MODES and MODES[finetune.mode].loss is not None
     if finetune.weights is not None and (own_loss or finetune.loss is not None):
         raise UserError(
-            f"finetune.weights=damage weighs cross-entropy, and finetune={finetune.mode} has another loss; leave it out, "
-            "or choose finetune=sft or self_distill without finetune.loss"
+            f"finetune.weights=damage weighs cross-entropy, and finetune={finetune.mode} has another loss; leave it "
+            "out, or choose finetune=sft or self_distill without finetune.loss"
         )
 
 

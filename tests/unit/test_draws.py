@@ -79,9 +79,10 @@ def test_domains_have_their_share_of_tokens_and_give_it_up_when_they_run_out() -
 def test_weights_are_damage_and_1_on_average_over_tokens() -> None:
     damages = {"a": Damage(1.0, 2), "b": Damage(3.0, 2), "c": Damage(-1.0, 4)}
     assert weights_by_damage(["a", "b", "c", "long"], damages) == {"a": 1.0, "b": 3.0, "c": 0.0, "long": 1.0}
-    rows = draws.balanced([TrainingRow([0] * 5, 3, 1.0), TrainingRow([0] * 9, 3, 0.0), TrainingRow([0] * 3, 1, 3.0)])
+    shapes = ((5, 3, 1.0), (9, 3, 0.0), (3, 1, 3.0))
+    rows = draws.balanced([TrainingRow([0] * length, prompt, weight=weight) for length, prompt, weight in shapes])
     assert [row.weight for row in rows] == pytest.approx([1.25, 0.0, 3.75])
-    assert [row.weight for row in draws.balanced([TrainingRow([0, 0], 1, 0.0)])] == [1.0]
+    assert [row.weight for row in draws.balanced([TrainingRow([0, 0], 1, weight=0.0)])] == [1.0]
 
 
 # ---- duplicates -------------------------------------------------------------------------------------------------
