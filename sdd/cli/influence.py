@@ -61,7 +61,11 @@ SCENES: dict[str, list[list[str]]] = {
     "adapter": [[], ["adapter=lora_beside_cut"]],
     "engine": [[], ["engine.temperature=0.7", "engine.tries=2"]],
     "merge": [],
-    "evaluation": [[], ["evaluation=lm_eval", "evaluation.tasks=[arc_easy]"]],
+    "evaluation": [
+        [],
+        ["evaluation=lm_eval", "evaluation.tasks=[arc_easy]"],
+        ["evaluation.backend=server", "evaluation.model=served"],
+    ],
     "analysis": [["analysis=speculative"], ["analysis=shift"], ["analysis=cost"]],
     "trainer": [[], ["adapter.dropout=0.1"]],
     "seed": [[], ["metric=random"]],

@@ -85,7 +85,7 @@ class Job:
 
     def build(self, wanted: Recipe, script: str | None = None) -> Path:
         """The folder of an artifact, built with all that it needs where it is missing."""
-        from sdd.stages import builder, graph, tuned
+        from sdd.stages import builder, evaluated, graph, tuned
 
         store = self.store(script or STAGES[wanted.stage].script)
         if missing := store.missing(wanted):
@@ -93,6 +93,8 @@ class Job:
             stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
             if "rewrites" in stages:
                 build_part(self.config.engine).check(runtime.place)
+            if wanted.stage == "evaluated":
+                evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
             if "tuned" in stages:
                 check_tracker(self.config.logger)
                 for one in self.study.students or [self.study]:
@@ -136,7 +138,7 @@ class Job:
             gradient_checkpointing=trainer.gradient_checkpointing,
             logger=plain(self.config.logger),
             run_folder=self.run_folder,
-            server=Runtime.server_of(self.config),
+            servers=Runtime.servers_of(self.config),
         )
 
 

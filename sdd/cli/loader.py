@@ -37,7 +37,7 @@ from sdd.cli.words import as_override, chosen
 from sdd.config import Config
 from sdd.config.allowed import check_targets, name_own
 from sdd.config.own import allow
-from sdd.config.shared import SERVER, check_jobs, check_shared
+from sdd.config.shared import SERVERS, check_jobs, check_shared
 from sdd.errors import UserError
 from sdd.untrusted import printable
 
@@ -91,7 +91,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             own = self._allowed(config)
             check_targets(config, own)
             name_own(config, own)
-            _check_server(config)
+            _check_servers(config)
             if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
             sweeper = config.hydra.sweeper
@@ -226,12 +226,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         return options
 
 
-def _check_server(config: DictConfig) -> None:
+def _check_servers(config: DictConfig) -> None:
     """Refuse a server that no word of the command line names: rows and templates would be sent there."""
-    url = OmegaConf.to_container(config.engine, resolve=False).get("base_url")  # type: ignore[union-attr]
-    typed = any(word.lstrip("+").startswith(f"{SERVER}=") for word in config.hydra.overrides.task)
-    if url is not None and (not typed or "${" in str(url)):
-        raise UserError(f"a config file sets {SERVER}={url}, which it may not; say {SERVER}=... on the command line")
+    for setting in SERVERS:
+        node, name = setting.split(".")
+        url = OmegaConf.to_container(config[node], resolve=False).get(name)  # type: ignore[union-attr]
+        typed = any(word.lstrip("+").startswith(f"{setting}=") for word in config.hydra.overrides.task)
+        if url is not None and (not typed or "${" in str(url)):
+            raise UserError(
+                f"a config file sets {setting}={url}, which it may not; say {setting}=... on the command line"
+            )
 
 
 def _composed(compose: Callable[[], Composed]) -> Composed:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdd.config import check_values
-from sdd.config.shared import SERVER
+from sdd.config.shared import SERVERS
 from sdd.errors import UserError
 
 COMPOSING: ContextVar[bool] = ContextVar("composing a student", default=False)
@@ -74,7 +74,7 @@ def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
         for override in OverridesParser.create().parse_overrides(overrides):
             if "${" in str(override.input_line):
                 raise UserError(f"{override.input_line} would be resolved a second time; write the value itself")
-            if _group(override.key_or_group) in NOT_OF_A_STUDENT or override.key_or_group == SERVER:
+            if _group(override.key_or_group) in NOT_OF_A_STUDENT or override.key_or_group in SERVERS:
                 raise UserError(f"{override.input_line} says nothing of a student; give it for the whole command")
         config: DictConfig = compose(hydra_config.job.config_name, [*searched, *words, "merge=none"])
         OmegaConf.resolve(config)

@@ -17,6 +17,7 @@ from sdd.finetuning.losses import LOSSES
 from sdd.finetuning.modes import MODES
 from sdd.store import ANALYSES
 
+BACKENDS = ("hf", "vllm", "server")
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "repair.method": ("none", "ridge"),
@@ -27,6 +28,7 @@ CHOICES = {
     "adapter.scope": ("all", "beside_cut", "last"),
     "pruning.ratio_of": ("all", "mlp"),
     "merge.method": ("none", "slerp", "linear", "task_arithmetic", "ties"),
+    "evaluation.backend": BACKENDS,
     "evaluation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "analysis.kind": ("none", *ANALYSES),
     "analysis.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -54,6 +56,8 @@ AT_LEAST = {
     "evaluation.num_fewshot": 0,
     "evaluation.batch_size": 1,
     "evaluation.max_new_tokens": 1,
+    "evaluation.concurrency": 1,
+    "evaluation.retries": 0,
     "analysis.num_prompts": 1,
     "analysis.max_new_tokens": 1,
     "analysis.timed_prompts": 1,
@@ -85,6 +89,7 @@ AT_MOST = {
     "adapter.rank": 65_536,
     "trainer.threads": 1_024,
     "engine.concurrency": 10_000,
+    "evaluation.concurrency": 10_000,
 }
 """Where less than `LARGEST` is too much for any machine."""
 WITHIN = {
@@ -106,6 +111,7 @@ WITHIN = {
     "engine.temperature": (0.0, 100.0),
     "engine.top_p": (1e-6, 1.0),
     "engine.timeout": (1e-3, 1e6),
+    "evaluation.timeout": (1.0, 1e6),
     **{
         f"{metric}.{key}": limits
         for metric in ("metric", "width_metric")
@@ -199,6 +205,7 @@ def check_values(config: DictConfig) -> None:
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
+    _check_backend(config.evaluation)
     _check_merge(config.merge)
     for key in ("draft_lengths", "timed_lengths"):
         if any(length < 1 for length in config.analysis[key]):
@@ -298,6 +305,20 @@ def _check_draw(finetune: Any) -> None:
             f"finetune.weights=damage weighs cross-entropy, and finetune={finetune.mode} has another loss; leave it "
             "out, or choose finetune=sft or self_distill without finetune.loss"
         )
+
+
+def _check_backend(evaluation: Any) -> None:
+    if evaluation.backend == "server":
+        if not evaluation.model:
+            raise UserError(
+                "evaluation.backend=server needs the name that the server gives the model; add evaluation.model=NAME"
+            )
+        return
+    for key in ("base_url", "model"):
+        if evaluation[key] is not None:
+            raise UserError(f"evaluation.{key} belongs to evaluation.backend=server; add that, or leave it out")
+    if not evaluation.prompt_ids:
+        raise UserError("evaluation.prompt_ids=false belongs to evaluation.backend=server; add that, or leave it out")
 
 
 def _check_merge(merge: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Union, get_args, get_origin
 
 from sdd.config.schema import Config, hints_of
+from sdd.config.shared import SERVERS
 
 LEFT_OUT = ("paths", "logger", "store", "dry_run", "fetch", "study")
 """Settings that say where and by whom, not what; `study` holds what other settings refer to, which have the values."""
@@ -116,6 +117,8 @@ def _is_setting(dotted: str) -> bool:
 def _below(path: str, name: str, kind: Any) -> tuple[str, Any]:
     """The path and the type of what lies in a node under a name; no type for what is not kept."""
     inner = f"{path}.{name}" if path else name
+    if inner in SERVERS:
+        return inner, None
     plain = _PLAIN.fullmatch(name) and not is_secret(name)
     if is_dataclass(kind):
         hint = hints_of(kind).get(name)

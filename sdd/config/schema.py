@@ -202,6 +202,13 @@ class Evaluation:
     dtype: str = described("the student runs in it; auto is the unpruned checkpoint's own", "float32")
     system_prompt: str | None = described("what stands before every item", None)
     chat_template: bool = described("whether items are put as a chat", True)
+    backend: str = described("who computes: hf in this process, vllm on its GPU, or a server", "hf")
+    base_url: str | None = described("where the server answers, http://HOST/v1; of the command line alone", None)
+    model: str | None = described("the name by which the server knows the student", None)
+    prompt_ids: bool = described("whether the server is sent token ids; false sends text, which it tokenizes", True)
+    concurrency: int = described("requests that are on their way to the server at once", 16)
+    retries: int = described("how often a request is sent again, after waits of up to 10 seconds", 12)
+    timeout: float = described("seconds that an answer may take", 300.0)
 
 
 @dataclass

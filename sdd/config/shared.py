@@ -38,8 +38,8 @@ MOST_JOBS = 10_000
 TRACKED = ("project", "group", "job_type", "tags", "notes")
 """What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
 NEVER_SWEPT = ("hydra", "paths", "logger", "allow")
-SERVER = "engine.base_url"
-"""Where a server answers, to which rows and templates are sent: of no file, nor of a word that a file holds."""
+SERVERS = ("engine.base_url", "evaluation.base_url")
+"""Where servers answer, to which rows and templates are sent: of no file, nor of a word that a file holds."""
 AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
 LARGEST_NUMBER = 1_000_000
 """Of the launcher's and the sweeper's."""
@@ -244,7 +244,7 @@ def check_words(overrides: Iterable[str], where: str) -> None:
 
 def _is_the_users(key: str, *groups: str) -> bool:
     """Whether only a person's own command line may set a key; `groups` are more of which that holds."""
-    return re.split(r"[./@]", key)[0] in (*NEVER_SWEPT, *groups) or key == SERVER
+    return re.split(r"[./@]", key)[0] in (*NEVER_SWEPT, *groups) or key in SERVERS
 
 
 def check_jobs(params: Mapping[Any, Any], all_combined: bool) -> None:

@@ -1,35 +1,27 @@
 """Run tasks on a model through lm-eval's evaluator, one task at a time, with per-sample records.
 
 The embedded model's tasks are handed over as lm-eval configs whose rows and scoring function come from this process;
-lm-eval's own tasks come as they are, and so do filters and metrics; likelihoods are lm-eval's values, computed in
-`likelihoods`, answers come from `generation`. Knows nothing of the store, Hydra, or how the model came about.
+lm-eval's own tasks come as they are, and so do filters and metrics; who computes likelihoods and answers is one of the
+`backends`. Knows nothing of the store, Hydra, or how the model came about.
 """
 
-import dataclasses
 import logging
 import math
 import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from sdd.answers import equal, extract
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Outcome
-from sdd.evaluation.generation import FullBatches
-from sdd.evaluation.likelihoods import SharedPrefixes
 from sdd.evaluation.tiny import Item, Task
-from sdd.models.chats import accepted, end_of_turn
-from sdd.models.control import control_of, is_masked, tokenized
-from sdd.models.panics import panics_told
-from sdd.models.rendering import TEMPLATE_VALUES, render_chat
+from sdd.models.chats import end_of_turn
+from sdd.models.control import tokenized
 
 log = logging.getLogger(__name__)
-
-_CUT = "\ue010"
-"""Where a begun answer ends; a template goes on behind it."""
 
 
 def free_scores(response: str, answer: str) -> dict[str, float]:
@@ -95,116 +87,23 @@ def _lm_eval_task(task: Task, max_new_tokens: int, end_of_turn: str) -> Any:
     return ConfigurableTask(config=common | kind)
 
 
-@cache
-def _chat_model() -> Any:
-    """lm-eval's wrapper of a model, with chats, templates and control tokens as in training.
-
-    Its requests are strings, in which a row's words and the template's stand side by side. So the words are masked
-    (`sdd.models.control`) before they come together, and what is masked is told apart when it is tokenized.
-    """
-    from lm_eval.models.huggingface import HFLM, has_bos_prefix
-
-    class ChatModel(SharedPrefixes, FullBatches, HFLM):
-        is_chat = True
-        """Whether contexts come from `apply_chat_template`, their words masked there."""
-        own_ending = ""
-        """The token that ends an answer, where tasks of this project put it there."""
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            """As in training; lm-eval drops a system prompt that the template refuses."""
-            turns = accepted(self.tokenizer, chat_history)
-            if add_generation_prompt:
-                return render_chat(self.tokenizer, turns, add_generation_prompt=True)
-            before, last = turns[:-1], turns[-1]
-            text = render_chat(self.tokenizer, [*before, {**last, "content": f"{last['content']}{_CUT}"}])
-            head, cut, _ = text.rpartition(_CUT)
-            if not cut:
-                raise UserError("the chat template drops the beginning of an answer that a task gives")
-            return head
-
-        def _masked(self, requests: list[Any]) -> list[Any]:
-            """The requests with the words of rows masked: contexts outside of chats, and continuations."""
-            control = control_of(self.tokenizer)
-            masked = []
-            for request in requests:
-                context, *rest = request.args
-                if not self.is_chat:
-                    context = control.masked(context)
-                if rest and isinstance(rest[0], str):
-                    words = rest[0].removesuffix(self.own_ending)
-                    rest[0] = control.masked(words) + rest[0][len(words) :]
-                masked.append(dataclasses.replace(request, arguments=(context, *rest)))
-            return masked
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(self._masked(requests), disable_tqdm=disable_tqdm)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(self._masked(requests), disable_tqdm=disable_tqdm)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().generate_until(self._masked(requests), disable_tqdm=disable_tqdm)
-
-        def tok_encode(
-            self,
-            string: str,
-            add_special_tokens: bool | None = None,
-            left_truncate_len: int | None = None,
-            **named: Any,
-        ) -> Any:
-            if not is_masked(string):
-                with panics_told():
-                    return super().tok_encode(string, add_special_tokens, left_truncate_len, **named)
-            if add_special_tokens is None:
-                begins = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-                add_special_tokens = not begins and self.add_bos_token is not False
-            ids = control_of(self.tokenizer).encode(string, add_special_tokens)
-            return ids[-left_truncate_len:] if left_truncate_len else ids
-
-        def tok_batch_encode(
-            self,
-            strings: list[str],
-            padding_side: str = "left",
-            left_truncate_len: int | None = None,
-            truncation: bool = False,
-        ) -> Any:
-            if not any(map(is_masked, strings)):
-                with panics_told():
-                    return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
-            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
-            side, self.tokenizer.padding_side = self.tokenizer.padding_side, padding_side
-            batch = self.tokenizer.pad({"input_ids": rows}, padding="longest", return_tensors="pt")
-            self.tokenizer.padding_side = side
-            return batch["input_ids"], batch["attention_mask"]
-
-        def tok_decode(self, *args: Any, **named: Any) -> Any:
-            with panics_told("the tokenizer gives up on an answer"):
-                return super().tok_decode(*args, **named)
-
-    return ChatModel
-
-
 class Harness:
-    """lm-eval's own model wrapper and evaluator around one model; tasks are run one at a time.
+    """lm-eval's evaluator around one model of a backend; tasks are run one at a time.
 
     `max_new_tokens` None leaves the limit of generated tokens to each task.
     """
 
     def __init__(
         self,
-        model: Any,
+        language_model: Any,
         tokenizer: Any,
-        batch_size: int,
         max_new_tokens: int | None,
         system_prompt: str | None = None,
         chat_template: bool = True,
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.language_model, self.tokenizer, self.max_new_tokens = language_model, tokenizer, max_new_tokens
         self.system_prompt, self.chat_template = system_prompt, chat_template
-        self.language_model = _chat_model()(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=TEMPLATE_VALUES
-        )
         self.language_model.is_chat = chat_template
 
     def _evaluate(self, name: str, task: Any, **settings: Any) -> dict[str, Any]:

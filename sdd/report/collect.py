@@ -81,8 +81,8 @@ def _recipe(address: str, library: Library, with_seed: bool) -> Any:
     artifact = library.get(address)
     if artifact is None:
         return address
-    drop = () if with_seed or artifact.stage != "tuned" else ("seed",)
-    spec = {name: value for name, value in artifact.spec.items() if name not in drop}
+    drop = {"tuned": () if with_seed else ("seed",), "evaluated": ("served_as",)}.get(artifact.stage, ())
+    spec = _without(artifact.spec, *drop)
     inputs = {name: _recipe(parent, library, with_seed) for name, parent in artifact.inputs.items()}
     return [artifact.stage, artifact.version, spec, inputs]
 
@@ -167,8 +167,9 @@ def _pruning_name(pruning: dict[str, Any], metric: str | None) -> str:
 
 
 def comparison_of(evaluated: Artifact, model: str | None) -> str:
-    """What two runs must share to be compared: the unpruned model and every evaluation setting."""
-    return _digest([model, evaluated.version, _without(evaluated.spec, "model")])
+    """What two runs must share to be compared: the unpruned model and every evaluation setting, but what a server calls
+    the model."""
+    return _digest([model, evaluated.version, _without(evaluated.spec, "model", "served_as")])
 
 
 def read_run(evaluated: Artifact, library: Library) -> Run:
@@ -197,7 +198,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     labels = [artifact.labels.get("dataset") or artifact.spec.get("dataset") for artifact in targets]
     settings = {
         "model": evaluated.labels.get("model") or model,
-        **flatten(_without(evaluated.spec, "model"), "evaluation."),
+        **flatten(_without(evaluated.spec, "model", "served_as"), "evaluation."),
         **_joined([_cut_settings(artifact, library) for artifact in pruned]),
         **_joined([flatten(_without(artifact.spec, "model"), "scores.") for artifact in by_stage["scores"]]),
         **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),

@@ -16,6 +16,7 @@ from sdd.forward.decoding import Choose, decode, keeps_all, most_likely
 from sdd.models.chats import chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
+from sdd.models.served import Server
 
 CHUNK_ROWS, CHUNK_BATCHES = 128, 4
 """Rows of one chunk of answers, or batches where that is more: what a killed run loses at most."""
@@ -51,16 +52,6 @@ def sampling(temperature: float, top_p: float, tries: int, seed: int) -> dict[st
     if temperature == 0:
         return {"temperature": 0.0}
     return {"temperature": temperature, "top_p": top_p, "tries": tries, "seed": seed}
-
-
-@dataclass(frozen=True)
-class Server:
-    """How a server is asked: at most `concurrency` requests at once, each `retries` times more, `timeout` seconds."""
-
-    url: str
-    concurrency: int = 16
-    retries: int = 12
-    timeout: float = 300.0
 
 
 @dataclass(frozen=True)

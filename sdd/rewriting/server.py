@@ -1,29 +1,21 @@
 """An engine that asks a server with OpenAI's interface: vLLM, SGLang, `transformers serve`, llama.cpp, or another.
 
-The official client sends, waits and tries again: connections that fail or end, timeouts and the statuses 408, 409, 429
-and 5xx, after waits that double up to 8 seconds and are varied at random, or as long as the server asks for. Where the
-server is, the command line says; its key is in the environment.
+How it is reached, and what is tried again, is `sdd.models.served`'s business.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.util import find_spec
 from typing import Any
 
 from sdd.errors import UserError
 from sdd.models.chats import chat_messages, chat_prompt_ids, completion_prompt
 from sdd.models.checkpoints import Checkpoint
-from sdd.rewriting.engines import Completion, Place, Request, Server, sampling, seed_of
-from sdd.untrusted import printable
+from sdd.models.served import Server, client_of, refusal, said_by
+from sdd.rewriting.engines import Completion, Place, Request, sampling, seed_of
 
-KEY = "OPENAI_API_KEY"
-"""The environment variable with the server's key, if it wants one."""
 ENDPOINTS = ("chat", "completions")
 TOO_LONG = ("context_length_exceeded", "maximum context length", "maximum model length", "context size")
 """How servers say that a prompt has more tokens than their model reads."""
-LONGEST = 300
-"""Characters of what a server says that are shown."""
 
 
 class OpenAIEngine:
@@ -111,7 +103,7 @@ class OpenAIEngine:
         try:
             text, finish = self._answer(self.client, prompt, self.max_new_tokens, seed_of(self.seed, request))
         except Exception as error:
-            if getattr(error, "status_code", None) == 400 and any(words in _said(error) for words in TOO_LONG):
+            if getattr(error, "status_code", None) == 400 and any(words in said_by(error) for words in TOO_LONG):
                 return Completion(request.id, "", "too_long")
             raise self._refusal(error, self.place, self.client) from None
         return Completion(request.id, text, finish)
@@ -140,51 +132,9 @@ class OpenAIEngine:
             raise UserError(
                 "engine=openai asks a server; say where on the command line: engine.base_url=http://HOST/v1"
             )
-        if find_spec("openai") is None:
-            raise UserError("engine=openai needs the package openai; run: pip install 'sdd[server]'")
-        from openai import OpenAI
-
-        server = place.server
-        return OpenAI(
-            base_url=server.url,
-            api_key=os.environ.get(KEY) or "none",
-            max_retries=server.retries if retries is None else retries,
-            timeout=server.timeout,
-        )
+        return client_of(place.server, retries)
 
     def _refusal(self, error: Exception, place: Place, client: Any) -> Exception:
-        """One line for whatever came back instead of an answer; what is no server's doing, as it is."""
-        import openai
-
         assert place.server is not None
-        where, said = f"engine.base_url={place.server.url}", _said(error)
-        again = "finished rows are kept, run the same command again"
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return UserError(f"{where}: the server refuses the key ({said}); set {KEY} in the environment")
-        if isinstance(error, openai.APITimeoutError):
-            return UserError(f"{where}: no answer within engine.timeout={place.server.timeout:g} seconds; {again}")
-        if isinstance(error, openai.APIConnectionError):
-            return UserError(f"{where}: no server can be reached there ({said}); {again}")
-        if isinstance(error, openai.NotFoundError | openai.BadRequestError | openai.UnprocessableEntityError):
-            return UserError(f"{where}: the server refuses engine.model={self.model} ({said}){self._models(client)}")
-        if isinstance(error, openai.APIStatusError):
-            return UserError(f"{where}: the server gives up ({said}); {again}")
-        if not isinstance(error, openai.OpenAIError | ValueError):
-            return error
         kind = "chat completion" if self.endpoint == "chat" else "completion"
-        return UserError(f"{where}: what comes back is no {kind} ({said}); see that the address ends in /v1")
-
-    def _models(self, client: Any) -> str:
-        """What the server says that it has."""
-        try:
-            names = [str(model.id) for model in client.with_options(max_retries=0).models.list()]
-        except Exception:
-            return ""
-        return f"; it has {printable(', '.join(names)[:LONGEST])}" if names else ""
-
-
-def _said(error: Exception) -> str:
-    """What the server answered, in whatever form, or else what went wrong on the way."""
-    response = getattr(error, "response", None)
-    text = str(error) if response is None else f"{response.status_code}: {response.text}"
-    return printable(" ".join(text.split())[:LONGEST])
+        return refusal(error, place.server, self.model, client, kind)

@@ -16,16 +16,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdd.architectures.configs import stock_config
 from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
 from sdd.evaluation.suites import SUITES
-from sdd.evaluation.tiny import suite_tasks
+from sdd.evaluation.tiny import KINDS, suite_tasks
+from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.stages.student import open_student
+from sdd.stages.student import checkpoint_of, open_student, stock_checkpoint
 from sdd.store import SCRATCH, Recipe, digest_of
 from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
@@ -39,6 +41,9 @@ Rows = list[dict[str, Any]]
 class Asked(Spec):
     """How a model is asked, whatever the tasks; `model` where it is the unpruned one, else the input `model`.
 
+    `backend` is who computed where that is not this process, and `served_as` what a server calls the model: which one
+    that is, only whoever started it can say.
+
     The first of its subclasses' bases, so that their tasks come before it in a manifest.
     """
 
@@ -49,6 +54,8 @@ class Asked(Spec):
     max_new_tokens: int | None
     lm_eval: str
     model: str | None = None
+    backend: dict[str, Any] | None = None
+    served_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,44 @@ def recipe(study: Study, student: Recipe | None) -> Recipe:
         "max_new_tokens": settings.max_new_tokens,
         "lm_eval": importlib.metadata.version("lm-eval"),
         "model": models.digest if student is None else None,
+        "backend": _backend(settings),
+        "served_as": settings.model if settings.backend == "server" else None,
     }
     tasks = _embedded_tasks(study) if settings.suite == "tiny" else _stock_tasks(study)
     spec = (Embedded if settings.suite == "tiny" else Stock)(**shared, **tasks)
     inputs, labels = ({}, {}) if student is None else ({"model": student}, student.labels)
     return study.recipe("evaluated", spec, inputs, labels, study.raised_for(student, spec.dtype))
+
+
+def _backend(settings: Any) -> dict[str, Any] | None:
+    """Who computes, where it is not this process. Where a server is, and how it is asked, is none of it."""
+    if settings.backend == "hf":
+        return None
+    as_text = settings.backend == "server" and not settings.prompt_ids
+    return {"kind": settings.backend} | ({"prompt_ids": False} if as_text else {})
+
+
+def check_backend(study: Study, runtime: Runtime, spec: Embedded | Stock) -> None:
+    """Refuse a backend that cannot work, before any work."""
+    kind = (spec.backend or {}).get("kind")
+    if kind == "vllm":
+        from sdd.evaluation.backends import check_vllm
+
+        check_vllm(runtime.device)
+    if kind == "server":
+        from sdd.evaluation import server
+
+        how = str(spec.served_as), study.config.evaluation.prompt_ids
+        tokenizer = study.models.checkpoint.tokenizer()
+        server.check(runtime.servers.get("evaluation"), *how, tokenizer, _by_likelihood(study, spec))
+
+
+def _by_likelihood(study: Study, spec: Embedded | Stock) -> list[str]:
+    """The tasks that likelihoods are needed for."""
+    if isinstance(spec, Embedded):
+        return [name for name in spec.tasks if name in KINDS]
+    tasks = planned_benchmark(study.config.evaluation).tasks
+    return [task.name for task in tasks if task.setting("output_type") != "generate_until"]
 
 
 def _embedded_tasks(study: Study) -> dict[str, Any]:
@@ -214,13 +254,30 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     )
 
 
-def _harness(runtime: Runtime, spec: Embedded | Stock, inputs: Mapping[str, Path]) -> Any:
+def _harness(runtime: Runtime, spec: Embedded | Stock, inputs: Mapping[str, Path], scratch: Path) -> Any:
+    from sdd.evaluation import backends, server
     from sdd.evaluation.harness import Harness
 
     source = inputs["model"] if "model" in inputs else runtime.source(str(spec.model), "model")
-    model, base = open_student(source, runtime, spec.dtype)
-    limits = runtime.evaluation_batch_size, spec.max_new_tokens
-    return Harness(model, base.tokenizer(), *limits, spec.system_prompt, spec.chat_template)
+    kind = (spec.backend or {}).get("kind")
+    if kind is None:
+        model, base = open_student(source, runtime, spec.dtype)
+        tokenizer = base.tokenizer()
+        language_model = backends.in_process(model, tokenizer, runtime.evaluation_batch_size)
+    elif kind == "vllm":
+        folder = stock_checkpoint(source, runtime, spec.dtype, scratch / "checkpoint")
+        tokenizer = Checkpoint(folder).tokenizer()
+        language_model = backends.by_vllm(folder, tokenizer, spec.dtype)
+    else:
+        base = checkpoint_of(source, runtime)
+        tokenizer, config = base.tokenizer(), stock_config(base.config, base.where)
+        if "evaluation" not in runtime.servers:
+            raise UserError("a server answered this evaluation; say where it is with --server URL")
+        if source.name not in str(spec.served_as):
+            log.warning("evaluation.model=%s: that it is %s, the server's user says", spec.served_as, source.name)
+        how = str(spec.served_as), (spec.backend or {}).get("prompt_ids", True)
+        language_model = server.by_server(runtime.servers["evaluation"], *how, config, tokenizer)
+    return Harness(language_model, tokenizer, spec.max_new_tokens, spec.system_prompt, spec.chat_template)
 
 
 def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harness: Callable[[], Any]) -> None:
@@ -240,7 +297,12 @@ def _embedded(
 
     tasks = suite_tasks(spec.suite, list(spec.tasks), spec.split, spec.seed, spec.limit)
     _check_digests(spec, {name: digest_of(dataclasses.asdict(task)) for name, task in tasks.items()})
-    _each(scratch, list(tasks), lambda harness, name: harness.run(tasks[name]), lambda: _harness(runtime, spec, inputs))
+    _each(
+        scratch,
+        list(tasks),
+        lambda harness, name: harness.run(tasks[name]),
+        lambda: _harness(runtime, spec, inputs, scratch),
+    )
     records = {name: list(read_jsonl(scratch / f"{name}.jsonl")) for name in tasks}
     results = {name: summary(tasks[name].kind, rows) for name, rows in records.items()}
     apart = {name: result for name, result in results.items() if tasks[name].kind == "likelihood"}
@@ -262,7 +324,7 @@ def _stock(
     built |= {name: benchmark.build(name, files) for name, task in built.items() if task is None}
 
     def opened() -> Any:
-        harness = _harness(runtime, spec, inputs)
+        harness = _harness(runtime, spec, inputs, scratch)
         for name, task in built.items():
             harness.prepare(name, task)
         return harness

@@ -6,13 +6,15 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
-from sdd.rewriting.engines import Place, Server
+from sdd.models.served import Server
+from sdd.rewriting.engines import Place
 
 
 @dataclass(frozen=True)
 class Runtime:
     """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine; `tasks` are those
-    of lm-eval that were built when their rows were checked, each to be taken once.
+    of lm-eval that were built when their rows were checked, each to be taken once; `servers` are those that a group of
+    the config asks.
 
     The defaults are those of `trainer=cpu`, so that a rebuilt artifact is rounded as the first one was.
     """
@@ -30,7 +32,7 @@ class Runtime:
     gradient_checkpointing: bool = False
     logger: dict[str, Any] = field(default_factory=dict)
     run_folder: Path = Path()
-    server: Server | None = None
+    servers: dict[str, Server] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -39,15 +41,18 @@ class Runtime:
     @property
     def place(self) -> Place:
         """Where an engine answers."""
-        return Place(self.device, self.inference_batch_size, self.attention, self.server)
+        return Place(self.device, self.inference_batch_size, self.attention, self.servers.get("engine"))
 
     @staticmethod
-    def server_of(config: Any) -> Server | None:
-        """The server that a composed config's engine asks, if it asks one."""
-        engine = config["engine"]
-        if not engine.get("base_url"):
-            return None
-        return Server(str(engine["base_url"]), **{key: engine[key] for key in ("concurrency", "retries", "timeout")})
+    def servers_of(config: Any) -> dict[str, Server]:
+        """The servers that a composed config's groups ask, by group."""
+        asking = {group: config[group] for group in ("engine", "evaluation") if config[group].get("base_url")}
+        return {
+            group: Server(
+                str(node["base_url"]), **{key: node[key] for key in ("concurrency", "retries", "timeout")}, group=group
+            )
+            for group, node in asking.items()
+        }
 
     @staticmethod
     def sizes(config: Any) -> dict[str, Any]:

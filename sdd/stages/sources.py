@@ -8,7 +8,7 @@ import sdd
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.hub import checkpoint_folder, is_hub_id
-from sdd.rewriting.engines import Server
+from sdd.models.served import Server
 from sdd.stages.runtime import Runtime
 
 TEACHER = Path(sdd.__file__).resolve().parent / "tiny" / "teacher"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", action="append", default=[], metavar="DIGEST=PATH", help="a model (folder or hub id) or data file"
     )
-    parser.add_argument("--server", metavar="URL", help="the server that rewrites, where a server did")
+    parser.add_argument("--server", metavar="URL", help="the server that rewrites or answers, where one did")
 
 
 def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
@@ -34,4 +34,7 @@ def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
         if not folder.exists():
             raise UserError(f"--source {given}: no such path")
         sources[digest] = folder
-    return Runtime(sources=sources, server=Server(arguments.server) if arguments.server else None, **settings)
+    servers: dict[str, Server] = {}
+    if arguments.server:
+        servers = {group: Server(arguments.server, group=group) for group in ("engine", "evaluation")}
+    return Runtime(sources=sources, servers=servers, **settings)

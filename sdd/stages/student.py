@@ -1,11 +1,12 @@
 """Open what an artifact holds as one stock model: a checkpoint, or a base with its adapter merged in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd.finetuning.adapters import merged
-from sdd.models.checkpoints import Checkpoint
+from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.stages.runtime import Runtime
 from sdd.store import read_manifest
 from sdd.store.files import read_jsonl
@@ -50,3 +51,12 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Check
         return base.model(dtype, runtime.device, runtime.attention), base
     model = base.model(base.stored_dtype, attention=runtime.attention)
     return merged(model, folder / "adapter", dtype).to(runtime.device).eval(), base
+
+
+def stock_checkpoint(folder: Path, runtime: Runtime, dtype: str, target: Path) -> Path:
+    """The folder of a whole checkpoint, for programs that open one themselves; an adapter's is made at `target`."""
+    if not (folder / "adapter").is_dir():
+        return checkpoint_of(folder, runtime).folder
+    model, base = open_student(folder, replace(runtime, accelerator="cpu"), dtype)
+    save_model(model, target, base)
+    return target

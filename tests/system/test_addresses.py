@@ -64,6 +64,8 @@ REPAIRED = ["repair=ridge"]
 SDM = ["metric=sdm", "pruning=mlp20"]
 LOGITS = ["finetune=logit_distill"]
 
+SERVED = {"evaluation.backend": "server", "evaluation.model": "m"}
+
 IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     # setting, another value, the first stages that change, groups and settings that both sides share
     ("calibration.num_texts", 5, {"scores"}, [], {}),
@@ -165,6 +167,10 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("evaluation.dtype", "bfloat16", {"evaluated"}, [], {}),
     ("evaluation.system_prompt", "Be brief.", {"evaluated"}, [], {}),
     ("evaluation.chat_template", False, {"evaluated"}, [], {}),
+    ("evaluation.backend", "vllm", {"evaluated"}, [], {}),
+    ("evaluation.backend", "server", {"evaluated"}, [], {"evaluation.model": "m"}),
+    ("evaluation.model", "another", {"evaluated"}, [], SERVED),
+    ("evaluation.prompt_ids", False, {"evaluated"}, [], SERVED),
 ]
 
 ANALYSIS = {"kind", "prompts", "num_prompts", "max_new_tokens", "dtype", "temperature", "draft_lengths", "repeats"}
@@ -187,6 +193,10 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("adapter.rank", 3, ["adapter=full"], {}),
     ("engine.batch_size", 3, [], {}),
     ("evaluation.batch_size", 3, [], {}),
+    ("evaluation.base_url", "http://b/v1", [], SERVED),
+    ("evaluation.concurrency", 3, [], SERVED),
+    ("evaluation.retries", 3, [], SERVED),
+    ("evaluation.timeout", 3.0, [], SERVED),
     ("paths.artifacts", "elsewhere", [], {}),
     ("store.missing", "raise", [], {}),
     ("dry_run", True, [], {}),

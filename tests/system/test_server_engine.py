@@ -28,7 +28,8 @@ from sdd.errors import UserError
 from sdd.export.serving import serving as serving_of
 from sdd.models.chats import chat_prompt_ids, completion_prompt
 from sdd.models.checkpoints import Checkpoint
-from sdd.rewriting.engines import HFEngine, Place, Request, Server
+from sdd.models.served import Server
+from sdd.rewriting.engines import HFEngine, Place, Request
 from sdd.rewriting.journal import Journal
 from sdd.rewriting.server import OpenAIEngine
 from sdd.store.files import read_jsonl
@@ -317,6 +318,7 @@ FILES = {
     "a setting": "defaults: [override /engine: openai]\nengine: {base_url: %s, model: m}",
     "a sweep": "defaults: [override /engine: openai]\nhydra: {sweeper: {params: {engine.base_url: '%s'}}}",
     "by a reference": "defaults: [override /engine: openai]\nstudy: {url: %s}\nengine: {base_url: '${study.url}'}",
+    "an evaluation's": "evaluation: {backend: server, base_url: %s, model: m}",
     "a student": "defaults: [override /merge: linear, override /engine: openai]\nengine: {model: m}\n"
     "merge: {students: [['engine.base_url=%s'], [seed=1]]}",
 }
@@ -329,7 +331,8 @@ def test_a_file_names_no_server(way: str, tmp_path: Path) -> None:
     words = ["--config-dir=given", "experiment=theirs", *(["-m"] if way == "a sweep" else []), "dry_run=true"]
     outcome = run("evaluate" if way == "a student" else "generate", *words, cwd=tmp_path)
     assert outcome.code == 2
-    assert "engine.base_url" in outcome.stderr and not outcome.built
+    setting = "evaluation.base_url" if way == "an evaluation's" else "engine.base_url"
+    assert setting in outcome.stderr and not outcome.built
 
 
 def test_the_command_line_names_it_by_itself(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from sdd.evaluation import generation
+from sdd.evaluation.backends import in_process
 from sdd.evaluation.harness import Harness, free_scores, summary
 from sdd.evaluation.tiny import Item, Task, suite_tasks
 from sdd.models.chats import answer_ids, chat_prompt_ids
@@ -96,7 +97,8 @@ def model(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def harness(model: Any, tiny_llama: Path) -> Harness:
-    return Harness(model, Checkpoint(tiny_llama).tokenizer(), batch_size=3, max_new_tokens=NEW)
+    tokenizer = Checkpoint(tiny_llama).tokenizer()
+    return Harness(in_process(model, tokenizer, 3), tokenizer, max_new_tokens=NEW)
 
 
 @torch.no_grad()
@@ -170,7 +172,7 @@ def test_answers_end_at_stop_strings_as_lm_evals_do(
         return language_model.generate_until(requests, disable_tqdm=True)
 
     own = answers(harness.language_model)
-    alone = Harness(model, tokenizer, batch_size=1, max_new_tokens=NEW).language_model
+    alone = Harness(in_process(model, tokenizer, 1), tokenizer, max_new_tokens=NEW).language_model
     monkeypatch.setattr(generation, "keeps_all", lambda model: False)
     assert own == answers(alone)
     assert own[0] == texts[0][: texts[0].index(halves[0])] != texts[0]
@@ -208,7 +210,7 @@ def test_a_right_answer_is_counted(harness: Harness, model: Any, tokenizer: Any,
 def test_records_do_not_depend_on_the_batch_size(
     harness: Harness, model: Any, tokenizer: Any, tasks: dict[str, Task]
 ) -> None:
-    alone = Harness(model, tokenizer, batch_size=1, max_new_tokens=NEW)
+    alone = Harness(in_process(model, tokenizer, 1), tokenizer, max_new_tokens=NEW)
     for task in tasks.values():
         for one, other in zip(alone.run(task), harness.run(task), strict=True):
             for key, value in one.items():
@@ -231,7 +233,7 @@ def test_templates_are_not_compiled_for_every_item(
 
 def test_a_system_prompt_reaches_the_model(model: Any, tokenizer: Any, tasks: dict[str, Task]) -> None:
     task = tasks["nll"]
-    harness = Harness(model, tokenizer, batch_size=4, max_new_tokens=NEW, system_prompt="Be brief.")
+    harness = Harness(in_process(model, tokenizer, 4), tokenizer, max_new_tokens=NEW, system_prompt="Be brief.")
     item, record = task.items[0], harness.run(task)[0]
     prompt = chat_prompt_ids(tokenizer, item.prompt, "Be brief.")
     expected = log_likelihood(model, prompt, answer_ids(tokenizer, item.gold or ""))
