@@ -161,7 +161,7 @@ def own(bench: Bench) -> Losses:
     spec |= {"finetune": finetune, "seed": SEED}
     recipe = Recipe("tuned", 1, spec, {"targets": Recipe("targets", 1, {"mode": "sft"})})
     with tempfile.TemporaryDirectory() as scratch:
-        history = _fit(bench.student, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
+        history = _fit(bench.student, None, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
     return [row["loss"] for row in history]
 
 

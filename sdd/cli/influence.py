@@ -56,7 +56,7 @@ SCENES: dict[str, list[list[str]]] = {
     "finetune": [
         [],
         ["finetune=logit_distill"],
-        *([f"finetune={mode}"] for mode in ("skew_kl", "jsd", "taid", "dac_kl", "redi")),
+        *([f"finetune={mode}"] for mode in ("skew_kl", "jsd", "taid", "dac_kl", "redi", "on_policy")),
     ],
     "adapter": [[], ["adapter=lora_beside_cut"]],
     "engine": [[], ["engine.temperature=0.7", "engine.tries=2"]],
@@ -85,6 +85,7 @@ OTHERS: dict[str, list[Any]] = {
     "pruning.blocks": [[3, 5]],
     "pruning.keep": [0.5],
     "pruning.start": [3],
+    "finetune.rollout_tokens": [[8, 64]],
     "adapter.targets": [["q_proj"]],
     "adapter.quantisation": ["nf4"],
     "evaluation.tasks": [["arithmetic"], ["piqa"]],

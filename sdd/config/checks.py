@@ -49,6 +49,7 @@ AT_LEAST = {
     "finetune.num_rows": 1,
     "finetune.num_tokens": 1,
     "finetune.validation_rows": 0,
+    "finetune.rollout_steps": 1,
     "adapter.rank": 1,
     "adapter.alpha": 1,
     "adapter.blocks": 1,
@@ -103,6 +104,8 @@ WITHIN = {
     "finetune.clip_mass": (1e-3, 1.0),
     "finetune.rejected_weight": (0.0, 1.0),
     "finetune.choose_temperature": (0.0, 100.0),
+    "finetune.student_share": (0.0, 1.0),
+    "finetune.rollout_temperature": (0.0, 100.0),
     "finetune.warmup_share": (0.0, 1.0),
     "finetune.weight_decay": (0.0, 10.0),
     "finetune.clip_norm": (1e-6, 1e6),
@@ -196,6 +199,12 @@ def check_values(config: DictConfig) -> None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
     _check_loss(plain(config.finetune))
     _check_draw(config.finetune)
+    rollouts = list(config.finetune.rollout_tokens)
+    if len(rollouts) != 2 or not 1 <= rollouts[0] <= rollouts[1]:
+        raise UserError(
+            f"finetune.rollout_tokens={rollouts} must be two numbers of tokens, each at least 1 and the second no "
+            "smaller, such as [16,96]"
+        )
     adapter = config.adapter
     if adapter.quantisation not in (None, "nf4"):
         raise UserError(f"adapter.quantisation={adapter.quantisation} is unknown; choose nf4, or null for none")
@@ -273,7 +282,15 @@ def _check_loss(finetune: dict[str, Any]) -> None:
             f"finetune.ce_share={finetune['ce_share']:g} goes with a mode's own loss; give finetune.loss the weight: "
             "{cross_entropy: 0.5, ...}"
         )
-    if "redi" not in weights or mode not in MODES:
+    if mode not in MODES:
+        return
+    untaught = next((name for name in weights if not LOSSES[name].needs_teacher), None)
+    if MODES[mode].rollouts and finetune["student_share"] and (untaught or finetune["ce_share"]):
+        raise UserError(
+            f"finetune={mode}: on the student's own answers {untaught or 'cross_entropy'} would teach it what it says "
+            "already; choose a loss with a teacher, such as finetune.loss=reverse_kl"
+        )
+    if "redi" not in weights:
         return
     if MODES[mode].targets != "rewrites":
         raise UserError(

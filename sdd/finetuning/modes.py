@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sdd.models.chats import CORRECTION_LEAKS, CORRECTION_TEMPLATE
+
 SOLID = "-"
 _SALTIRE = "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z"
 _HOURGLASS = ((-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1))
@@ -43,17 +45,39 @@ class Style:
 
 
 @dataclass(frozen=True)
+class Request:
+    """How the teacher is asked where it is shown no reference: by `template`, some phrases of which no answer may say.
+
+    `corrects`: `{reference}` in it is the answer of the student before fine-tuning.
+    """
+
+    template: str
+    leak_phrases: tuple[str, ...] = ()
+    corrects: bool = False
+
+
+@dataclass(frozen=True)
 class Mode:
     """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `loss`: the weights of
-    the losses of `sdd.finetuning.losses`; None is cross-entropy on the targets. `words` say what an exported student
-    was tuned on."""
+    the losses of `sdd.finetuning.losses`; None is cross-entropy on the targets. `rollouts`: the student's own answers
+    take the place of a share of them, as the settings of `ROLLOUTS` say. `request`: how rewrites are asked for, None is
+    as the dataset says. `words` say what an exported student was tuned on."""
 
     name: str
     targets: Literal["reference", "gold", "rewrites"]
     words: str
     look: Style
     loss: Mapping[str, float] | None = None
+    rollouts: bool = False
+    request: Request | None = None
 
+
+ROLLOUTS = ("student_share", "rollout_tokens", "rollout_steps", "rollout_temperature")
+"""Settings of `finetune` that are in the key where the student writes."""
+GROWN = 0.5
+"""The share of the steps after which its answers may have their full length."""
+VALIDATIONS = 4
+"""How often in a run the validation loss is taken."""
 
 _ALL = (
     Mode(
@@ -124,6 +148,28 @@ _ALL = (
         "the dataset's own reference answers, and towards the teacher's self-attention relations (arXiv 2002.10957)",
         Style("#06052E", "#C0BAC9", _BOWTIE, _vega(_BOWTIE), "⧓", "x."),
         {"cross_entropy": 1.0, "relations": 1.0},
+    ),
+    Mode(
+        "on_policy",
+        "reference",
+        "answers of its own as it learned, towards the teacher's probabilities of every next token (arXiv 2306.13649)",
+        Style("#B0300B", "#C28065", (3, 1, 0), _star(3, 0.5), "⏶\ufe0e", "**"),
+        {"jsd": 1.0},
+        rollouts=True,
+    ),
+    Mode(
+        "teacher_answers",
+        "rewrites",
+        "answers that the unpruned model wrote unaided (sequence-level distillation, arXiv 1606.07947)",
+        Style("#000546", "#B1FDA8", (5, 1, 0), _star(5, 0.5), "✯", "*/"),
+        request=Request("{prompt}"),
+    ),
+    Mode(
+        "corrected",
+        "rewrites",
+        "the pruned model's own answers as the unpruned model put them right",
+        Style("#A6B396", "#89879B", "H", "M-1,0L-0.5,-0.87L0.5,-0.87L1,0L0.5,0.87L-0.5,0.87Z", "⬣", "*."),
+        request=Request(CORRECTION_TEMPLATE, CORRECTION_LEAKS, corrects=True),
     ),
     Mode(
         "self_distill",

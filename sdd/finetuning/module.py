@@ -8,12 +8,13 @@ all that resuming needs. Knows nothing of the store, Hydra, or where the rows co
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -23,14 +24,15 @@ from torch import Tensor
 from sdd.errors import UserError
 from sdd.finetuning import ranks
 from sdd.finetuning.adapters import causal_lm
+from sdd.finetuning.modes import VALIDATIONS
 from sdd.finetuning.prefix import FrozenStates, frozen_states
 from sdd.forward import chunks
 from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
 from sdd.models.checkpoints import decoder, head_logits
 
-VALIDATIONS = 4
-"""How often in a run the validation loss is taken."""
+if TYPE_CHECKING:
+    from sdd.finetuning.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ class StudentModule(pl.LightningModule):
 
     `loss` is `loss_sum` or another function of the same signature. `run` says whose checkpoints these are: those of
     another run are not gone on from. In the folder `scratch`, states below the lowest trained block are kept for later
-    epochs.
+    epochs. `rollouts` put the student's own answers in place of targets, in training and in validation; beside that
+    loss, which a student can lower by what its teacher mistakes, the history then has `golden_loss`: cross-entropy on
+    the held-out targets.
     """
 
     def __init__(
@@ -152,6 +156,7 @@ class StudentModule(pl.LightningModule):
         loss: Callable[..., tuple[Tensor, int]] = loss_sum,
         run: str = "",
         scratch: Path | None = None,
+        rollouts: "Rollouts | None" = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -161,7 +166,8 @@ class StudentModule(pl.LightningModule):
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
         self.on_step, self.loss, self.run = on_step, loss, run
-        self.scratch = scratch
+        self.scratch, self.rollouts = scratch, rollouts
+        self.rates: dict[str, float] = {}
         self.frozen: FrozenStates | None = None
         self.began = False
 
@@ -191,7 +197,8 @@ class StudentModule(pl.LightningModule):
         if self.global_step != len(self.history):
             raise ValueError(f"step {self.global_step}, and {len(self.history)} in the history")
         self.began = True
-        if self.scratch is not None and self.trainer.world_size == 1 and sum(map(len, self.plan)) > len(self.rows):
+        again = self.rollouts is None and sum(map(len, self.plan)) > len(self.rows)
+        if self.scratch is not None and self.trainer.world_size == 1 and again:
             rows = [row.ids for row in (*self.rows, *self.validation)]
             with self.trainer.precision_plugin.train_step_context():
                 self.frozen = frozen_states(self.causal_lm, rows, self.scratch, self.micro_batch_tokens, self.device)
@@ -199,11 +206,11 @@ class StudentModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
         torch.manual_seed(_seed_of(self.optimisation.seed, step) + self.trainer.global_rank)
-        rows = [self.rows[index] for index in self.plan[step]]
+        rows, started = self._step_rows(step), time.perf_counter()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens, total = self.count(rows), 0.0
         for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
-            summed, _ = self._loss_of(micro)
+            summed, _ = self._loss_of(micro, self.loss)
             self.manual_backward(summed / max(tokens, 1))
             total += float(summed.detach())
         if self.trainer.world_size > 1:
@@ -214,19 +221,27 @@ class StudentModule(pl.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr, call-arg]
+        if self.rollouts is not None:
+            seconds = time.perf_counter() - started
+            self.rates = {"rollout_rate": self.rollouts.rate, "training_rate": target_tokens(rows) / seconds}
         loss = total / max(tokens, 1)
         if isinstance(self.loss, Remembering):
             self.loss.stepped(loss, (step + 1) / len(self.plan))
         self._record(step + 1, loss, rate)
 
+    def _step_rows(self, step: int) -> list[TrainingRow]:
+        if self.rollouts is not None:
+            return self.rollouts.step_rows(self.causal_lm, step)
+        return [self.rows[index] for index in self.plan[step]]
+
     def _own(self, batches: list[list[TrainingRow]]) -> list[list[TrainingRow]]:
         """This rank's share."""
         return batches[self.trainer.global_rank :: self.trainer.world_size]
 
-    def _loss_of(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, int]:
+    def _loss_of(self, rows: Sequence[TrainingRow], loss: Callable[..., tuple[Tensor, int]]) -> tuple[Tensor, int]:
         frozen = self.frozen.standing_in([row.ids for row in rows], self.device) if self.frozen else nullcontext()
         with frozen:
-            return self.loss(self.causal_lm, rows, self.device)
+            return loss(self.causal_lm, rows, self.device)
 
     def _record(self, step: int, loss: float, rate: float) -> None:
         epoch = round(step / self.optimisation.steps_per_epoch, 4)
@@ -234,20 +249,29 @@ class StudentModule(pl.LightningModule):
         every = max(1, len(self.plan) // VALIDATIONS)
         validate = bool(self.validation) and (step % every == 0 or step == len(self.plan))
         row["validation_loss"] = self.validation_loss() if validate else None
+        if self.rollouts is not None:
+            row["golden_loss"] = self._mean_loss(self.validation, loss_sum) if validate else None
+            row |= self.rollouts.facts(step - 1)
         self.history.append(row)
-        logged = {key: float(value) for key, value in row.items() if value is not None and key != "step"}
+        logged = self.rates | {key: float(value) for key, value in row.items() if value is not None and key != "step"}
         if self.trainer.loggers:  # each call took 2 to 5% of a small step
             self.log_dict(logged)
         if self.on_step:
             self.on_step(step, logged)
 
-    @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
+        rows = self.validation
+        if self.rollouts is not None:
+            rows = self.rollouts.held_out(self.causal_lm, rows)
+        return self._mean_loss(rows, self.loss)
+
+    @torch.no_grad()
+    def _mean_loss(self, rows: Sequence[TrainingRow], loss_of: Callable[..., tuple[Tensor, int]]) -> float:
         self.student.eval()
         total, tokens = 0.0, 0.0
-        for micro in self._own(micro_batches(self.validation, self.micro_batch_tokens)):
-            loss, count = self._loss_of(micro)
+        for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
+            loss, count = self._loss_of(micro, loss_of)
             total, tokens = total + float(loss), tokens + count
         if self.trainer.world_size > 1:
             total, tokens = ranks.summed([total, tokens], self.device)
@@ -283,12 +307,16 @@ class StudentModule(pl.LightningModule):
         checkpoint |= {"history": self.history, "run": self.run}
         if state := self.loss_state():
             checkpoint["loss"] = state
+        if self.rollouts is not None:
+            checkpoint["rollouts"] = self.rollouts.state(checkpoint["global_step"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.pop("callbacks", None)
         self.history = list(checkpoint["history"])
         if state := checkpoint.get("loss"):
             self.loss.restore(state)  # type: ignore[attr-defined]
+        if self.rollouts is not None:
+            self.rollouts.load(checkpoint["rollouts"], checkpoint["global_step"])
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -327,6 +355,9 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         steps = [row["step"] for row in checkpoint["history"]]
         run, step = checkpoint["run"], checkpoint["global_step"]
         remembered = {name: math.isfinite(value) for name, value in checkpoint.get("loss", {}).items()}
+        fits = module.rollouts is None or module.rollouts.fits(
+            checkpoint["rollouts"], step, module.causal_lm.config.vocab_size
+        )
     except UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
     except (OSError, MemoryError):  # of the machine, not of the file, which is kept
@@ -339,7 +370,7 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
     in_plan = steps == list(range(1, step + 1)) and step <= len(module.plan)
     in_plan = in_plan and remembered == dict.fromkeys(module.loss_state(), True)
     own_run = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
-    return checkpoint if in_plan and own_run else None
+    return checkpoint if in_plan and own_run and fits else None
 
 
 def _seed_of(seed: int, step: int) -> int:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def number() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Over all ranks, in place; one that a rank has no gradient of counts as zero there."""
     bucket: list[Tensor] = []
@@ -67,6 +72,21 @@ def summed(values: Sequence[float], device: Any) -> list[float]:
     whole = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(whole)
     return [float(value) for value in whole]
+
+
+def gathered(own: Mapping[int, list[int]], count: int, device: Any) -> list[list[int]]:
+    """`count` rows of token ids in order, of which every rank has some by their number."""
+    if number() == 1:
+        return [own[index] for index in range(count)]
+    lengths = torch.zeros(count, dtype=torch.int64, device=device)
+    for index, tokens in own.items():
+        lengths[index] = len(tokens)
+    dist.all_reduce(lengths)
+    whole = torch.zeros(count, int(lengths.max()), dtype=torch.int64, device=device)
+    for index, tokens in own.items():
+        whole[index, : len(tokens)] = torch.tensor(tokens)
+    dist.all_reduce(whole)
+    return [row[:length] for row, length in zip(whole.tolist(), lengths.tolist(), strict=True)]
 
 
 def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) -> None:

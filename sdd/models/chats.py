@@ -19,6 +19,14 @@ LEAK_PHRASES = ("reference answer", "the reference", "in my own words", "in your
 """Words of the template that do not belong into an answer (compared without case)."""
 
 
+CORRECTION_TEMPLATE = (
+    "Task: {prompt}\nAn answer that may be wrong: {reference}\nPut right what is wrong in it, in your own words."
+)
+"""Of an answer that is no reference, where it takes the place of one."""
+
+CORRECTION_LEAKS = ("answer that may be wrong", "the given answer", "in my own words", "in your own words", "task:")
+
+
 def rewrite_prompt(template: str, prompt: str, reference: str) -> str:
     """Fill the template in one pass, so that braces inside a row are left alone.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sdd.forward.batches import length_batches, padded
-from sdd.forward.decoding import Choose, decode, keeps_all, most_likely
+from sdd.forward.decoding import Choose, Ending, decode, keeps_all, most_likely
 from sdd.models.chats import chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
@@ -166,13 +166,28 @@ class HFEngine:
         """(index of a request, its new tokens); what stands behind a token of `stops` is not looked at."""
         return (self._decoded if keeps_all(self.model) else self._generated)(requests, rows, stops)
 
+    def continued(
+        self, rows: Sequence[list[int]], names: Sequence[str], ending: Ending
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(index of a row of token ids, its new tokens), up to one that stops it or to where `ending` has it end.
+
+        A row's draw is a function of the seed and of its name.
+        """
+        requests, stops = [Request(name, "") for name in names], self.stops
+        if keeps_all(self.model):
+            yield from self._decoded(requests, rows, stops, ending)
+            return
+        for index, tokens in self._generated(requests, rows, stops):
+            stop = next((at + 1 for at, token in enumerate(tokens) if token in stops), len(tokens))
+            yield index, tokens[: ending(tokens[:stop], stop) or stop]
+
     def _decoded(
-        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
+        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int], ending: Ending | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         """By this project's own loop."""
         assert self.batch_size is not None, "open() comes first"
         choose = most_likely if self.temperature == 0 else self._chooser(requests)
-        yield from decode(self.model, rows, self.max_new_tokens, stops, self.batch_size, choose)
+        yield from decode(self.model, rows, self.max_new_tokens, stops, self.batch_size, choose, ending)
 
     def _chooser(self, requests: Sequence[Request]) -> Choose:
         warpers, noise = self._warpers(), GumbelNoise(self.seed, requests)

@@ -1,4 +1,5 @@
-"""Stage `answered`: a model's own greedy answers to held-out prompts, which several analyses share."""
+"""Stage `answered`: a model's own greedy answers to held-out prompts, which several analyses share, or to all prompts
+that students are trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdd.config.allowed import build as build_part
 from sdd.data.draws import split_rows
 from sdd.errors import UserError
 from sdd.forward.teacher_forcing import Row
@@ -27,7 +29,7 @@ from sdd.study import Study
 
 @dataclass(frozen=True)
 class Answered(Spec):
-    """`model` where the unpruned model answers, else the input `model`."""
+    """`model` where the unpruned model answers, else the input `model`. `held_out`: 0 is every row."""
 
     dataset: dict[str, Any]
     held_out: int
@@ -58,6 +60,24 @@ def recipe(study: Study, student: Recipe | None) -> Recipe:
     return study.recipe("answered", spec, inputs, study.prompts.labels, study.raised_for(student, spec.dtype))
 
 
+def drafts(study: Study, student: Recipe | None) -> Recipe:
+    """The answers of a student, or of the unpruned model (None), to all rows, within the limits of rewrites."""
+    config, models, rows = study.config, study.models, study.rows
+    engine = build_part(config.engine)
+    spec = Answered(
+        dataset=rows.spec,
+        held_out=0,
+        system_prompt=config.dataset.system_prompt,
+        dtype=config.model.dtype,
+        max_new_tokens=engine.max_new_tokens,
+        max_prompt_tokens=engine.max_prompt_tokens,
+        chat_template=models.plain_template(models.digest),
+        model=models.digest if student is None else None,
+    )
+    inputs = {} if student is None else {"model": student}
+    return study.recipe("answered", spec, inputs, rows.labels, study.raised_for(student, spec.dtype))
+
+
 def _held_out(study: Study) -> int:
     """How many prompts: those that no student is trained on, or as many as are asked for."""
     asked = study.config.analysis.num_prompts
@@ -82,14 +102,16 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = Answered.read(recipe.spec)
     cost_model = sizes.cost_model(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
     batch = sizes.config.trainer.inference_batch_size
-    limits = spec.max_new_tokens, spec.max_new_tokens
-    return estimates.rewrites(cost_model, spec.held_out, sizes.prompt, *limits, batch, chunk_rows(batch))
+    limits, rows = (spec.max_new_tokens, spec.max_new_tokens), spec.held_out or sizes.rows
+    return estimates.rewrites(cost_model, rows, sizes.prompt, *limits, batch, chunk_rows(batch))
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`answers.jsonl`: {"id", "prompt", "text", "finish", "tokens"} a held-out row; finished chunks survive a kill."""
     spec = Answered.read(recipe.spec)
-    rows = split_rows(read_examples(runtime, spec.dataset), spec.held_out, 0, seed=0)[1]
+    rows = read_examples(runtime, spec.dataset)
+    if spec.held_out:
+        rows = split_rows(rows, spec.held_out, 0, seed=0)[1]
     engine = HFEngine(max_new_tokens=spec.max_new_tokens, max_prompt_tokens=spec.max_prompt_tokens)
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)

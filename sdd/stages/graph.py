@@ -1,9 +1,9 @@
 """The map of the house: a study becomes a graph of recipes.
 
-teacher -> scores -> pruned; dataset -> rewrites -> targets; pruned + targets -> tuned; tuned ones -> merged; any of
-them -> evaluated, or analysed: answered (by teacher and student) -> drafted, shifted; targets -> surprisals -> shifted;
-measured. Rows may be drawn by what the cut took from them: surprisals + pruned -> damaged -> tuned. What is in a key is
-decided in each stage's file and nowhere else.
+teacher -> scores -> pruned; dataset -> rewrites (of references, or of what the pruned model answered) -> targets;
+pruned + targets -> tuned; tuned ones -> merged; any of them -> evaluated, or analysed: answered (by teacher and
+student) -> drafted, shifted; targets -> surprisals -> shifted; measured. Rows may be drawn by what the cut took from
+them: surprisals + pruned -> damaged -> tuned. What is in a key is decided in each stage's file and nowhere else.
 """
 
 from importlib import import_module
@@ -75,7 +75,7 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
         read_data(one, [recipe for recipe in missing if recipe.address in own])
         study.texts |= one.texts
     stages = {recipe.stage for recipe in missing}
-    if "answered" in stages:
+    if any(recipe.stage == "answered" and recipe.spec["held_out"] for recipe in missing):
         answered.check_held_out(study, len(study.prompts.source.examples()))
     if stages & {"rewrites", "targets"} and not study.students:
         examples = study.rows.source.examples()

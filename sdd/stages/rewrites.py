@@ -1,7 +1,8 @@
-"""Stage `rewrites`: the teacher's own answers to the rows of a dataset, guided by the reference answers."""
+"""Stage `rewrites`: the teacher's own answers to the rows of a dataset, guided by the reference answers, by none, or by
+the answers of the pruned model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from sdd.config.allowed import build as build_part
 from sdd.config.parts import TARGETS, class_of
 from sdd.data.mixture import part_of
 from sdd.errors import UserError
+from sdd.finetuning.modes import MODES
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.rewriting.engines import Answering, Engine, chunk_rows
 from sdd.rewriting.journal import Journal
 from sdd.rewriting.selection import Selection, rewrite_rows
+from sdd.stages import answered, pruned
 from sdd.stages.datasets import for_row, is_chunk, read_examples, selection_for
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
@@ -29,7 +32,8 @@ from sdd.untrusted import printable
 
 @dataclass(frozen=True)
 class Rewrites(Spec):
-    """`selection` is there where several tries are sampled, of which the first good one is kept."""
+    """`selection` is there where several tries are sampled, of which the first good one is kept. With the input
+    `answers`, those stand in for the references that the template shows."""
 
     teacher: str
     dtype: str
@@ -46,24 +50,36 @@ def recipe(study: Study) -> Recipe:
     obeyed; by 2 where rewrites are sampled, whose noise was once drawn from another generator; by 4 where one of
     several tries is kept by its final answer, which was once read otherwise."""
     config, models, rows = study.config, study.models, study.rows
-    engine = build_part(config.engine)
+    engine, request = build_part(config.engine), MODES[config.finetune.mode].request
     spec = Rewrites(
         teacher=models.teacher_digest,
         dtype=config.model.dtype,
         dataset=rows.spec,
-        template=rows.setting("template"),
+        template=rows.setting("template") if request is None else request.template,
         system_prompt=config.dataset.system_prompt,
         engine=engine.spec(),
         chat_template=models.plain_template(models.teacher_digest),
-        selection=rows.selection if engine.tries > 1 else None,
+        selection=selection_of(study) if engine.tries > 1 else None,
     )
     raised = models.steers(models.teacher_digest) + 2 * (config.engine.get("temperature", 0) > 0)
     raised += 4 * (engine.tries > 1 and rows.judged_anew)
-    return study.recipe("rewrites", spec, {}, rows.labels, raised)
+    corrects = request is not None and request.corrects
+    inputs = {"answers": answered.drafts(study, pruned.recipe(study))} if corrects else {}
+    return study.recipe("rewrites", spec, inputs, rows.labels, raised)
+
+
+def selection_of(study: Study) -> dict[str, Any]:
+    """How rewrites are judged: by the dataset's rule, and by none where the teacher is shown no reference."""
+    request = MODES[study.config.finetune.mode].request
+    if request is None:
+        return study.rows.selection
+    return {"rule": "none", "leak_phrases": list(request.leak_phrases)}
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     engine, template = sizes.config.engine, sizes.config.dataset.template
+    if not isinstance(recipe.spec["template"], dict):
+        template = recipe.spec["template"]
     prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
     batch = engine.get("batch_size") or sizes.config.trainer.inference_batch_size
     limit = engine.get("max_new_tokens") or 2 * sizes.answer
@@ -85,7 +101,11 @@ def _engine(kind: str) -> type[Engine]:
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`rewrites.jsonl`; finished chunks of rows of similar length survive a kill, and every answer of a server."""
     spec = Rewrites.read(recipe.spec)
-    examples = read_examples(runtime, spec.dataset)
+    rows = read_examples(runtime, spec.dataset)
+    examples = rows
+    if "answers" in inputs:
+        said = {row["id"]: row["text"] for row in read_jsonl(inputs["answers"] / "answers.jsonl")}
+        examples = [replace(row, reference=said[row.id]) for row in rows]
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
     engine = _engine(spec.engine["kind"])(**settings)
     templates = [for_row(spec.template, example.id) for example in examples]
@@ -115,5 +135,5 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             else:
                 progress.initial += len(chunk)
             progress.update(len(chunk))
-    rows = {row["id"]: row for number in range(len(chunks)) for row in read_jsonl(scratch / f"{number:06d}.jsonl")}
-    write_jsonl(folder / "rewrites.jsonl", (rows[example.id] for example in examples))
+    made = {row["id"]: row for number in range(len(chunks)) for row in read_jsonl(scratch / f"{number:06d}.jsonl")}
+    write_jsonl(folder / "rewrites.jsonl", (made[row.id] | {"reference": row.reference} for row in rows))

@@ -52,8 +52,8 @@ def recipe(study: Study) -> Recipe:
         return study.recipe("targets", Targets(mode.name, dataset=rows.spec), {}, rows.labels)
     shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
     rejected = "rejected rows" in needed(study.losses)
-    spec = Targets(mode.name, **rows.selection, select=finetune.select, **shares, rejected=rejected)
-    raised = rows.judged_anew and bool(finetune.select or finetune.noise_share)
+    spec = Targets(mode.name, **rewrites.selection_of(study), select=finetune.select, **shares, rejected=rejected)
+    raised = mode.request is None and rows.judged_anew and bool(finetune.select or finetune.noise_share)
     return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels, raised)
 
 

@@ -16,15 +16,16 @@ from sdd.config import plain
 from sdd.config.allowed import build as build_part
 from sdd.data import Example
 from sdd.errors import UserError
-from sdd.finetuning.adapters import adapted, beside_cut, linear_layers, save_student
+from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, linear_layers, save_student
 from sdd.finetuning.losses import LOSSES, PLAIN, SETTINGS
+from sdd.finetuning.modes import MODES, ROLLOUTS, VALIDATIONS
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel, shape_of
 from sdd.planning.estimates import Estimate, Training
-from sdd.stages import damaged, draws, pruned, targets
+from sdd.stages import damaged, draws, pruned, rolled, targets
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
@@ -67,7 +68,7 @@ def recipe(study: Study) -> Recipe:
         check_rows(study, rows)
     _check_adapter(study)
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
-    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "loss", "precision", *SETTINGS):
+    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS):
         settings.pop(key)
     settings = draws.key_of(settings)
     adapter = _adapter_spec(study)
@@ -100,6 +101,8 @@ def _distillation(study: Study) -> dict[str, Any] | None:
     if any(LOSSES[name].needs_teacher for name in weights):
         spec = {"teacher": models.teacher_digest, "dtype": study.config.model.dtype}
     spec |= {key: finetune[key] for name in weights for key in LOSSES[name].settings}
+    if MODES[finetune.mode].rollouts and finetune.student_share > 0:
+        spec |= {"rollouts": {key: plain(finetune)[key] for key in ROLLOUTS}}
     ce_share = weights.get("cross_entropy", 0.0)
     if weights | {"cross_entropy": ce_share} == {"forward_kl": 1 - ce_share, "cross_entropy": ce_share}:
         return spec | {"ce_share": ce_share}
@@ -160,17 +163,17 @@ def check_rows(study: Study, num_examples: int) -> None:
 def check_lengths(study: Study, examples: list[Example]) -> None:
     """Refuse a limit that is below every row; of rows that wait for a rewrite, below every prompt."""
     finetune, system_prompt = study.config.finetune, study.config.dataset.system_prompt
-    tokenizer = study.models.checkpoint.tokenizer()
+    tokenizer, targets_of = study.models.checkpoint.tokenizer(), MODES[finetune.mode].targets
     shortest = None
     for example in examples:
-        target = {"self_distill": "", "gold": example.gold}.get(finetune.mode, example.reference) or ""
+        target = {"rewrites": "", "gold": example.gold}.get(targets_of, example.reference) or ""
         length = len(training_ids(tokenizer, example.prompt, target, system_prompt)[0])
         if length <= finetune.max_length:
             return
         shortest = length if shortest is None else min(shortest, length)
     raise UserError(
         f"finetune.max_length={finetune.max_length} is shorter than every row of the dataset; the shortest has "
-        f"{shortest} tokens{' without its answer' if finetune.mode == 'self_distill' else ''}, raise it"
+        f"{shortest} tokens{' without its answer' if targets_of == 'rewrites' else ''}, raise it"
     )
 
 
@@ -222,11 +225,12 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     left = max(1, sizes.rows - spec.finetune["validation_rows"])
     drawn = finetune.num_rows or (left if finetune.num_tokens is None else finetune.num_tokens / max(1, sizes.answer))
     rows = finetune.epochs * max(1, round(min(drawn, left)))
-    length = min(sizes.prompt + sizes.answer, finetune.max_length)
+    length = min(sizes.prompt + rolled.target(sizes), finetune.max_length)
     cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
     teacher = _teacher(sizes, spec)
     settings = cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher
-    return estimates.tuned(*settings, epochs=finetune.epochs)
+    needed = estimates.tuned(*settings, epochs=1 if rolled.writes(sizes) else finetune.epochs)
+    return rolled.with_writing(sizes, needed, cost_model, rows, VALIDATIONS)
 
 
 def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:
@@ -355,7 +359,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         checkpoints.recompute_activations(model)
     loss = _loss(spec, runtime, model, inputs.get("pruned"))
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
-    history = _fit(student, loss, training, validation, recipe, runtime, folder / SCRATCH)
+    history = _fit(student, tokenizer, loss, training, validation, recipe, runtime, folder / SCRATCH)
     if ranks.rank() > 0:
         return
     save_student(student, folder, base, base_name)
@@ -448,6 +452,7 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
 def _fit(
     student: Any,
+    tokenizer: Any,
     loss: Any,
     training: list[Any],
     validation: list[Any],
@@ -483,7 +488,8 @@ def _fit(
         def on_step(step: int, logged: dict[str, float]) -> None:
             progress.n = step - 1
             progress.update(1)
-            progress.set_postfix(loss=f"{logged['loss']:.4f}", refresh=False)
+            rates = {name.removesuffix("_rate"): f"{rate:.0f}tok/s" for name, rate in module.rates.items()}
+            progress.set_postfix(loss=f"{logged['loss']:.4f}", **rates, refresh=False)
 
         module = StudentModule(
             student,
@@ -496,6 +502,16 @@ def _fit(
             loss=loss,
             run=recipe.address,
             scratch=None if getattr(loss, "needs_whole_passes", False) else scratch,
+            rollouts=rolled.rollouts_of(
+                (spec.distillation or {}).get("rollouts"),
+                seed,
+                tokenizer,
+                causal_lm(student),
+                training,
+                plan,
+                settings["max_length"],
+                runtime,
+            ),
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)

@@ -63,6 +63,7 @@ BY_TASK = {"metric.by": "task"}
 REPAIRED = ["repair=ridge"]
 SDM = ["metric=sdm", "pruning=mlp20"]
 LOGITS = ["finetune=logit_distill"]
+OWN = ["finetune=on_policy"]
 
 SERVED = {"evaluation.backend": "server", "evaluation.model": "m"}
 
@@ -132,6 +133,14 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.taid_start", 0.2, {"tuned"}, ["finetune=taid"], {}),
     ("finetune.clip_mass", 0.2, {"tuned"}, ["finetune=dac_kl"], {}),
     ("finetune.rejected_weight", 0.2, {"tuned"}, ["finetune=redi"], {}),
+    ("finetune.mode", "on_policy", {"targets"}, [], {}),
+    ("finetune.loss", "reverse_kl", {"tuned"}, OWN, {}),
+    ("finetune.jsd_beta", 0.2, {"tuned"}, OWN, {}),
+    ("finetune.student_share", 0.5, {"tuned"}, OWN, {}),
+    ("finetune.student_share", 0.0, {"tuned"}, OWN, {}),
+    ("finetune.rollout_tokens", [2, 9], {"tuned"}, OWN, {}),
+    ("finetune.rollout_steps", 2, {"tuned"}, OWN, {}),
+    ("finetune.rollout_temperature", 0.5, {"tuned"}, OWN, {}),
     ("finetune.epochs", 1, {"tuned"}, [], {}),
     ("finetune.learning_rate", 1e-4, {"tuned"}, [], {}),
     ("finetune.batch_size", 5, {"tuned"}, [], {}),
@@ -215,7 +224,14 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("finetune.loss", "cross_entropy", [], {}),
     ("finetune.loss", "forward_kl", LOGITS, {}),
     ("finetune.skew", 0.2, ["finetune=jsd"], {}),
+    ("finetune.student_share", 0.5, LOGITS, {}),
+    ("finetune.rollout_tokens", [2, 9], [], {}),
+    ("finetune.rollout_steps", 2, LOGITS, {}),
+    ("finetune.rollout_temperature", 0.5, ["finetune=sft"], {}),
+    ("finetune.rollout_steps", 2, OWN, {"finetune.student_share": 0.0}),
     ("dataset.template", "{prompt}", LOGITS, {}),
+    ("dataset.template", "{prompt} {reference}", ["finetune=corrected"], {}),
+    ("dataset.answer_rule", "none", ["finetune=teacher_answers"], {}),
     ("finetune.noise_share", 0.5, LOGITS, {}),
     ("engine.max_new_tokens", 5, ["finetune=sft"], {}),
     ("engine.temperature", 0.5, ["finetune=sft"], {}),

@@ -155,6 +155,17 @@ def test_a_teacher_beside_the_student_is_opened_held_and_run_forward(checkpoint:
     assert other.memory - alone.memory == pytest.approx(2 * 55_584 + 4096 * 2 * 32 + logits), "a smaller teacher"
 
 
+def test_what_a_student_writes_takes_a_pass_a_token_and_window(tmp_path: Path) -> None:
+    """7,200 rows in windows of 32 or of 64 rows, 40 tokens each, through 26 blocks; without a share, nothing."""
+    words = ["finetune.epochs=1", "trainer.inference_batch_size=64"]
+    own = ["finetune=on_policy", "finetune.rollout_tokens=[40,40]", *words]
+    assert tuned(tmp_path, *own, "finetune.student_share=0") == tuned(tmp_path, "finetune=logit_distill", *words)
+    one, two = (tuned(tmp_path, *own, f"finetune.rollout_steps={steps}") for steps in (1, 2))
+    assert one.seconds - two.seconds == pytest.approx((225 - 113) * 40 * 26 * 8e-4)
+    grown = tuned(tmp_path, *own, "finetune.rollout_tokens=[20,40]")
+    assert grown.seconds < one.seconds - 225 * 4.9 * 26 * 8e-4, "35 tokens on average"
+
+
 def evaluated(tmp_path: Path, *overrides: str) -> Estimate:
     found, study = counts(tmp_path, *overrides)
     return estimate(found, evaluated_stage.recipe(study, graph.student(study)))

@@ -212,6 +212,37 @@ def test_a_resumed_run_is_bit_exact(
     assert histories[0] == histories[1]
 
 
+def test_what_the_student_wrote_for_steps_to_come_outlives_a_kill(
+    sharded_llama: Path,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Killed in the second window of three steps, after a checkpoint within it; one with other tokens is none."""
+    runtime = dataclasses.replace(RUNTIME, sources={"teacher's": sharded_llama})
+    asked = recipe(dropout=0.2)
+    rollouts = {"student_share": 0.8, "rollout_tokens": [3, 8], "rollout_steps": 3, "rollout_temperature": 1.0}
+    taught = {"teacher": "teacher's", "dtype": "float32", "temperature": 1.0, "ce_share": 0.0}
+    asked.spec["distillation"] = taught | {"rollouts": rollouts}
+    whole = tune(tmp_path / "whole", inputs, asked, runtime)
+    saved = break_off(tmp_path / "broken", inputs, asked, monkeypatch, runtime)
+    content = torch.load(saved, weights_only=True)
+    written = content["rollouts"]["written"]
+    assert {at for at, *_ in written} == {3, 4, 5}
+    assert all(type(number) is int for row in written for number in row)
+    torch.save(content | {"rollouts": {"written": [[*written[0][:-1], 768], *written[1:]]}}, saved.with_name("a.ckpt"))
+    assert same(tune(tmp_path / "broken", inputs, asked, runtime), whole)
+    assert "'a.ckpt' in" in caplog.text
+    histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    assert histories[0] == histories[1]
+    rows = list(csv.DictReader(histories[0].splitlines()))
+    assert [row["rollout_staleness"] for row in rows] == ["0", "1", "2"] * 2
+    assert [row["rollout_limit"] for row in rows] == ["3"] * 3 + ["8"] * 3
+    assert all(bool(row["golden_loss"]) == bool(row["validation_loss"]) for row in rows)
+    assert rows[-1]["golden_loss"] != rows[-1]["validation_loss"]
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_states_of_frozen_blocks_are_kept_for_a_second_epoch_and_change_no_bit(
     epochs: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -307,7 +338,9 @@ def test_unknown_adapter_targets_are_a_users_mistake(inputs: dict[str, Path], tm
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def break_off(folder: Path, inputs: dict[str, Path], recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
+def break_off(
+    folder: Path, inputs: dict[str, Path], recipe: Recipe, patch: pytest.MonkeyPatch, runtime: Runtime = RUNTIME
+) -> Path:
     """The last checkpoint, of step 4, of a run that ends in its fifth step."""
     record = StudentModule._record
 
@@ -318,7 +351,7 @@ def break_off(folder: Path, inputs: dict[str, Path], recipe: Recipe, patch: pyte
 
     with patch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
         patched.setattr(StudentModule, "_record", dying)
-        tune(folder, inputs, recipe)
+        tune(folder, inputs, recipe, runtime)
     return folder / SCRATCH / "step=4.ckpt"
 
 
@@ -369,9 +402,8 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_no_checkpoint(
     saved = break_off(tmp_path, inputs, recipe(), monkeypatch)
     content = torch.load(saved, weights_only=True)
     name, tensor = next(iter(content["state_dict"].items()))
-    module = SimpleNamespace(
-        run=recipe().address, plan=range(STEPS), trained=lambda: content["state_dict"], loss_state=dict
-    )
+    known = {"run": recipe().address, "plan": range(STEPS), "rollouts": None, "loss_state": dict}
+    module = SimpleNamespace(**known, trained=lambda: content["state_dict"])
     assert read_checkpoint(saved, module) is not None  # type: ignore[arg-type]
     moments = content["optimizer_states"][0]["state"]
     wrong = [

@@ -1,0 +1,77 @@
+"""What a student writes while it is tuned: by which engine, and what that takes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sdd.finetuning.modes import GROWN, MODES
+from sdd.planning import estimates
+from sdd.planning.cost_model import CostModel
+from sdd.planning.estimates import Estimate
+from sdd.rewriting.engines import HFEngine
+from sdd.stages.runtime import Runtime
+from sdd.stages.sizes import Sizes
+
+
+def rollouts_of(
+    settings: dict[str, Any] | None,
+    seed: int,
+    tokenizer: Any,
+    model: Any,
+    rows: Sequence[Any],
+    plan: Sequence[Sequence[int]],
+    max_length: int,
+    runtime: Runtime,
+) -> Any:
+    """The student's own answers to the rows of `plan`, in this process; None where it writes none."""
+    if settings is None:
+        return None
+    from sdd.finetuning.rollouts import Policy, Rollouts
+    from sdd.forward.decoding import Ending
+    from sdd.models.chats import stop_ids
+
+    def sample(
+        model: Any, prompts: Sequence[list[int]], names: Sequence[str], limit: int, ending: Ending
+    ) -> Iterator[tuple[int, list[int]]]:
+        engine = HFEngine(max_new_tokens=limit, temperature=settings["rollout_temperature"], seed=seed)
+        engine.take(model, tokenizer, None, runtime.inference_batch_size)
+        return engine.continued(prompts, names, ending)
+
+    short, full = settings["rollout_tokens"]
+    policy = Policy(settings["student_share"], (short, full), settings["rollout_steps"], seed, len(plan))
+    return Rollouts(policy, rows, plan, max_length, stop_ids(tokenizer, model.generation_config), sample)
+
+
+def writes(sizes: Sizes) -> float:
+    """The share of the rows that the student answers itself."""
+    finetune = sizes.config.finetune
+    mode = MODES.get(finetune.mode)
+    return float(finetune.student_share) if mode is not None and mode.rollouts else 0.0
+
+
+def target(sizes: Sizes) -> float:
+    """Tokens of a target on average."""
+    return sizes.answer + writes(sizes) * (min(sizes.answer, _limit(sizes)) - sizes.answer)
+
+
+def _limit(sizes: Sizes) -> float:
+    """Tokens of a rollout at most, on average over the steps."""
+    short, full = sizes.config.finetune.rollout_tokens
+    return float(full - GROWN * (full - short) / 2)
+
+
+def with_writing(sizes: Sizes, tuning: Estimate, student: CostModel, rows: int, validations: int) -> Estimate:
+    """Tuning on `rows` rows in all, and what the student writes before: window by window, and of the held-out rows."""
+    share, finetune, batch = writes(sizes), sizes.config.finetune, sizes.config.trainer.inference_batch_size
+    if not share:
+        return tuning
+    window = math.ceil(share * finetune.rollout_steps * finetune.batch_size)
+    new, full = min(sizes.answer, _limit(sizes)), finetune.rollout_tokens[1]
+    parts = [estimates.rewrites(student, math.ceil(share * rows), sizes.prompt, new, _limit(sizes), batch, window)]
+    if held_out := sizes.config.finetune.validation_rows:
+        held_out_new = min(sizes.answer, full)
+        settings = sizes.prompt, held_out_new, full, batch, held_out
+        parts.append(estimates.rewrites(student, validations * held_out, *settings))
+    seconds = sum(part.seconds - student.opening for part in parts)
+    memory = max(tuning.memory, *(part.memory for part in parts))
+    return Estimate(tuning.seconds + seconds, memory, tuning.disk)
