@@ -56,6 +56,7 @@ SCENES: dict[str, list[list[str]]] = {
     "finetune": [
         [],
         ["finetune=logit_distill"],
+        ["finetune=logit_distill", "finetune.cached=top_k"],
         *([f"finetune={mode}"] for mode in ("skew_kl", "jsd", "taid", "dac_kl", "redi", "on_policy")),
     ],
     "adapter": [[], ["adapter=lora_beside_cut"]],
@@ -91,6 +92,8 @@ OTHERS: dict[str, list[Any]] = {
     "evaluation.tasks": [["arithmetic"], ["piqa"]],
     "evaluation.split": ["test"],
     "finetune.loss": ["reverse_kl", "redi"],
+    "finetune.cached": ["top_k", "sampled"],
+    "finetune.cached_bits": [8],
     "metric.by": ["angular", "perplexity"],
 }
 """Values of settings that cannot be thought of by their type alone."""

@@ -43,6 +43,7 @@ AT_LEAST = {
     "pruning.multiple": 1,
     "calibration.seed": 0,
     "dataset.num_rows": 1,
+    "finetune.cached_k": 1,
     "finetune.epochs": 1,
     "finetune.batch_size": 1,
     "finetune.max_length": 8,
@@ -87,6 +88,7 @@ LARGEST = (1 << 31) - 1
 """Of whole numbers: what libraries take as a seed, a size or a count."""
 AT_MOST = {
     "finetune.epochs": 10_000,
+    "finetune.cached_k": 1 << 20,
     "adapter.rank": 65_536,
     "trainer.threads": 1_024,
     "engine.concurrency": 10_000,
@@ -277,6 +279,17 @@ def _check_loss(finetune: dict[str, Any]) -> None:
             raise UserError(f"finetune.loss={name} is unknown; choose one of {', '.join(LOSSES)}")
         if not (_is_number(weight) and 0 < weight <= MOST_WEIGHT):
             raise UserError(f"finetune.loss.{name}={weight} must be above 0 and at most {MOST_WEIGHT:g}")
+    if (cached := finetune["cached"]) not in (None, "top_k", "sampled"):
+        raise UserError(f"finetune.cached={cached} is unknown; choose top_k or sampled, or null for none")
+    if finetune["cached_bits"] not in (8, 16, 32):
+        raise UserError(f"finetune.cached_bits={finetune['cached_bits']} is unknown; choose 8, 16 or 32")
+    if cached:
+        if mode in MODES and MODES[mode].rollouts and finetune["student_share"] > 0:
+            raise UserError(
+                f"finetune.cached={cached} keeps what the teacher says of targets, and finetune={mode} learns on the "
+                "student's own words; leave finetune.cached out"
+            )
+        _check_cached(cached, weights, finetune["temperature"])
     if loss is not None and finetune["ce_share"]:
         raise UserError(
             f"finetune.ce_share={finetune['ce_share']:g} goes with a mode's own loss; give finetune.loss the weight: "
@@ -336,6 +349,26 @@ def _check_backend(evaluation: Any) -> None:
             raise UserError(f"evaluation.{key} belongs to evaluation.backend=server; add that, or leave it out")
     if not evaluation.prompt_ids:
         raise UserError("evaluation.prompt_ids=false belongs to evaluation.backend=server; add that, or leave it out")
+
+
+def _check_cached(cached: str, weights: dict[str, float], temperature: float) -> None:
+    """What is kept of the teacher's logits serves the losses."""
+    for name in weights:
+        if LOSSES[name].needs == "teacher states":
+            raise UserError(
+                f"finetune.cached={cached} keeps the teacher's probabilities, and finetune.loss={name} needs its "
+                "states; leave finetune.cached out"
+            )
+        if LOSSES[name].needs == "teacher logits" and cached == "sampled" and name != "forward_kl":
+            raise UserError(
+                f"finetune.cached=sampled serves forward_kl alone; with finetune.loss={name} choose "
+                "finetune.cached=top_k"
+            )
+        if name == "total_variation" and temperature != 1 and len(weights) > 1:
+            raise UserError(
+                f"finetune.cached={cached} keeps probabilities at one temperature, and total_variation knows none; "
+                "set finetune.temperature=1"
+            )
 
 
 def _check_merge(merge: Any) -> None:

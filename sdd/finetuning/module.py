@@ -38,12 +38,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TrainingRow:
     """Token ids of prompt and target; loss is taken on ids[prompt_length:], and counts `weight` times. `rejected` are
-    those of the same prompt and of an answer that was refused."""
+    those of the same prompt and of an answer that was refused; `place` is the row's among those whose teacher's
+    probabilities are kept."""
 
     ids: list[int]
     prompt_length: int
     rejected: list[int] | None = None
     weight: float = 1.0
+    place: int | None = None
 
     @property
     def longest(self) -> int:

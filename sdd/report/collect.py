@@ -177,7 +177,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     upstream = library.upstream(evaluated)
     for artifact in upstream:
         for name, address in artifact.inputs.items():
-            if name not in ("scores", "rewrites", "damaged") and library.get(address) is None:
+            if name not in ("scores", "rewrites", "damaged", "taught") and library.get(address) is None:
                 raise LookupError(f"{artifact.stage}/{artifact.address} lacks its input {name} ({address})")
     by_stage: dict[str, list[Artifact]] = {stage: [] for stage in STAGES}
     for artifact in upstream:
@@ -204,6 +204,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),
         **_joined([flatten(_without(artifact.spec, "mode"), "targets.") for artifact in targets]),
         **_joined([flatten(_without(artifact.spec, "model", "seed")) for artifact in tuned]),
+        **_joined([flatten(_without(artifact.spec, "model"), "distillation.") for artifact in by_stage["taught"]]),
         **_joined([flatten(artifact.spec, "merge.") for artifact in merged]),
         **{f"{artifact.stage}.version": artifact.version for artifact in upstream},
     }

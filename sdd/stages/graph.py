@@ -3,7 +3,8 @@
 teacher -> scores -> pruned; dataset -> rewrites (of references, or of what the pruned model answered) -> targets;
 pruned + targets -> tuned; tuned ones -> merged; any of them -> evaluated, or analysed: answered (by teacher and
 student) -> drafted, shifted; targets -> surprisals -> shifted; measured. Rows may be drawn by what the cut took from
-them: surprisals + pruned -> damaged -> tuned. What is in a key is decided in each stage's file and nowhere else.
+them: surprisals + pruned -> damaged -> tuned. The teacher's logits may be kept: targets -> taught -> tuned. What is in
+a key is decided in each stage's file and nowhere else.
 """
 
 from importlib import import_module
@@ -83,7 +84,7 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
             tuned.check_rows(study, len(examples))
             tuned.check_lengths(study, examples)
             draws.check_domains(study.config.finetune, examples)
-    if any("teacher" in recipe.spec.get("distillation", {}) for recipe in missing):
+    if "taught" in stages or any("teacher" in recipe.spec.get("distillation", {}) for recipe in missing):
         tuned.check_vocabulary(study)
     if any("texts" in recipe.spec for recipe in missing) and not study.students:
         study.texts[study.calibration.spec["texts"]] = study.calibration.source.texts()

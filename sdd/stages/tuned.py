@@ -25,7 +25,7 @@ from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel, shape_of
 from sdd.planning.estimates import Estimate, Training
-from sdd.stages import damaged, draws, pruned, rolled, targets
+from sdd.stages import damaged, draws, pruned, rolled, targets, taught
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
@@ -36,6 +36,8 @@ from sdd.study import Study
 
 log = logging.getLogger(__name__)
 
+CACHE = ("cached", "cached_k", "cached_bits")
+"""Settings of the stage `taught`."""
 PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
 
 
@@ -68,13 +70,16 @@ def recipe(study: Study) -> Recipe:
         check_rows(study, rows)
     _check_adapter(study)
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
-    for key in ("mode", "select", "gold_share", "noise_share", "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS):
+    of_targets = ("mode", "select", "gold_share", "noise_share")
+    for key in (*of_targets, "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS, *CACHE):
         settings.pop(key)
     settings = draws.key_of(settings)
     adapter = _adapter_spec(study)
     inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
     if asked := draws.needs_damage(settings):
         inputs["damaged"] = damaged.recipe(study, f"finetune.{asked}")
+    if taught.is_asked(study):
+        inputs["taught"] = taught.recipe(study)
     spec = Tuned(
         adapter=adapter,
         base_quantisation=config.adapter.quantisation,
@@ -98,7 +103,7 @@ def _distillation(study: Study) -> dict[str, Any] | None:
         return None
     _check_loss(study)
     spec: dict[str, Any] = {}
-    if any(LOSSES[name].needs_teacher for name in weights):
+    if any(LOSSES[name].needs_teacher for name in weights) and not taught.is_asked(study):
         spec = {"teacher": models.teacher_digest, "dtype": study.config.model.dtype}
     spec |= {key: finetune[key] for name in weights for key in LOSSES[name].settings}
     if MODES[finetune.mode].rollouts and finetune.student_share > 0:
@@ -303,7 +308,7 @@ def tokenized(
         tokens += len(ids) - prompt_length
         if num_tokens is not None and tokens > num_tokens:
             return kept, too_long
-        kept.append(TrainingRow(ids, prompt_length, rejected, row.get("weight", 1.0)))
+        kept.append(TrainingRow(ids, prompt_length, rejected, row.get("weight", 1.0), row.get("place")))
     if num_tokens is not None and tokens < num_tokens:
         raise UserError(
             f"finetune.num_tokens={num_tokens}, but the {len(kept)} rows beside the held-out ones have {tokens} target "
@@ -328,7 +333,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     settings = spec.finetune
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
     tokenizer = base.tokenizer()
-    rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
+    rows = [row | {"place": place} for place, row in enumerate(read_jsonl(inputs["targets"] / "train.jsonl"))]
     domains = draws.domains_of(runtime, recipe.inputs["targets"]) if settings.get("domains") else {}
     drawn, held_out = draws.drawn(settings, spec.seed, rows, inputs.get("damaged"), domains)
     shown = spec.system_prompt, settings["max_length"]
@@ -357,7 +362,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         checkpoints.recompute_activations(model)
-    loss = _loss(spec, runtime, model, inputs.get("pruned"))
+    loss = _loss(spec, runtime, model, inputs)
+    if cache := getattr(loss, "cache", None):
+        _check_places(cache, [*training, *validation])
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     history = _fit(student, tokenizer, loss, training, validation, recipe, runtime, folder / SCRATCH)
     if ranks.rank() > 0:
@@ -381,23 +388,35 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     )
 
 
-def _loss(spec: Tuned, runtime: Runtime, model: Any, pruned: Path | None) -> Any:
+def _check_places(cache: Any, rows: list[Any]) -> None:
+    """What is kept of the teacher is of these rows' tokens."""
+    if any(cache.count(row.place) != len(row.ids) - row.prompt_length for row in rows):
+        raise UserError(
+            "the teacher's probabilities (stage taught) are of other tokens than the student's; its "
+            "tokenizer or chat template is another: leave finetune.cached out, or build taught again"
+        )
+
+
+def _loss(spec: Tuned, runtime: Runtime, model: Any, inputs: Mapping[str, Path]) -> Any:
     """Cross-entropy on the targets, or the losses that the recipe names, with a teacher beside the student if need."""
     from sdd.finetuning.module import loss_sum
 
     if spec.distillation is None:
         return loss_sum
+    from sdd.finetuning.losses.cached import Cache
     from sdd.finetuning.losses.weighted import built
 
-    settings, teacher, kept = spec.distillation, None, []
+    settings, teacher, kept, cache = spec.distillation, None, [], None
     weights = _weights(settings)
     if "teacher" in settings:
         checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
         teacher = checkpoint.model(settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
         checkpoints.check_logits(teacher)
     if any(LOSSES[name].needs == "teacher states" for name in weights):
-        kept = _kept(model, pruned)
-    return built(weights, settings, teacher, kept)
+        kept = _kept(model, inputs.get("pruned"))
+    if "taught" in inputs:
+        cache = Cache(inputs["taught"])
+    return built(weights, settings, teacher, kept, cache)
 
 
 def _kept(model: Any, pruned: Path | None) -> list[int]:

@@ -33,6 +33,7 @@ STAGES = {
         Stage("targets", "generate"),
         Stage("surprisals", "evaluate"),
         Stage("damaged", "train"),
+        Stage("taught", "train", resumable=True),
         Stage("tuned", "train", resumable=True, is_model=True),
         Stage("merged", "train", is_model=True),
         Stage("evaluated", "evaluate", resumable=True, is_result=True),

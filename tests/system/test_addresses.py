@@ -19,10 +19,11 @@ FOLLOWS = {
     "pruned": {"tuned", "evaluated"},
     "rewrites": {"targets", "tuned", "evaluated"},
     "targets": {"tuned", "evaluated"},
+    "taught": {"tuned", "evaluated"},
     "tuned": {"evaluated"},
     "evaluated": set(),
 }
-STAGES = set(FOLLOWS)
+STAGES = set(FOLLOWS) - {"taught"}
 FOLLOWS |= {"surprisals": {"damaged", "tuned", "evaluated"}}
 
 Addresses = Callable[..., dict[str, str]]
@@ -64,6 +65,7 @@ REPAIRED = ["repair=ridge"]
 SDM = ["metric=sdm", "pruning=mlp20"]
 LOGITS = ["finetune=logit_distill"]
 OWN = ["finetune=on_policy"]
+CACHED = {"finetune.cached": "top_k"}
 
 SERVED = {"evaluation.backend": "server", "evaluation.model": "m"}
 
@@ -128,6 +130,15 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.loss", "jsd", {"tuned"}, [], {}),
     ("finetune.loss", {"jsd": 1.0, "cross_entropy": 0.5}, {"tuned"}, ["finetune=jsd"], {}),
     ("finetune.loss", "redi", {"targets"}, [], {}),
+    ("finetune.cached", "top_k", {"taught"}, LOGITS, {}),
+    ("finetune.cached", "sampled", {"taught"}, LOGITS, CACHED),
+    ("finetune.cached_k", 5, {"taught"}, LOGITS, CACHED),
+    ("finetune.cached_bits", 8, {"taught"}, LOGITS, CACHED),
+    ("finetune.temperature", 2.0, {"taught"}, LOGITS, CACHED),
+    ("finetune.max_length", 99, {"taught"}, LOGITS, CACHED),
+    ("finetune.num_rows", 11, {"tuned"}, LOGITS, CACHED),
+    ("pruning.size", 1, {"pruned"}, LOGITS, CACHED),
+    ("seed", 1, {"tuned"}, LOGITS, CACHED),
     ("finetune.skew", 0.2, {"tuned"}, ["finetune=skew_kl"], {}),
     ("finetune.jsd_beta", 0.2, {"tuned"}, ["finetune=jsd"], {}),
     ("finetune.taid_start", 0.2, {"tuned"}, ["finetune=taid"], {}),
@@ -229,6 +240,9 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("finetune.rollout_steps", 2, LOGITS, {}),
     ("finetune.rollout_temperature", 0.5, ["finetune=sft"], {}),
     ("finetune.rollout_steps", 2, OWN, {"finetune.student_share": 0.0}),
+    ("finetune.cached", "top_k", [], {}),
+    ("finetune.cached_k", 5, LOGITS, {}),
+    ("finetune.cached_bits", 8, LOGITS, {"finetune.cached": "sampled"}),
     ("dataset.template", "{prompt}", LOGITS, {}),
     ("dataset.template", "{prompt} {reference}", ["finetune=corrected"], {}),
     ("dataset.answer_rule", "none", ["finetune=teacher_answers"], {}),

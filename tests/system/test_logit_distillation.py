@@ -38,6 +38,25 @@ def test_taught_made_again_and_told(
     assert capsys.readouterr().out == "identical\n"
 
 
+def test_one_pass_of_the_teacher_serves_every_cut(small: list[str], workplace: Path, checkpoint: Path) -> None:
+    """Made again it is the same; with every token of the vocabulary the student is the one taught by the teacher."""
+    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    cached = ["finetune.cached=top_k", f"finetune.cached_k={vocabulary}", "finetune.cached_bits=32"]
+    beside = run("train", *small, *QUICK, cwd=workplace)
+    kept, other = (run("train", *small, *QUICK, *cached, *more, cwd=workplace) for more in ([], ["pruning=n2"]))
+    manifests = [json.loads((outcome.path / "manifest.json").read_text()) for outcome in (kept, other)]
+    assert manifests[0]["inputs"]["taught"] == manifests[1]["inputs"]["taught"]
+    assert "teacher" not in manifests[0]["spec"]["distillation"]
+    histories = [
+        [float(line.split(",")[2]) for line in (outcome.path / "history.csv").read_text().splitlines()[1:]]
+        for outcome in (beside, kept)
+    ]
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+    teacher = json.loads((beside.path / "manifest.json").read_text())["spec"]["distillation"]["teacher"]
+    words = ["--source", f"{teacher}={checkpoint}", "--artifacts", str(workplace / "artifacts")]
+    assert stages(["rerun", manifests[0]["inputs"]["taught"], *words]) == 0
+
+
 def test_the_same_rows_as_sft(small: list[str], workplace: Path) -> None:
     taught, tuned = (
         run("train", *small, *QUICK, f"finetune={mode}", cwd=workplace) for mode in ("logit_distill", "sft")

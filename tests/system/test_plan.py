@@ -166,6 +166,20 @@ def test_what_a_student_writes_takes_a_pass_a_token_and_window(tmp_path: Path) -
     assert grown.seconds < one.seconds - 225 * 4.9 * 26 * 8e-4, "35 tokens on average"
 
 
+def test_kept_logits_take_disk_once_and_no_teachers_memory(tmp_path: Path) -> None:
+    """8B at the 64 likeliest of 128,256 tokens: 4 bytes each, 2 a class; the student alone is in memory."""
+    cached = ["finetune=logit_distill", "finetune.cached=top_k"]
+    alone, beside = (tuned(tmp_path, f"finetune={mode}") for mode in ("sft", "logit_distill"))
+    assert tuned(tmp_path, *cached).memory == pytest.approx(alone.memory, rel=0.05)
+    assert beside.memory > alone.memory + 16e9
+    for more, size in (([], 64 * 4 + 65 * 2), (["finetune.cached=sampled"], 64 * 4 + 4)):
+        found, study = counts(tmp_path, *cached, *more)
+        (recipe,) = (one for one in tuned_stage.recipe(study).walk() if one.stage == "taught")
+        kept = estimate(found, recipe)
+        assert kept.disk == pytest.approx(found.rows * found.answer * size)
+        assert 2 * 8_030_261_248 < kept.memory < 2 * 8_030_261_248 + 6e9
+
+
 def evaluated(tmp_path: Path, *overrides: str) -> Estimate:
     found, study = counts(tmp_path, *overrides)
     return estimate(found, evaluated_stage.recipe(study, graph.student(study)))

@@ -27,6 +27,23 @@ BAD = {
     "no such loss": ("train", ["finetune.loss=klx"], "finetune.loss=klx is unknown; choose one of cross_entropy, "),
     "loss without weight": ("train", ["finetune.loss={jsd: 0}"], "finetune.loss.jsd=0 must be above 0"),
     "a list of losses": ("train", ["finetune.loss=[jsd]"], "finetune.loss=['jsd'] must be the name of a loss, or"),
+    "cache of targets": (
+        "train",
+        ["finetune=on_policy", "finetune.cached=top_k"],
+        "finetune.cached=top_k keeps what the teacher says of targets",
+    ),
+    "no such cache": ("train", ["finetune.cached=all"], "finetune.cached=all is unknown; choose top_k or sampled"),
+    "odd bits": ("train", ["finetune.cached_bits=12"], "finetune.cached_bits=12 is unknown; choose 8, 16 or 32"),
+    "states from a cache": (
+        "train",
+        ["finetune=relations", "finetune.cached=top_k"],
+        "finetune.loss=relations needs its states; leave finetune.cached out",
+    ),
+    "drawn for another loss": (
+        "train",
+        ["finetune=jsd", "finetune.cached=sampled"],
+        "with finetune.loss=jsd choose finetune.cached=top_k",
+    ),
     "two shares": ("train", ["finetune.loss=jsd", "finetune.ce_share=0.5"], "finetune.ce_share=0.5 goes with a mode's"),
     "nothing rejected": ("train", ["finetune=sft", "finetune.loss=redi"], "rejected rewrites, which finetune=sft has"),
     "all accepted": ("train", ["finetune=redi", "finetune.select=false"], "finetune.select=false rejects none"),

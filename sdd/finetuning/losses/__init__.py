@@ -124,6 +124,12 @@ def weights_of(own: Mapping[str, float] | None, ce_share: float, asked: Any) -> 
     return weights
 
 
+def bytes_a_token(kind: str, k: int, bits: int, vocabulary: int) -> float:
+    """On disk, of what is kept of the teacher's distribution at a target token (see `cached`)."""
+    ids = k * (2 if vocabulary <= 1 << 16 else 4)
+    return ids + (4 if kind == "sampled" else min(k + 1, vocabulary) * bits / 8)
+
+
 def needed(weights: Mapping[str, float]) -> set[Needs]:
     """What the losses need beside the targets."""
     return {LOSSES[name].needs for name in weights} - {"nothing"}
