@@ -84,6 +84,7 @@ OTHERS: dict[str, list[Any]] = {
     "dataset.template": ["{prompt} {reference}"],
     "dataset.answer_rule": ["none", "anywhere"],
     "pruning.blocks": [[3, 5]],
+    "pruning.after": [["pruning=n1", "finetune=sft"]],
     "pruning.keep": [0.5],
     "pruning.start": [3],
     "finetune.rollout_tokens": [[8, 64]],
@@ -151,10 +152,15 @@ class Influence:
     def _addresses(self, config: DictConfig) -> dict[str, str] | None:
         """By stage, the address of what a study makes; None where there is no such study."""
         try:
-            wanted = graph.wanted(Study(config, self.folder / "digests"), "evaluate")
+            wanted = graph.wanted(self._study(config), "evaluate")
         except (UserError, OmegaConfBaseException):
             return None
         return {} if wanted is None else {recipe.stage: recipe.address for recipe in wanted.walk()}
+
+    def _study(self, config: DictConfig) -> Study:
+        after = config.pruning.after
+        before = None if after is None else self._study(self._config([*after]))
+        return Study(config, self.folder / "digests", (), before)
 
     def of_setting(self, key: str) -> list[str]:
         """The stages that another value of a setting changes in some study, in the order of the pipeline."""

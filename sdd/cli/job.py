@@ -1,22 +1,27 @@
 """A composed config at work: its study, and the artifacts that it asks for, built where they are missing."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sdd.cli.gpus import claim_gpu
-from sdd.cli.students import composed_students
+from sdd.cli.students import composed_before, composed_students
 from sdd.cli.words import command
 from sdd.config import check_values, plain
 from sdd.config.allowed import build as build_part
 from sdd.errors import UserError
 from sdd.store import STAGES, Recipe, Store
 from sdd.untrusted import expanded
+
+if TYPE_CHECKING:
+    from sdd.study import Study
 
 
 def typed() -> list[str]:
@@ -37,14 +42,22 @@ class Job:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
         else:
             _check_machine(config.trainer)
-        from sdd.study import Study
-
         self.config, self.overrides, self.run_folder = config, list(overrides), run_folder
         self.choices = dict(HydraConfig.get().runtime.choices)
         self.root = expanded(config.paths.artifacts).absolute()
-        self.students = composed_students(config)
-        students = [Study(student, self.root / ".digests") for student, _ in self.students]
-        self.study = Study(config, self.root / ".digests", students)
+        self.commands: list[tuple[Study, list[str]]] = []
+        """The studies of students that others are made of, in that order, and the overrides of each."""
+        students = [self._study(*student) for student in composed_students(config)]
+        self.study = self._study(config, typed(), students)
+        self.commands.pop()
+
+    def _study(self, config: DictConfig, words: list[str], students: Sequence[Study] = ()) -> Study:
+        from sdd.study import Study
+
+        before = composed_before(config, words)
+        study = Study(config, self.root / ".digests", students, None if before is None else self._study(*before))
+        self.commands.append((study, words))
+        return study
 
     def wanted(self, script: str) -> Recipe | None:
         """The artifact that "prune", "generate", "train" or "evaluate" is asked for; None: the unpruned model itself.
@@ -85,7 +98,7 @@ class Job:
 
     def build(self, wanted: Recipe, script: str | None = None) -> Path:
         """The folder of an artifact, built with all that it needs where it is missing."""
-        from sdd.stages import builder, evaluated, graph, tuned
+        from sdd.stages import builder, evaluated, graph
 
         store = self.store(script or STAGES[wanted.stage].script)
         if missing := store.missing(wanted):
@@ -97,14 +110,15 @@ class Job:
                 evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
             if "tuned" in stages:
                 check_tracker(self.config.logger)
-                for one in self.study.students or [self.study]:
+                for one in (self.study, *self.study.others):
                     _check_quantisation(one.config.adapter.quantisation)
             _use_threads(self.config.trainer.threads)
             build = builder(runtime)
-            if "merged" in stages and self.config.store.missing == "build":
+            for study, words in self.commands if self.config.store.missing == "build" else ():
                 # So that a student's manifest names its own command and config.
-                for student, (_, words) in zip(self.study.students, self.students, strict=True):
-                    self._store("train", words, student.config).ensure(tuned.recipe(student), build)
+                student = graph.student(study)
+                if student in missing:
+                    self._store(STAGES[student.stage].script, words, study.config).ensure(student, build)
             store.ensure(wanted, build, self.config.store.missing)
         return store.folder(wanted)
 

@@ -1,4 +1,5 @@
-"""The students that `merge.students` names: each a list of overrides, composed by Hydra over those of the command line.
+"""The students that `merge.students` and `pruning.after` name: lists of overrides, composed by Hydra over those of the
+command line.
 
 A student's config is the one that `train.py` would have with these overrides and no merge, so that it is the same work.
 It passes the same checks as every config: the allow-list in Hydra's loader, then `check_values`. Where and how things
@@ -6,6 +7,7 @@ run is said once, for the whole command.
 """
 
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,28 +33,38 @@ NOT_OF_A_STUDENT = (
 """Groups that say nothing of how a student is made."""
 
 
-def quoted(word: str) -> str:
-    """A word of the command line, with quotes around every override within `merge.students`, as Hydra needs them.
+AFTER = "pruning.after"
 
-    `merge.students=[[dataset=tiny_math],[seed=1]]` reads as one would write it in a YAML file. Any other word, and what
-    is no list of lists there, is left to Hydra.
+
+def quoted(word: str) -> str:
+    """A word of the command line, with quotes around every override within `merge.students` or `pruning.after`, as
+    Hydra needs them.
+
+    `merge.students=[[dataset=tiny_math],[seed=1]]` and `pruning.after=[pruning=n2]` read as one would write them in a
+    YAML file. Any other word, and what is no list (of lists) there, is left to Hydra.
     """
     key, separator, value = word.partition("=")
-    if key.lstrip("+") != "merge.students" or not separator:
+    if not separator or key.lstrip("+") not in ("merge.students", AFTER):
         return word
     try:
         choices = yaml.safe_load(f"[{value}]")
     except yaml.YAMLError:
         return word
-    if not all(
-        isinstance(students, list) and all(isinstance(overrides, list) for overrides in students)
-        for students in choices
-    ):
-        return word
-    return f"{key}={','.join(map(_written, choices))}"
+    are_read = all(map(_is_student if key.lstrip("+") == AFTER else _are_students, choices))
+    return f"{key}={','.join(map(_written, choices))}" if are_read else word
+
+
+def _are_students(choice: Any) -> bool:
+    return isinstance(choice, list) and all(isinstance(overrides, list) for overrides in choice)
+
+
+def _is_student(choice: Any) -> bool:
+    return choice is None or (isinstance(choice, list) and all(isinstance(override, str) for override in choice))
 
 
 def _written(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     return str(QuotedString(text=str(value), quote=Quote.single).with_quotes())
@@ -62,12 +74,27 @@ def composed_students(config: DictConfig) -> list[tuple[DictConfig, list[str]]]:
     """Each student's config, checked, and the overrides that make it; none without a merge. Call it within a job."""
     if config.merge.method == "none":
         return []
-    return [_composed(list(overrides), f"merge.students[{n}]") for n, overrides in enumerate(config.merge.students)]
+    words = HydraConfig.get().overrides.task
+    return [
+        _composed(words, list(overrides), f"merge.students[{n}]") for n, overrides in enumerate(config.merge.students)
+    ]
 
 
-def _composed(overrides: list[str], where: str) -> tuple[DictConfig, list[str]]:
+def composed_before(config: DictConfig, words: Sequence[str]) -> tuple[DictConfig, list[str]] | None:
+    """The config, checked, of the student that a config cuts further, and the overrides that make it; None for none.
+
+    `words` are those of the config itself. Call it within a job.
+    """
+    if config.pruning.after is None:
+        return None
+    kept = [word for word in words if word.lstrip("+~").partition("=")[0] != AFTER]
+    return _composed([*kept, f"{AFTER}=null"], list(config.pruning.after), AFTER)
+
+
+def _composed(given: Sequence[str], added: list[str], where: str) -> tuple[DictConfig, list[str]]:
     hydra_config = HydraConfig.get()
-    words = [*(word for word in hydra_config.overrides.task if _group(word) != "merge"), *overrides]
+    overrides = list(map(quoted, added))
+    words = [*(word for word in given if _group(word) != "merge"), *overrides]
     within = COMPOSING.set(True)
     searched = [word for word in hydra_config.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:

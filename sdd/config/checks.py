@@ -199,6 +199,14 @@ def check_values(config: DictConfig) -> None:
         )
     if pruning.start is not None and pruning.size == 0 and pruning.keep is None:
         raise UserError("pruning.start needs pruning.size; add for example pruning=n2")
+    if pruning.after is not None:
+        if not other and pruning.keep is None:
+            raise UserError(
+                "pruning.after is a student to cut further, and nothing is removed; add for example pruning=n2"
+            )
+        if pruning.ratio is not None or config.repair.method != "none":
+            key = "pruning.ratio" if pruning.ratio is not None else f"repair={config.repair.method}"
+            raise UserError(f"{key} is for the first cut, and pruning.after removes blocks only; leave it out")
     _check_loss(plain(config.finetune))
     _check_draw(config.finetune)
     rollouts = list(config.finetune.rollout_tokens)

@@ -71,6 +71,9 @@ class Pruning:
     keep: float | None = described("share of all parameters to keep: as many blocks go as leave at least that", None)
     start: int | None = described("the first removed block of a span, instead of where the metric says", None)
     blocks: list[int] | None = described("the removed blocks, instead of where the metric says", None)
+    after: list[str] | None = described(
+        "overrides, composed over the rest of this config, for a student that is made first and then cut further", None
+    )
     ratio: float | None = described("share of the parameters removed as MLP channels, instead of blocks or after", None)
     ratio_of: str = described("the parameters of which `ratio` is a share: all, or those of the MLPs", "all")
     multiple: int = described("what the width left is rounded to; 16-bit products like rows of 16 bytes", 8)

@@ -41,6 +41,7 @@ CUT: dict[str, Any] = {
     "width_before?": int,
     "width_after?": int,
     "removed_of_mlp?": float,
+    "removed_of_student?": [int],
     "repair?": (
         {"method": str, "penalty": float, "tokens_fitted": int, "cuts": [{"block": int, "held_out": HELD_OUT}]},
         None,
@@ -73,6 +74,11 @@ class Lineage:
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     students: tuple["Lineage", ...] = ()
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The artifact's manifest, the first that was read."""
+        return next(iter(self.manifests.values()))
 
     def read(self, stage: str, name: str) -> dict[str, Any]:
         """A JSON file of the artifact of a stage; empty where there is none."""
@@ -218,6 +224,8 @@ def _removed(line: Lineage) -> str:
         titles.append(f"without {len(removed)} of {blocks} blocks")
         ways.append("whole transformer blocks")
         lines.append(f"Blocks {', '.join(map(str, removed))} of 0 to {blocks - 1}{of_blocks}.")
+        if last := facts.get("removed_of_student"):
+            lines.append(f"They went in steps: the last {len(last)} out of a student without the others.")
     if "width_after" in facts:
         old, new = facts["width_before"], facts["width_after"]
         titles.append(f"with {new} of {old} MLP channels")
@@ -267,6 +275,8 @@ def _tuning(line: Lineage) -> str:
         if "repair" in line.read("pruned", "pruning.json"):
             return "## Data\n\nThe calibration texts of the repair; nothing was trained afterwards."
         return "## Data\n\nNone: the model was pruned and nothing was trained afterwards."
+    if line.manifests["tuned"] is not line.own and not line.students:
+        return _data(line, "Data") + "\n\nThat was before the last cut; nothing was trained afterwards."
     if line.students:
         return "\n\n".join([_merging(line), *(_data(one, f"Student {n}") for n, one in enumerate(line.students))])
     return _data(line, "Data")
@@ -369,7 +379,7 @@ def _licence(line: Lineage, page: dict[str, Any]) -> str:
 
 
 def _making(line: Lineage) -> str:
-    own = next(line.manifests[stage] for stage in ("merged", "tuned", "pruned") if stage in line.manifests)
+    own = line.own
     versions = as_markdown(", ".join(f"{name} {version}" for name, version in own.get("versions", {}).items()))
     lines = [
         "## How it was made",

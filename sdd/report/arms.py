@@ -16,7 +16,7 @@ from sdd.finetuning.modes import MODES as TUNING
 from sdd.report.collect import Run
 
 MODES = ("teacher", "pruned", *TUNING, "merged")
-ALWAYS = ("pruning.repair", "finetune.learning_rate", "adapter.rank")
+ALWAYS = ("pruning.repair", "pruning.after", "finetune.learning_rate", "adapter.rank")
 """Settings named whenever they differ; others only where two arms would share a name."""
 COLUMNS = ("kind", "finetune", "metric", "pruning", "dataset", "merge")
 DIGEST = re.compile(r"[0-9a-f]{12,}")

@@ -36,7 +36,7 @@ RESULT |= {"lenient?": (float, None), "malformed?": (float, None), "weight_by_si
 RESULTS = {"tasks": {str: RESULT}, "likelihood?": ({"nll?": ({"value": float, "stderr?": (float, None)}, None)}, None)}
 CUT: dict[str, Any] = {"metric?": (str, None), "removed_blocks?": ([int], None)}
 CUT |= {"kept_blocks?": ([int], None), "ratio?": (float, None), "ratio_of?": (str, None), "flops_saved?": (float, None)}
-CUT |= {"parameters_before?": (int, None), "parameters_after?": (int, None)}
+CUT |= {"parameters_before?": (int, None), "parameters_after?": (int, None), "removed_of_student?": [int]}
 SUMMARY = {"groups?": ({str: int}, None), "reasons?": {str: int}}
 
 
@@ -129,7 +129,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def read_cut(path: Path) -> dict[str, Any]:
     """What a pruned model says of its cut."""
     cut: dict[str, Any] = shown_json(path, CUT)
-    if max(len(cut.get(name) or []) for name in ("removed_blocks", "kept_blocks")) > MOST_BLOCKS:
+    if max(len(cut.get(name) or []) for name in ("removed_blocks", "kept_blocks", "removed_of_student")) > MOST_BLOCKS:
         raise UserError(f"{path}: more than {MOST_BLOCKS:,} blocks; {AGAIN}")
     return cut
 
@@ -166,6 +166,50 @@ def _pruning_name(pruning: dict[str, Any], metric: str | None) -> str:
     return f"{depth}+{width}" if depth else width
 
 
+def _by_stage(artifacts: Iterable[Artifact]) -> dict[str, list[Artifact]]:
+    by_stage: dict[str, list[Artifact]] = {stage: [] for stage in STAGES}
+    for artifact in artifacts:
+        by_stage[artifact.stage].append(artifact)
+    between = {address for stage in ("pruned", "scores") for one in by_stage[stage] for address in one.inputs.values()}
+    by_stage["pruned"] = [one for one in by_stage["pruned"] if one.address not in between]  # not those cut once more
+    return by_stage
+
+
+def _made_with(by_stage: dict[str, list[Artifact]], library: Library) -> dict[str, Any]:
+    """The settings of how a student was made, dotted."""
+    return {
+        **_joined([_cut_settings(artifact, library) for artifact in by_stage["pruned"]]),
+        **_joined([flatten(_without(artifact.spec, "model"), "scores.") for artifact in by_stage["scores"]]),
+        **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),
+        **_joined([flatten(_without(artifact.spec, "mode"), "targets.") for artifact in by_stage["targets"]]),
+        **_joined([flatten(_without(artifact.spec, "model", "seed")) for artifact in by_stage["tuned"]]),
+        **_joined([flatten(_without(artifact.spec, "model"), "distillation.") for artifact in by_stage["taught"]]),
+        **_joined([flatten(artifact.spec, "merge.") for artifact in by_stage["merged"]]),
+    }
+
+
+def _earlier(pruned: list[Artifact], library: Library) -> tuple[dict[str, Any], list[Artifact]]:
+    """What students were cut further, as settings, and their tuned artifacts; nothing where none was.
+
+    `pruning.after` names the cut of the student, and how it was recovered.
+    """
+    students = [library.get(cut.inputs["student"]) for cut in pruned if "student" in cut.inputs]
+    settings, tuned = [], []
+    for student in students:
+        if student is None:
+            continue
+        by_stage = _by_stage(library.upstream(student, but=("student",)))
+        earlier, before = _earlier(by_stage["pruned"], library)
+        cut = read_cut(by_stage["pruned"][0].path / "pruning.json") if by_stage["pruned"] else {}
+        names = [_pruning_name(cut, cut.get("metric")), _names(one.spec.get("mode") for one in by_stage["targets"])]
+        settings.append(
+            {"pruning.after": " ".join(name for name in names if name)}
+            | {f"pruning.after.{name}": value for name, value in {**earlier, **_made_with(by_stage, library)}.items()}
+        )
+        tuned += [*by_stage["tuned"], *before]
+    return _joined(settings), tuned
+
+
 def comparison_of(evaluated: Artifact, model: str | None) -> str:
     """What two runs must share to be compared: the unpruned model and every evaluation setting, but what a server calls
     the model."""
@@ -179,16 +223,13 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
         for name, address in artifact.inputs.items():
             if name not in ("scores", "rewrites", "damaged", "taught") and library.get(address) is None:
                 raise LookupError(f"{artifact.stage}/{artifact.address} lacks its input {name} ({address})")
-    by_stage: dict[str, list[Artifact]] = {stage: [] for stage in STAGES}
-    for artifact in upstream:
-        by_stage[artifact.stage].append(artifact)
+    by_stage = _by_stage(library.upstream(evaluated, but=("student",)))
     pruned, tuned, targets, merged = (by_stage[stage] for stage in ("pruned", "tuned", "targets", "merged"))
-    between = {address for artifact in (*pruned, *by_stage["scores"]) for address in artifact.inputs.values()}
-    pruned = [artifact for artifact in pruned if artifact.address not in between]  # not those cut once more
+    earlier, recovered = _earlier(pruned, library)
     model = next((a.spec["model"] for a in (*pruned, *tuned, evaluated) if a.spec.get("model")), None)
-    for artifact in tuned:
+    for artifact in (*tuned, *recovered):
         check_shape(artifact.spec.get("seed"), (int, None), f"tuned/{artifact.address}: seed")
-    seeds = {artifact.spec.get("seed") for artifact in tuned}
+    seeds = {artifact.spec.get("seed") for artifact in tuned or recovered}
     pruning = read_cut(pruned[0].path / "pruning.json") if pruned else {}
     metric = pruning.get("metric") or (pruned[0].labels.get("metric") if pruned and pruned[0].inputs else None)
     metric = metric and one_line(metric)
@@ -199,13 +240,8 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     settings = {
         "model": evaluated.labels.get("model") or model,
         **flatten(_without(evaluated.spec, "model", "served_as"), "evaluation."),
-        **_joined([_cut_settings(artifact, library) for artifact in pruned]),
-        **_joined([flatten(_without(artifact.spec, "model"), "scores.") for artifact in by_stage["scores"]]),
-        **_joined([flatten(artifact.spec, "targets.") for artifact in by_stage["rewrites"]]),
-        **_joined([flatten(_without(artifact.spec, "mode"), "targets.") for artifact in targets]),
-        **_joined([flatten(_without(artifact.spec, "model", "seed")) for artifact in tuned]),
-        **_joined([flatten(_without(artifact.spec, "model"), "distillation.") for artifact in by_stage["taught"]]),
-        **_joined([flatten(artifact.spec, "merge.") for artifact in merged]),
+        **earlier,
+        **_made_with(by_stage, library),
         **{f"{artifact.stage}.version": artifact.version for artifact in upstream},
     }
     return Run(

@@ -6,7 +6,7 @@ stages mean.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,13 @@ class Library:
         stages = list(stages)
         return [read_artifact(path) for root in self.roots for stage in stages for path in artifacts_in(root, stage)]
 
-    def upstream(self, artifact: Artifact) -> list[Artifact]:
-        """The artifact and everything it was made from, as far as it is on disk, each once."""
+    def upstream(self, artifact: Artifact, but: Collection[str] = ()) -> list[Artifact]:
+        """The artifact and everything it was made from, as far as it is on disk, each once; not by the inputs `but`."""
         artifacts = {artifact.address: artifact}
         queue = [artifact]
         while queue:
-            for address in queue.pop(0).inputs.values():
-                parent = self.get(address)
+            for name, address in queue.pop(0).inputs.items():
+                parent = None if name in but else self.get(address)
                 if parent is not None and address not in artifacts:
                     artifacts[address] = parent
                     queue.append(parent)

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from sdd.api import composing
 from sdd.cli.config_files import PACKAGE, config_folder
-from sdd.cli.students import composed_students
+from sdd.cli.job import typed
+from sdd.cli.students import composed_before, composed_students
 from sdd.cli.sweep import LARGEST, RECORD
 from sdd.config import plain
 from sdd.config.provenance import LEFT_OUT, provenance, shareable, shared_words
@@ -145,7 +146,10 @@ def _composed(record: dict[str, Any], allowed: Sequence[str]) -> tuple[dict[str,
                 raise UserError(
                     f"{folder}: {key} is composed otherwise than when it ran; have its config files changed?"
                 )
-        composed_students(config)  # whose files are carried too
+        for student in [(config, typed()), *composed_students(config)]:  # whose files are carried too
+            before = composed_before(*student)
+            while before is not None:
+                before = composed_before(*before)
         values = plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
         given = {f"{name.removesuffix('.yaml')}.yaml": place for name, place in loader.given.items()}
     shared: dict[str, Any] = provenance(record["script"], words, values)["config"]

@@ -10,7 +10,7 @@ from typing import Any
 from sdd.planning.cost_model import DEVICES
 from sdd.planning.estimates import Estimate
 from sdd.planning.requirements import duration, size
-from sdd.stages import tuned
+from sdd.stages import graph
 from sdd.stages.sizes import Sizes
 from sdd.store import Recipe, Store
 from sdd.study import Study, is_provisional
@@ -41,8 +41,10 @@ def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
     """All that `wanted` stands on and itself, inputs first."""
     whole = Sizes(study)
     of_student: dict[str, Sizes] = {}
-    for student in study.students:
-        of_student |= dict.fromkeys((recipe.address for recipe in tuned.recipe(student).walk()), Sizes(student))
+    for other in study.others:
+        made = graph.student(other)
+        addresses = [recipe.address for recipe in made.walk()] if made else []
+        of_student = dict.fromkeys(addresses, Sizes(other)) | of_student
     steps = []
     for recipe in wanted.walk():
         provisional = is_provisional(recipe)

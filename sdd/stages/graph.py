@@ -55,7 +55,7 @@ def embedded_groups(study: Study, recipes: list[Recipe] | None) -> list[str]:
         return []
     embedded = {
         "calibration": config.calibration._target_ == EMBEDDED_TEXTS,
-        "dataset": any(part._target_ == EMBEDDED for one in [study, *study.students] for part in one.rows.parts),
+        "dataset": any(part._target_ == EMBEDDED for one in [study, *study.others] for part in one.rows.parts),
         "evaluation": config.evaluation.suite == "tiny",
     }
     if recipes is not None:
@@ -75,6 +75,9 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
         own = {recipe.address for recipe in tuned.recipe(one).walk()}
         read_data(one, [recipe for recipe in missing if recipe.address in own])
         study.texts |= one.texts
+    if study.before is not None and not study.students and (first := pruned.further(study)) is not None:
+        own = {recipe.address for recipe in first.walk()}
+        read_data(study.before, [recipe for recipe in missing if recipe.address in own])
     stages = {recipe.stage for recipe in missing}
     if any(recipe.stage == "answered" and recipe.spec["held_out"] for recipe in missing):
         answered.check_held_out(study, len(study.prompts.source.examples()))

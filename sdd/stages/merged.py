@@ -14,7 +14,6 @@ from sdd.errors import UserError
 from sdd.merging.formulas import is_nearly_parallel
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
-from sdd.models.files import CODES, is_narrower
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages import tuned
@@ -25,7 +24,6 @@ from sdd.stages.student import base_of
 from sdd.store import Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
-from sdd.study.models import Models
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +53,11 @@ def recipe(study: Study) -> Recipe:
     settings = {}
     for key in MERGE_SETTINGS[merge["method"]]:
         settings[key] = _floats(merge[key]) if key != "weights" else _floats(merge[key] or [1] * len(inputs))
-    spec = Merged(merge["method"], dtype=_wider(study.models), **settings)
+    spec = Merged(merge["method"], dtype=study.models.wider, **settings)
     if spec.t is not None:
         _check_kinds(study, spec.t)
     datasets = dict.fromkeys(tuned_student.labels["dataset"] for tuned_student in inputs.values())
     return study.recipe("merged", spec, inputs, {"dataset": "+".join(datasets), "merge": merge["method"]})
-
-
-def _wider(models: Models) -> str | None:
-    """The dtype that the model is opened in, where some of its tensors are stored narrower.
-
-    Its tuned students are base and adapter, added unrounded in that dtype; a merge of them is stored as exactly.
-    """
-    dtype = models.dtype("model")
-    stated = str(stated_dtype(models.sizes))  # before its files are here
-    codes = models.known(lambda: models.checkpoint.dtypes, {CODES.get(stated, "")})
-    return dtype if any(is_narrower(code, dtype) for code in codes) else None
 
 
 def _floats(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Stage `pruned`: a smaller checkpoint. Blocks go before channels; a repair refits what is left at the cut."""
+"""Stage `pruned`: a smaller checkpoint. Blocks go before channels; a repair refits what is left at the cut.
+
+What is cut is the unpruned model or, for a cut in steps (arXiv 2106.02241), the input `student`: a model that was cut
+before, and recovered.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from sdd.stages import scores as scores_stage
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
+from sdd.stages.student import cut_of, to_cut
 from sdd.store import Recipe
 from sdd.store.files import read_facts, write_json
 from sdd.study import Study
@@ -25,10 +30,11 @@ from sdd.study import Study
 
 @dataclass(frozen=True)
 class ListedBlocks(Spec):
-    """Without these blocks."""
+    """Without these blocks; `stored` is the dtype of what is cut, where that is wider than the model's own."""
 
     model: str
     blocks: list[int]
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class ScoredBlocks(Spec):
     model: str
     size: int
     rule: str
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,31 @@ def _cut(study: Study) -> Recipe | None:
     return study.recipe("pruned", spec, inputs, {"metric": both})
 
 
+def further(study: Study) -> Recipe | None:
+    """The student that is cut further; None where the unpruned model is cut."""
+    from sdd.stages import tuned  # which is made of what is cut
+
+    if (before := study.before) is None:
+        return None
+    try:
+        if before.models.digest != study.models.digest:
+            raise UserError("it has another model; choose the model for the whole command")
+        if before.config.pruning.ratio is not None:
+            raise UserError("its channels are cut, and only blocks can be cut in steps; leave pruning.ratio out")
+        student = recipe(before) if before.config.finetune.mode == "none" else tuned.recipe(before)
+        if student is None:
+            raise UserError("it is the unpruned model; leave pruning.after out, or cut or fine-tune there")
+    except UserError as error:
+        raise UserError(f"pruning.after: {error}") from None
+    return student
+
+
+def _stored(study: Study, student: Recipe) -> str | None:
+    """The dtype that an adapter is folded into its base in, where that is wider than the base's."""
+    adapted = student.stage == "tuned" and student.spec["adapter"].get("method") != "full"
+    return study.models.wider if adapted else None
+
+
 def _without_blocks(study: Study) -> Recipe | None:
     """The model without the blocks that go; None where none does."""
     pruning, models = study.config.pruning, study.models
@@ -129,8 +161,11 @@ def _without_blocks(study: Study) -> Recipe | None:
     blocks = None if pruning.blocks is None else sorted(pruning.blocks)
     if pruning.start is not None:
         blocks = list(range(pruning.start, pruning.start + pruning.size))
+    student = further(study)
+    inputs = {} if student is None else {"student": student}
+    stored = None if student is None else _stored(study, student)
     if blocks is not None:
-        return study.recipe("pruned", ListedBlocks(models.digest, blocks), {}, {})
+        return study.recipe("pruned", ListedBlocks(models.digest, blocks, stored), inputs, {})
     if pruning.size == 0:
         return None
     depth = study.config.metric.get("depth") or pruning.size
@@ -138,9 +173,9 @@ def _without_blocks(study: Study) -> Recipe | None:
         raise UserError(
             f"pruning.size={pruning.size}, but metric.depth={depth} removals are measured; raise metric.depth"
         )
-    scores = scores_stage.recipe(study)
-    spec = ScoredBlocks(models.digest, pruning.size, "lowest")
-    return study.recipe("pruned", spec, {"scores": scores}, scores.labels)
+    scores = scores_stage.recipe(study, student, stored)
+    spec = ScoredBlocks(models.digest, pruning.size, "lowest", stored)
+    return study.recipe("pruned", spec, {"scores": scores} | inputs, scores.labels)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
@@ -170,13 +205,25 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             removed, score = chosen_blocks(scores, spec.size)
         except (KeyError, IndexError, TypeError, ValueError):
             raise UserError(f"{inputs['scores']}/scores.json says nothing of {spec.size} blocks") from None
-        _without(runtime.checkpoint(spec.model), removed, folder, scores["metric"], score)
+        with to_cut(inputs, spec.model, spec.stored, runtime, folder) as source:
+            _without(source, removed, folder, scores["metric"], score, inputs)
     elif isinstance(spec, ListedBlocks):
-        _without(runtime.checkpoint(spec.model), spec.blocks, folder, None, None)
+        with to_cut(inputs, spec.model, spec.stored, runtime, folder) as source:
+            _without(source, spec.blocks, folder, None, None, inputs)
 
 
-def _without(source: Checkpoint, removed: list[int], folder: Path, metric: str | None, score: float | None) -> None:
+def _without(
+    source: Checkpoint,
+    removed: list[int],
+    folder: Path,
+    metric: str | None,
+    score: float | None,
+    inputs: Mapping[str, Path],
+) -> None:
     facts = prune_checkpoint(source, folder, removed)
+    if "student" in inputs:
+        facts = in_all(facts, cut_of(inputs["student"]))
+        removed = facts["removed_blocks"]
     contiguous = bool(removed) and removed == list(range(removed[0], removed[0] + len(removed)))
     write_json(
         folder / "pruning.json",
@@ -189,6 +236,24 @@ def _without(source: Checkpoint, removed: list[int], folder: Path, metric: str |
             **facts,
         },
     )
+
+
+def in_all(facts: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
+    """What is said of a cut of a student, counted from the unpruned model; `removed_of_student` is this cut alone.
+
+    `earlier` is the pruned artifact that the student was made from, if it was cut.
+    """
+    whole = {"removed_blocks": [], "kept_blocks": sorted([*facts["kept_blocks"], *facts["removed_blocks"]])}
+    cut: dict[str, Any] = facts | whole if earlier is None else read_facts(earlier / "pruning.json", DEPTH)
+    kept, before = cut["kept_blocks"], cut["parameters_before"]
+    removed = facts["removed_blocks"]
+    return facts | {
+        "removed_blocks": sorted([*cut["removed_blocks"], *(kept[block] for block in removed)]),
+        "kept_blocks": [kept[block] for block in facts["kept_blocks"]],
+        "removed_of_student": removed,
+        "parameters_before": before,
+        "flops_saved": (before - facts["parameters_after"]) / before,
+    }
 
 
 def _build_narrowed(runtime: Runtime, spec: Narrowed, inputs: Mapping[str, Path], folder: Path) -> None:

@@ -36,6 +36,7 @@ from sdd.stages.figures import channel_curves, heat_map
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
+from sdd.stages.student import to_cut
 from sdd.store import SCRATCH, Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
@@ -59,10 +60,14 @@ class BlindScores(Spec):
 
 @dataclass(frozen=True)
 class WeightScores(Spec):
-    """Of a criterion that reads weights; `model` is absent where the input `pruned` is scored."""
+    """Of a criterion that reads weights; `model` is absent where the input `pruned` or `student` is scored.
+
+    `stored` is the dtype of a student's weights, where that is wider than its base's.
+    """
 
     metric: dict[str, Any]
     model: str | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TextScores(Spec):
     model: str | None = None
     source: dict[str, Any] | None = None
     dataset: dict[str, Any] | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,14 @@ class RowScores(Spec):
     """Of a criterion that is shown the first of the fine-tuning rows, in chats of at most `max_length` tokens."""
 
     metric: dict[str, Any]
-    model: str
     dtype: str
     dataset: dict[str, Any]
     num_rows: int
     max_length: int
     system_prompt: str | None
     chat_template: str | None = None
+    model: str | None = None
+    stored: str | None = None
 
 
 Scores = BlindScores | WeightScores | TextScores | RowScores
@@ -111,21 +118,26 @@ def read_spec(recipe: Recipe, criterion: Criterion) -> Scores:
 # ---- what is asked for --------------------------------------------------------------------------------------------
 
 
-def recipe(study: Study) -> Recipe:
-    """Scores of blocks by the config's `metric`."""
+def recipe(study: Study, student: Recipe | None = None, stored: str | None = None) -> Recipe:
+    """Scores of blocks by the config's `metric`: the unpruned model's, or those of a student that is cut further.
+
+    `stored` is the dtype that the student's adapter is folded into its base in, if that is wider.
+    """
     check_metric(study, "metric", channels=False)
     config, models, calibration = study.config, study.models, study.calibration
     metric = plain(config.metric)
     criterion = build_part(metric)
     labels = {"metric": criterion.name}
     if isinstance(criterion, Blind):
-        return study.recipe("scores", BlindScores(metric, models.num_blocks), {}, labels)
+        return study.recipe("scores", BlindScores(metric, study.num_blocks), {}, labels)
+    model, inputs = (models.digest, {}) if student is None else (None, {"student": student})
     if isinstance(criterion, OfWeights):
-        return study.recipe("scores", WeightScores(metric, models.digest), {}, labels)
+        return study.recipe("scores", WeightScores(metric, model, stored), inputs, labels)
     if isinstance(criterion, OfRows):
         spec = RowScores(
             metric=metric,
-            model=models.digest,
+            model=model,
+            stored=stored,
             dtype=config.model.dtype,
             dataset=study.rows.spec,
             num_rows=calibration.num_texts,
@@ -133,9 +145,9 @@ def recipe(study: Study) -> Recipe:
             system_prompt=config.dataset.system_prompt,
             chat_template=models.plain_template(models.digest),
         )
-        return study.recipe("scores", spec, {}, labels)
-    shown = TextScores(metric=metric, model=models.digest, **calibration.shown)
-    return study.recipe("scores", shown, {}, labels | calibration.labels)
+        return study.recipe("scores", spec, inputs, labels)
+    shown = TextScores(metric=metric, model=model, stored=stored, **calibration.shown)
+    return study.recipe("scores", shown, inputs, labels | calibration.labels)
 
 
 def channels_recipe(study: Study, depth: Recipe | None) -> Recipe:
@@ -146,7 +158,7 @@ def channels_recipe(study: Study, depth: Recipe | None) -> Recipe:
     labels, inputs = {"metric": criterion.name}, {} if depth is None else {"pruned": depth}
     own = None if depth else models.digest
     if isinstance(criterion, Blind):
-        blocks, width = models.num_blocks - study.blocks_removed, int(models.sizes["intermediate_size"])
+        blocks, width = study.blocks_left, int(models.sizes["intermediate_size"])
         return study.recipe("scores", BlindScores(node, blocks, width), {}, labels)
     if isinstance(criterion, SDM | TaylorWidth) and config.model.dtype == "float16":
         raise UserError(
@@ -199,7 +211,7 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = read_spec(recipe, criterion)
     if isinstance(spec, BlindScores):
         return Estimate(1.0, 1e8, 1e5)
-    trainer, whole = sizes.config.trainer, sizes.shape.blocks
+    trainer, whole = sizes.config.trainer, sizes.start
     if isinstance(criterion, ChannelCriterion):
         blocks = sizes.kept if "pruned" in recipe.inputs else whole
         if not isinstance(spec, TextScores):
@@ -233,25 +245,27 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if isinstance(criterion, ChannelCriterion):
         _build_channels(runtime, spec, inputs, folder, criterion)
     else:
-        _build_blocks(runtime, spec, folder, criterion)
+        _build_blocks(runtime, spec, inputs, folder, criterion)
 
 
-def _build_blocks(runtime: Runtime, spec: Scores, folder: Path, criterion: BlockCriterion) -> None:
+def _build_blocks(
+    runtime: Runtime, spec: Scores, inputs: Mapping[str, Path], folder: Path, criterion: BlockCriterion
+) -> None:
     num_texts = 0
     if isinstance(spec, BlindScores):
         blocks = spec.num_blocks
         criterion.start(blocks)
     else:
-        source = runtime.checkpoint(str(spec.model))
-        blocks = source.num_blocks
-        if blocks > 1:
-            check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
-        criterion.start(blocks)
-        if isinstance(criterion, WeightCriterion):
-            criterion.read(source)
-        else:
-            assert isinstance(spec, TextScores | RowScores), f"{criterion.name} reads no weights"
-            num_texts = _show(runtime, spec, source, criterion)
+        with to_cut(inputs, spec.model, spec.stored, runtime, folder) as source:
+            blocks = source.num_blocks
+            if blocks > 1:
+                check_prunable(source, [blocks - 1])  # a model that bears no cut is refused before it is looked at
+            criterion.start(blocks)
+            if isinstance(criterion, WeightCriterion):
+                criterion.read(source)
+            else:
+                assert isinstance(spec, TextScores | RowScores), f"{criterion.name} reads no weights"
+                num_texts = _show(runtime, spec, source, criterion)
     scores = {"metric": criterion.name, "num_blocks": blocks, "num_texts": num_texts, **criterion.scores()}
     write_json(folder / "scores.json", scores)
     heat_map(scores, folder / "scores.png")
@@ -261,7 +275,8 @@ def _show(runtime: Runtime, spec: TextScores | RowScores, source: Checkpoint, cr
     """Let the criterion look at the model; -> how many texts or rows it was shown."""
     from sdd.forward.batches import show_texts
 
-    rows = _task_rows(runtime, spec) if isinstance(spec, RowScores) else _text_rows(runtime, spec)
+    tokenizer = source.tokenizer()
+    rows = _task_rows(runtime, spec, tokenizer) if isinstance(spec, RowScores) else _text_rows(runtime, spec, tokenizer)
     model = source.model(spec.dtype, runtime.device, runtime.attention)
     if isinstance(criterion, ModelCriterion):
         criterion.measure(model, rows, runtime.inference_batch_size)
@@ -277,17 +292,15 @@ def _show(runtime: Runtime, spec: TextScores | RowScores, source: Checkpoint, cr
     return len(rows)
 
 
-def _text_rows(runtime: Runtime, spec: TextScores) -> list[Row]:
+def _text_rows(runtime: Runtime, spec: TextScores, tokenizer: Any) -> list[Row]:
     """The calibration texts, every token of them but the first to be scored."""
     from sdd.forward.batches import tokenize_texts
 
-    tokenizer = runtime.checkpoint(str(spec.model)).tokenizer()
     return [Row(ids) for ids in tokenize_texts(tokenizer, runtime.texts[spec.texts], spec.max_length)]
 
 
-def _task_rows(runtime: Runtime, spec: RowScores) -> list[Row]:
+def _task_rows(runtime: Runtime, spec: RowScores, tokenizer: Any) -> list[Row]:
     """The first fine-tuning rows as chats, those left out that are too long."""
-    tokenizer = runtime.checkpoint(spec.model).tokenizer()
     examples = read_examples(runtime, spec.dataset)[: spec.num_rows]
     rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec.system_prompt) for e in examples]
     short = [row for row in rows if len(row.ids) <= spec.max_length]

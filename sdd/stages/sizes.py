@@ -29,14 +29,14 @@ TEMPLATE_TOKENS = 30
 
 
 class Sizes:
-    """Sizes of the model and of its cut, rows and their lengths in tokens."""
+    """Sizes of the model and of its cut, rows and their lengths in tokens; of `start` blocks `kept` are left."""
 
     def __init__(self, study: Study) -> None:
         self.config: DictConfig = study.config
         self.texts, self.num_texts, self.sources = study.texts, study.calibration.num_texts, study.sources
         self.sizes = study.models.sizes
         self.shape = shape_of(self.sizes)
-        self.kept = self.shape.blocks - study.blocks_removed
+        self.start, self.kept = study.num_blocks, study.blocks_left
         self.cut = self._narrowed()
         self.rows, self.prompt, self.answer = self._row_counts(study)
 

@@ -1,14 +1,19 @@
 """Open what an artifact holds as one stock model: a checkpoint, or a base with its adapter merged in."""
 
 import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd.finetuning.adapters import merged
+from sdd.merging.streaming import merge_checkpoints
+from sdd.merging.students import open_students
 from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.stages.runtime import Runtime
-from sdd.store import read_manifest
+from sdd.store import SCRATCH, read_manifest
 from sdd.store.files import read_jsonl
 
 
@@ -20,6 +25,41 @@ def base_of(tuned: Path, runtime: Runtime) -> Checkpoint:
     return runtime.checkpoint(manifest["spec"]["model"])
 
 
+def cut_of(folder: Path) -> Path | None:
+    """The pruned artifact that a pruned or tuned one is, or was tuned from; None where nothing was cut."""
+    manifest = read_manifest(folder)
+    if manifest["stage"] == "pruned":
+        return folder
+    address = manifest["inputs"].get("pruned")
+    return None if address is None else folder.parent.parent / "pruned" / str(address)
+
+
+@contextmanager
+def to_cut(
+    inputs: Mapping[str, Path], model: str | None, stored: str | None, runtime: Runtime, folder: Path
+) -> Iterator[Checkpoint]:
+    """What is scored or cut: the model with a digest, or the input `student`, as one checkpoint while it is read.
+
+    A student's adapter is folded into its base, tensors narrower than `stored` widened to it, in the scratch folder of
+    `folder`, where it is gone afterwards.
+    """
+    if "student" not in inputs:
+        yield runtime.checkpoint(str(model))
+        return
+    student = inputs["student"]
+    if not (student / "adapter").is_dir():
+        yield checkpoint_of(student, runtime)
+        return
+    place, alone = folder / SCRATCH / "folded", {"method": "linear", "weights": [1.0]}
+    shutil.rmtree(place, ignore_errors=True)  # of a killed one
+    place.mkdir(parents=True)
+    try:
+        merge_checkpoints(base_of(student, runtime), open_students([student]), alone, place, stored)
+        yield Checkpoint(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def checkpoint_of(folder: Path, runtime: Runtime) -> Checkpoint:
     """The checkpoint whose shape an artifact's model has, and whose tokenizer goes with it."""
     if (folder / "checkpoint").is_dir():
@@ -28,15 +68,17 @@ def checkpoint_of(folder: Path, runtime: Runtime) -> Checkpoint:
 
 
 def trained_prompts(folder: Path) -> set[str]:
-    """The prompts that a student, or any that it was merged from, was trained on; none for one that was not."""
+    """The prompts that a student, or any that it was merged or cut from, was trained on; none for one that was not."""
     manifest = read_manifest(folder)
     root = folder.parent.parent
     if manifest["stage"] != "tuned":
         parents = [root / "tuned" / address for address in manifest["inputs"].values()]
         return set().union(*(trained_prompts(parent) for parent in parents if parent.is_dir()))
+    cut = cut_of(folder)
+    earlier = trained_prompts(cut) if cut is not None else set()
     drawn = set(json.loads((folder / "rows.json").read_text())["ids"])
     targets = root / "targets" / str(manifest["inputs"]["targets"]) / "train.jsonl"
-    return {row["prompt"] for row in read_jsonl(targets) if row["id"] in drawn}
+    return earlier | {row["prompt"] for row in read_jsonl(targets) if row["id"] in drawn}
 
 
 def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Checkpoint]:

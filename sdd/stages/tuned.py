@@ -209,10 +209,8 @@ def _check_adapter(study: Study) -> None:
         )
     if adapter.scope == "beside_cut" and not removed:
         raise UserError("adapter.scope=beside_cut needs a cut; choose another adapter, or add for example pruning=n2")
-    if adapter.scope == "last" and adapter.blocks > study.models.num_blocks - removed:
-        raise UserError(
-            f"adapter.blocks={adapter.blocks} is more than the student's {study.models.num_blocks - removed} blocks"
-        )
+    if adapter.scope == "last" and adapter.blocks > study.blocks_left:
+        raise UserError(f"adapter.blocks={adapter.blocks} is more than the student's {study.blocks_left} blocks")
     targets = list(adapter.targets)
     if targets == ["all-linear"]:
         return
@@ -273,7 +271,7 @@ def _adapted_blocks(sizes: Sizes) -> tuple[int, int]:
     removed = pruning.blocks
     if removed is None and pruning.start is not None:
         removed = range(pruning.start, pruning.start + pruning.size)
-    if removed is None:
+    if removed is None or sizes.start < sizes.shape.blocks:
         return min(2 * adapter.blocks, sizes.kept), sizes.kept
     kept = [block for block in range(sizes.shape.blocks) if block not in removed]
     places = beside_cut(kept, list(removed), adapter.blocks)

@@ -36,28 +36,48 @@ def is_provisional(recipe: Recipe) -> bool:
 
 
 class Study:
-    """One config; `students` are the studies of the students to merge.
+    """One config; `students` are the studies of students to merge, `before` that of the student that is cut further.
 
     `sources` maps the digests that recipes name to paths on this machine, `texts` to calibration texts; `tasks` are
     lm-eval's, by name, where they have been built.
     """
 
-    def __init__(self, config: DictConfig, digest_memory: Path, students: Sequence[Study] = ()) -> None:
-        self.digest_memory, self.students = digest_memory, list(students)
-        self.sources: dict[str, Path] = {}
-        self.texts: dict[str, list[str]] = {}
+    def __init__(
+        self, config: DictConfig, digest_memory: Path, students: Sequence[Study] = (), before: Study | None = None
+    ) -> None:
+        assert (before is None) == (config.pruning.after is None), "what is cut further has a study of its own"
+        self.digest_memory, self.students, self.before = digest_memory, list(students), before
+        self.sources: dict[str, Path] = before.sources if before else {}
+        self.texts: dict[str, list[str]] = before.texts if before else {}
         self.tasks: dict[str, Any] = {}
         self.models = Models(config, digest_memory, self.sources)
-        self.config = config = with_size(config, self.models)
+        removed = 0 if before is None else self.models.num_blocks - before.blocks_left
+        self.config = config = with_size(config, self.models, removed)
         self.rows = Rows(config.dataset, self.sources)
         self.prompts = self.rows if config.analysis.prompts is None else Rows(config.analysis.prompts, self.sources)
         self.calibration = Calibration(config, self.rows)
-        check_pruning(config.pruning, self.models.num_blocks)
+        check_pruning(config.pruning, self.num_blocks)
+
+    @property
+    def others(self) -> list[Study]:
+        """The studies of the students that this one's are made of."""
+        direct = [*self.students, *([self.before] if self.before else [])]
+        return [study for one in direct for study in (*one.others, one)]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of what is cut: of the unpruned model, or of the student that is cut further."""
+        return self.models.num_blocks if self.before is None else self.before.blocks_left
 
     @property
     def blocks_removed(self) -> int:
+        """By this cut."""
         pruning = self.config.pruning
         return int(pruning.size if pruning.blocks is None else len(pruning.blocks))
+
+    @property
+    def blocks_left(self) -> int:
+        return self.num_blocks - self.blocks_removed
 
     @cached_property
     def losses(self) -> dict[str, float]:

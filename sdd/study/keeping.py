@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from sdd.errors import UserError
 from sdd.planning.cost_model import shape_of
 from sdd.study.models import Models
 
@@ -21,13 +22,21 @@ def blocks_to_remove(share: float, sizes: Mapping[str, Any]) -> int:
     )
 
 
-def with_size(config: DictConfig, models: Models) -> DictConfig:
-    """The config with as many blocks to remove as `pruning.keep` allows, as if that number had been given."""
+def with_size(config: DictConfig, models: Models, removed: int = 0) -> DictConfig:
+    """The config with as many blocks to remove as `pruning.keep` allows, as if that number had been given.
+
+    The share is of the unpruned model, of which `removed` blocks have gone before.
+    """
     if (share := config.pruning.keep) is None:
         return config
     shape, resolved = shape_of(models.sizes), config.copy()
-    resolved.pruning.size, resolved.pruning.keep = blocks_to_remove(share, models.sizes), None
-    kept = shape.parameters(shape.blocks - resolved.pruning.size) / shape.parameters()
+    gone = blocks_to_remove(share, models.sizes)
+    if gone < removed:
+        raise UserError(
+            f"pruning.keep={share:g} is {gone} blocks of the unpruned model, and pruning.after removes {removed}"
+        )
+    resolved.pruning.size, resolved.pruning.keep = gone - removed, None
+    kept = shape.parameters(shape.blocks - gone) / shape.parameters()
     message = "pruning.keep=%g: %d of %d blocks go, %.1f%% of the parameters stay"
-    log.info(message, share, resolved.pruning.size, shape.blocks, 100 * kept)
+    log.info(message, share, gone, shape.blocks, 100 * kept)
     return resolved

@@ -12,6 +12,7 @@ from sdd.config import CHOICES
 from sdd.errors import NotFetched, UserError
 from sdd.models.chats import PLAIN_TEMPLATE
 from sdd.models.checkpoints import Checkpoint
+from sdd.models.files import CODES, is_narrower
 from sdd.models.hub import checkpoint_folder
 
 T = TypeVar("T")
@@ -94,6 +95,18 @@ class Models:
         """Whether the checkpoint ships settings that steer generation, which are not obeyed and once were."""
         folder = self.sources.get(digest)
         return folder is not None and Checkpoint(folder).steers_generation
+
+    @property
+    def wider(self) -> str | None:
+        """The dtype that the model is opened in, where some of its tensors are stored narrower.
+
+        Its tuned students are base and adapter, added unrounded in that dtype; what is made of one or several of them
+        is stored as exactly.
+        """
+        dtype = self.dtype("model")
+        stated = str(stated_dtype(self.sizes))  # before its files are here
+        codes = self.known(lambda: self.checkpoint.dtypes, {CODES.get(stated, "")})
+        return dtype if any(is_narrower(code, dtype) for code in codes) else None
 
     def dtype(self, node: str) -> str:
         """The dtype that a node of the config names, or the checkpoint's own."""

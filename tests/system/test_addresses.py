@@ -267,6 +267,7 @@ ELSEWHERE = {
     *(f"{group}.hub.{key}" for group in ("calibration", "dataset") for key in HUB),
     *("calibration.seed", "dataset.fields", "calibration.path", "dataset._target_", "dataset.path", "engine._target_"),
     "evaluation.suite",
+    "pruning.after",  # test_cut_twice.py
     *(f"merge.{key}" for key in ("method", "students", "t", "space", "weights", "density")),  # test_merged_students.py
     *("evaluation.data_dir", "evaluation.num_fewshot"),  # tests/system/test_benchmark.py
     *(f"analysis.{key}" for key in ANALYSIS),  # tests/system/test_analyses.py

@@ -62,7 +62,7 @@ def redundancy(subject: Subject) -> Section | None:
 def _heat_map(scores: Artifact, content: dict[str, Any], cuts: Iterable[dict[str, Any]]) -> Chart:
     import altair as alt
 
-    removed = [cut["removed_blocks"] for cut in cuts if cut.get("removed_blocks")]
+    removed = [cut.get("removed_of_student") or cut["removed_blocks"] for cut in cuts if cut.get("removed_blocks")]
     spans = {(len(blocks), blocks[0]): blocks for blocks in removed}
     rows, steps = content["distance"], content.get("steps")
     if steps:  # block by block: row n has the scores from which the n-th was chosen
