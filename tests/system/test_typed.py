@@ -25,7 +25,7 @@ from sdd.study.keeping import blocks_to_remove
 MISTAKES = {
     "finetune=self-distill": "finetune has no option self-distill; did you mean self_distill?",
     "finetune=lora": "finetune has no option lora; choose one of corrected, dac_kl, gold, hidden_states, jsd, "
-    "logit_distill, none, redi, relations, reverse_kl, self_distill, sft, ... (17 in all)",
+    "logit_distill, none, on_policy, redi, relations, reverse_kl, self_distill, ... (17 in all)",
     "hydra/launcher=submitit_slurm": "submitit_slurm needs the package hydra-submitit-launcher; run: pip ",
     "trainer=cuda": "trainer has no option cuda; choose one of cpu, gpu",
     "model=llama3.1_8b": "model has no option llama3.1_8b; did you mean llama3.1_8b_instruct",
