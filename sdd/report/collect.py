@@ -30,6 +30,7 @@ TASK = re.compile(r"[\w(][\w .,:+@()=-]{0,199}")
 """Names of tasks, which name files of samples too."""
 MOST_TASKS = 2_000
 MOST_BLOCKS = 2_000
+MOST_STEPS = 20
 LONGEST_NAME = 200
 RESULT: dict[str, Any] = {"value?": (float, None), "stderr?": (float, None), "n?": (int, None), "metric?": (str, None)}
 RESULT |= {"lenient?": (float, None), "malformed?": (float, None), "weight_by_size?": bool}
@@ -188,7 +189,7 @@ def _made_with(by_stage: dict[str, list[Artifact]], library: Library) -> dict[st
     }
 
 
-def _earlier(pruned: list[Artifact], library: Library) -> tuple[dict[str, Any], list[Artifact]]:
+def _earlier(pruned: list[Artifact], library: Library, left: int = MOST_STEPS) -> tuple[dict[str, Any], list[Artifact]]:
     """What students were cut further, as settings, and their tuned artifacts; nothing where none was.
 
     `pruning.after` names the cut of the student, and how it was recovered.
@@ -198,8 +199,10 @@ def _earlier(pruned: list[Artifact], library: Library) -> tuple[dict[str, Any], 
     for student in students:
         if student is None:
             continue
+        if not left:
+            raise UserError(f"{student.path}: cut in more than {MOST_STEPS} steps; {AGAIN}")
         by_stage = _by_stage(library.upstream(student, but=("student",)))
-        earlier, before = _earlier(by_stage["pruned"], library)
+        earlier, before = _earlier(by_stage["pruned"], library, left - 1)
         cut = read_cut(by_stage["pruned"][0].path / "pruning.json") if by_stage["pruned"] else {}
         names = [_pruning_name(cut, cut.get("metric")), _names(one.spec.get("mode") for one in by_stage["targets"])]
         settings.append(
@@ -221,7 +224,7 @@ def read_run(evaluated: Artifact, library: Library) -> Run:
     upstream = library.upstream(evaluated)
     for artifact in upstream:
         for name, address in artifact.inputs.items():
-            if name not in ("scores", "rewrites", "damaged", "taught") and library.get(address) is None:
+            if name not in ("scores", "rewrites", "damaged", "surprisals", "taught") and library.get(address) is None:
                 raise LookupError(f"{artifact.stage}/{artifact.address} lacks its input {name} ({address})")
     by_stage = _by_stage(library.upstream(evaluated, but=("student",)))
     pruned, tuned, targets, merged = (by_stage[stage] for stage in ("pruned", "tuned", "targets", "merged"))
