@@ -143,10 +143,7 @@ class Finetune:
     rollout_tokens: list[int] = described("tokens of such an answer at most: at first, and half-way on", [16, 96])
     rollout_steps: int = described("steps whose rows are answered at once, by the student as it then is", 1)
     rollout_temperature: float = described("that the student's answers are sampled at; 0 takes the likeliest", 1.0)
-    cached: str | None = described(
-        "what is kept of the teacher's logits, made once, instead of the teacher beside the student: top_k or sampled",
-        None,
-    )
+    cached: str | None = described("what is kept of the teacher's logits in its place: top_k, sampled or null", None)
     cached_k: int = described("tokens that are kept of every distribution", 64)
     cached_bits: int = described("of a probability in top_k: 8, 16 or 32", 16)
     epochs: int = described("passes over the training rows", 2)

@@ -5,6 +5,7 @@ Of the largest comparison alone. A difference whose interval holds zero is said 
 
 from typing import Any
 
+from sdd.finetuning.modes import MODES
 from sdd.report.arms import Arm, text_of
 from sdd.report.contrasts import Study
 from sdd.report.health_table import damage
@@ -103,8 +104,12 @@ def _cut(arm: Arm) -> str:
     return "unpruned" if not run.base else f"pruned ({text_of(run.pruning)})"
 
 
+def _way(mode: str) -> str:
+    return WAYS.get(mode) or (f"fine-tuned on {MODES[mode].words}" if mode in MODES else mode)
+
+
 def _kept(arm: Arm, row: dict[str, Any]) -> str:
-    how = f", {WAYS.get(arm.mode, arm.mode)}," if arm.tuned else ""
+    how = f", {_way(arm.mode)}," if arm.tuned else ""
     retention = (row["retention"] or {}).get("ratio_of_means")
     kept = f", {percent(retention)} percent of the unpruned model's" if retention else ""
     return f"{_cut(arm).capitalize()}{how} it scores {percent(row['average'])} percent{kept} ({arm.name})."
