@@ -26,6 +26,7 @@ from sdd.cli.job import Job, typed
 from sdd.cli.loader import CheckedConfigLoader
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
+from sdd.config.nodes import quick_nodes
 from sdd.errors import UserError
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
@@ -52,7 +53,8 @@ def main(script: str) -> None:
     except UserError as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(USER) from None
-    hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(_task(script))()
+    with quick_nodes():
+        hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(_task(script))()
     if outcome:
         raise SystemExit(max(outcome) if set(outcome) - {0, USER} == set() else FAILURE)
 

@@ -1,7 +1,8 @@
 """Where configs lie, and how their files are read: within bounds, within their search path, and parsed once.
 
-A sweep composes a config for every job, of the same thirty files. What a file came to is kept with its text, so that a
-file that changes is parsed anew; every composition gets a copy of its own, since composing takes it apart.
+Every composition (a command's own, and one for every job of a sweep) is made of the same thirty files. What a file came
+to is kept with its text, so that a file that changes is parsed anew; every composition gets a copy of its own, since
+composing takes it apart.
 """
 
 import copy
@@ -102,8 +103,12 @@ def content(result: ConfigResult) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(result.config, resolve=False))
 
 
-Origin = tuple[str, str, str]
-"""The source and the name of a config, and the digest of its text; packages and classes stay as they are."""
+Origin = tuple[str, str, str, str]
+"""The source of a config, its folder free of links, its name, and the digest of its text; packages and classes stay as
+they are."""
+
+MOST_PARSED = 2_000
+"""Configs that are kept, a few KB each."""
 
 
 class Parsed(ConfigResult):
@@ -121,11 +126,15 @@ class Parsed(ConfigResult):
         return self.config
 
 
+_parsed: dict[Origin, tuple[ConfigResult, bytes]] = {}
+"""Of this process."""
+
+
 class CheckedRepository(ConfigRepository):
-    """Hydra's sources, folders and packages, with bounds around the folders. What they hold is parsed once."""
+    """Hydra's sources, folders and packages, with bounds around the folders. A process parses what they hold once."""
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
-        self.parsed: dict[Origin, tuple[ConfigResult, bytes]] = {}
+        self.parsed = _parsed  # a worker's loader brings its own
         self.origins: dict[str, Origin] = {}
         """What was read last under each name."""
         super().__init__(config_search_path)
@@ -148,12 +157,15 @@ class CheckedRepository(ConfigRepository):
         if source is None:
             return None
         self.found[config_path] = source
-        text = source.text(config_path).encode() if isinstance(source, BoundedFileSource) else b""
-        origin = source.full_path(), config_path, hashlib.sha256(text).hexdigest()
+        is_folder = isinstance(source, BoundedFileSource)
+        text, root = (source.text(config_path).encode(), source.root) if is_folder else (b"", "")
+        origin = source.full_path(), root, config_path, hashlib.sha256(text).hexdigest()
         self.origins[config_path] = origin
         if origin not in self.parsed:
             result = super().load_config(config_path)
             assert result is not None, f"{config_path} in {source}"
+            if len(self.parsed) >= MOST_PARSED:
+                self.parsed.clear()
             self.parsed[origin] = result, pickle.dumps(result.config, pickle.HIGHEST_PROTOCOL)
             result.config = OmegaConf.create()
         return Parsed(*self.parsed[origin])

@@ -7,7 +7,6 @@ anything, in every job of a sweep too. Hydra 1.4 takes the same list as `executi
 """
 
 import os
-import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -31,11 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdd.cli.config_files import PACKAGE, CheckedRepository, FilesOfOne, config_folder, content, is_shared
 from sdd.cli.mistakes import Composition, hydras_words
-from sdd.cli.parts import Parts, choices_where_asked_for
+from sdd.cli.parts import PARTS, choices_where_asked_for
 from sdd.cli.students import COMPOSING
 from sdd.cli.words import as_override, chosen
 from sdd.config import Config
 from sdd.config.allowed import check_targets, name_own
+from sdd.config.nodes import copied
 from sdd.config.own import allow
 from sdd.config.shared import SERVERS, check_jobs, check_shared
 from sdd.errors import UserError
@@ -47,8 +47,8 @@ OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=
 
 LONGEST_LINE = 2_000
 """Characters of a refusal: more than any of ours."""
-MOST_VALIDATED = 1_000
-"""Jobs of a sweep whose configs are kept until they begin, some 30 KB each; those of the others are composed again."""
+MOST_VALIDATED = 500
+"""Jobs of a sweep whose configs are kept until they begin, some 200 KB each; those of the others are composed again."""
 MOST_FOLDERS = 50
 """Folders of a group that are looked into for the names of its options, where a mistake is explained."""
 
@@ -70,8 +70,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self.files = FilesOfOne(self.repository)
         self.given: dict[str, Path] = {}
         """The files of folders that somebody named, which a composition has read, and the folder of each."""
-        self.parts = Parts()
-        self.validated: dict[tuple[str, ...], bytes] | None = {}
+        self.parts = PARTS
+        self.validated: dict[tuple[str, ...], DictConfig] | None = {}
         """Configs of a sweep's jobs that have been composed to see whether they can be, until they are asked for."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         """The config of a job; Hydra asks twice, before the first job begins and before this one does."""
         words = tuple(sweep_overrides)
         if self.validated and words in self.validated:
-            config: DictConfig = pickle.loads(self.validated.pop(words))
+            config: DictConfig = self.validated.pop(words)
             OmegaConf.copy_cache(from_config=master_config, to_config=config)
             return config
         config = super().load_sweep_config(master_config, sweep_overrides)
         if self.validated is not None and len(self.validated) < MOST_VALIDATED:
-            self.validated[words] = pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
+            self.validated[words] = copied(config)
         return config
 
     def _chosen(self, overrides: list[str]) -> list[str]:
@@ -191,7 +191,13 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
-        origins = repo.delegate.origins
+        origins, own = repo.delegate.origins, f"file://{config_folder()}"
+        for one in defaults:
+            place = origins[one.config_path][0]
+            if place.startswith("file://") and place != own:
+                folder = Path(place.removeprefix("file://"))
+                if not folder.samefile(config_folder()):
+                    self.given[one.config_path] = folder
         keys = [(one.package, (one.is_self, one.primary, origins[one.config_path])) for one in defaults]
         for one, key in zip(defaults, keys, strict=True):
             if key not in self.parts.said:
@@ -202,9 +208,6 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
     def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
         loaded = repo.load_config(config_path=default.config_path)
-        folder = Path(loaded.path.removeprefix("file://"))
-        if loaded.path.startswith("file://") and not folder.samefile(config_folder()):
-            self.given[default.config_path] = folder
         if is_shared(loaded, default.config_path):
             placed = self._embed_result_config(loaded, default.package)
             check_shared(content(placed), f"{default.config_path.removesuffix('.yaml')}.yaml")

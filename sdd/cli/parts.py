@@ -1,4 +1,4 @@
-"""What compositions share: the jobs of a sweep differ in few groups, and what the others come to is merged once.
+"""What compositions share: commands and jobs differ in few groups, and what the others come to is merged once.
 
 Hydra merges some thirty configs in the order of the defaults list. What stands under one top-level key (a group and its
 settings) depends on those configs alone that say something there, so that it is kept by them. The one exception is a
@@ -91,6 +91,10 @@ class Parts:
             part = config if top is None else content[top]
             part._set_parent(None)
             self.parts[chain] = pickle.dumps(part, pickle.HIGHEST_PROTOCOL)
+
+
+PARTS = Parts()
+"""Of this process, whose loaders share them."""
 
 
 def _paths(value: Any, path: Path = ()) -> Iterator[tuple[Path, bool]]:

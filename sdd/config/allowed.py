@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
+from sdd.config.nodes import unresolved
 from sdd.config.own import CLASSES, check_base, is_own
 from sdd.config.parts import PLACES, TARGETS, maker_of
 from sdd.errors import UserError
@@ -56,7 +57,7 @@ def check_targets(config: DictConfig, own: Container[str] = ()) -> None:
     Names of classes are literals. Inside the `hydra` node, which is instantiated before any of our code is asked, an
     interpolation stands for a plain value, so that what is checked here is what Hydra will see.
     """
-    _check_node(OmegaConf.to_container(config, resolve=False), (), config, own)
+    _check_node(unresolved(config), (), config, own)
 
 
 def _check_node(node: Any, where: tuple[Any, ...], root: DictConfig, own: Container[str]) -> None:

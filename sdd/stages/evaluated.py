@@ -107,7 +107,7 @@ def recipe(study: Study, student: Recipe | None) -> Recipe:
         "system_prompt": settings.system_prompt,
         "dtype": models.dtype("evaluation"),
         "max_new_tokens": settings.max_new_tokens,
-        "lm_eval": importlib.metadata.version("lm-eval"),
+        "lm_eval": _lm_eval(),
         "model": models.digest if student is None else None,
         "backend": _backend(settings),
         "served_as": settings.model if settings.backend == "server" else None,
@@ -147,6 +147,11 @@ def _by_likelihood(study: Study, spec: Embedded | Stock) -> list[str]:
         return [name for name in spec.tasks if name in KINDS]
     tasks = planned_benchmark(study.config.evaluation).tasks
     return [task.name for task in tasks if task.setting("output_type") != "generate_until"]
+
+
+@cache
+def _lm_eval() -> str:
+    return importlib.metadata.version("lm-eval")
 
 
 def _embedded_tasks(study: Study) -> dict[str, Any]:

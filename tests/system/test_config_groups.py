@@ -1,5 +1,6 @@
 """Every option of every config group composes, names classes that take its settings, and passes the checks."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdd.cli.loader import config_folder, own_loader
 from sdd.config import check_values
 from sdd.config.allowed import ALLOWED_PLUGINS, build, check_targets
+from sdd.config.nodes import quick_nodes
 from sdd.config.parts import PLACES, SWEEP_END, maker_of
 from sdd.models.chats import REWRITE_TEMPLATE
 from sdd.study import calibration, rows
@@ -292,6 +294,57 @@ def test_what_compositions_share_changes_none() -> None:
     assert not own.validated
     for words, job, same in zip(JOBS, jobs, begun, strict=True):
         assert job == same == described(ConfigLoaderImpl(place).load_configuration("config", words, RunMode.RUN)), words
+
+
+ODD = [
+    "on",
+    "1e3",
+    "0x1f",
+    "",
+    " ",
+    "???",
+    "a: b",
+    "# c",
+    "- d",
+    "'",
+    "é",
+    "\U0001f600",
+    "\x85\u2028",
+    "\ud800",
+    "two\nlines\n",
+]
+ODD += [
+    "word " * 40,
+    "${seed}",
+    "\t",
+    "é" * 200,
+    "%a",
+    "@b",
+    "*c",
+    "&d",
+    "!e",
+    "~",
+    "null",
+    "1:30",
+    "2026-01-01",
+    "\x1b[2J",
+]
+
+
+def test_copies_and_files_are_hydras_own() -> None:
+    own = own_loader()
+    configs = [own.load_configuration("config", words, RunMode.RUN) for words in JOBS]
+    configs += [OmegaConf.create({"text": text, text or "key": [text, 1.5, None, RunMode.RUN, {}]}) for text in ODD]
+    texts = [OmegaConf.to_yaml(config) for config in configs]
+    for config, text in zip(configs, texts, strict=True):
+        plain = copy.deepcopy(config)
+        with quick_nodes():
+            same = copy.deepcopy(config)
+            assert OmegaConf.to_yaml(same) == text
+        assert described(same) == described(plain) and same is not config
+        same[next(iter(same))] = None
+        assert described(config) == described(plain)
+    assert OmegaConf.to_yaml(configs[0]) == texts[0]
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
