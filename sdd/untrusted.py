@@ -29,6 +29,8 @@ DEEPEST = 40
 """Levels of a value that a stage wrote; they nest about five."""
 ANY = object
 """A shape that holds anything that is not nested too deeply."""
+_NONE = object()
+"""No shape at all."""
 
 
 def tell_error(error: ValueError | OSError) -> int:
@@ -159,6 +161,22 @@ def read_json(path: Path, label: str, at_most: int = SMALL_FILE) -> dict[str, An
 
 def read_rows(path: Path, label: str, at_most: int = LARGE_FILE) -> Iterator[dict[str, Any]]:
     """The JSON objects of a regular file, one a line; lines without any are left out."""
+    return (row for row, _ in _rows(path, label, at_most))
+
+
+def cleaned_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
+    """The same as text to be shown, with finite numbers, and nested no deeper than stages write."""
+    for row, text in _rows(path, label, LARGE_FILE):
+        _check_depth(row, label)
+        is_plain = text.isascii() and text.isprintable() and not _ESCAPED.search(text)
+        yield row if is_plain else cleaned(row)
+
+
+_ESCAPED = re.compile(r"\\[ubf]")
+"""How a line of JSON may write characters that it does not hold itself; ends of lines and tabs are shown."""
+
+
+def _rows(path: Path, label: str, at_most: int) -> Iterator[tuple[dict[str, Any], str]]:
     size = check_regular(path, label).st_size
     if size > at_most:
         raise UserError(f"{label}: {size:,} bytes, more than the {at_most:,} that are read")
@@ -177,7 +195,7 @@ def read_rows(path: Path, label: str, at_most: int = LARGE_FILE) -> Iterator[dic
                 row = parse_json(text, where)
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: not a JSON object")
-                yield row
+                yield row, text
 
 
 def check_shape(value: Any, shape: Any, label: str) -> None:
@@ -190,9 +208,11 @@ def check_shape(value: Any, shape: Any, label: str) -> None:
     if shape is ANY:
         _check_depth(value, label)
     elif isinstance(shape, tuple):
-        if not any(_is_like(value, alternative) for alternative in shape):
+        alternative = next((alternative for alternative in shape if _is_like(value, alternative)), _NONE)
+        if alternative is _NONE:
             raise UserError(f"{label}: not {' or '.join(map(_named, shape))}")
-        check_shape(value, next(alternative for alternative in shape if _is_like(value, alternative)), label)
+        if alternative is ANY or isinstance(alternative, list | dict):
+            check_shape(value, alternative, label)
     elif not _is_like(value, shape):
         raise UserError(f"{label}: not {_named(shape)}")
     elif isinstance(shape, list):
@@ -212,9 +232,11 @@ def check_shape(value: Any, shape: Any, label: str) -> None:
 
 def _is_like(value: Any, shape: Any) -> bool:
     """Whether a value is of the kind of a shape, whatever is in it."""
+    if shape is str:
+        return isinstance(value, str)
     if shape is None or shape is ANY:
         return shape is ANY or value is None
-    if shape in (int, float):
+    if shape is int or shape is float:
         number = isinstance(value, int) or (shape is float and isinstance(value, float) and math.isfinite(value))
         return number and not isinstance(value, bool) and abs(value) < 1e18
     return isinstance(value, shape if isinstance(shape, type) else type(shape))
@@ -228,14 +250,16 @@ def _named(shape: Any) -> str:
 def _check_depth(value: Any, label: str) -> None:
     level = [value]
     for _ in range(DEEPEST):
-        if any(isinstance(node, float) and not math.isfinite(node) for node in level):
-            raise UserError(f"{label}: not a finite number")
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-        if not level:
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, float):
+                if not math.isfinite(node):
+                    raise UserError(f"{label}: not a finite number")
+            elif isinstance(node, dict):
+                below += node.values()
+            elif isinstance(node, list):
+                below += node
+        if not below:
             return
+        level = below
     raise UserError(f"{label}: nested more than {DEEPEST} levels")

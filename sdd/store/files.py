@@ -7,7 +7,17 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
-from sdd.untrusted import ANY, check_inside, check_shape, cleaned, read_json, read_rows, read_text, strict_json
+from sdd.untrusted import (
+    ANY,
+    check_inside,
+    check_shape,
+    cleaned,
+    cleaned_rows,
+    read_json,
+    read_rows,
+    read_text,
+    strict_json,
+)
 
 AGAIN = "build its artifact again"
 
@@ -44,9 +54,7 @@ def shown_json(path: Path, shape: Any = ANY) -> Any:
 def shown_rows(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file of an artifact, cleaned for showing."""
     check_file(path, folder)
-    for row in read_rows(path, f"{path}"):
-        check_shape(row, ANY, f"{path}")
-        yield cleaned(row)
+    yield from cleaned_rows(path, f"{path}")
 
 
 def check_file(path: Path, folder: Path) -> None:
