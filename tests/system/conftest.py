@@ -6,15 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from launching import artifacts_of, run
 
-from sdd.cli.app import config_folder
+from sdd.cli.loader import own_loader
 
 BLOCKS = 4
 SMALL = """\
@@ -51,15 +50,12 @@ def small(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
 def composed(small: list[str]) -> Callable[..., DictConfig]:
     """A function from overrides to the composed config of that study, `hydra` node included; composed once each."""
     made: dict[tuple[str, ...], DictConfig] = {}
-    searched = small[0].removeprefix("--config-dir=")
+    searched, loader = small[0].removeprefix("--config-dir="), own_loader()
 
     def function(*overrides: str) -> DictConfig:
         if overrides not in made:
-            GlobalHydra.instance().clear()
-            with initialize_config_dir(str(config_folder()), version_base="1.3"):
-                words = [f"hydra.searchpath=[file://{searched}]", "experiment=small", *overrides]
-                made[overrides] = compose("config", words, return_hydra_config=True)
-            GlobalHydra.instance().clear()
+            words = [f"hydra.searchpath=[file://{searched}]", "experiment=small", *overrides]
+            made[overrides] = loader.load_configuration("config", words, RunMode.RUN)
         return made[overrides].copy()
 
     return function
