@@ -14,7 +14,7 @@ from sdd.answers import RULES
 from sdd.config.schema import plain
 from sdd.errors import UserError
 from sdd.finetuning.losses import LOSSES
-from sdd.finetuning.modes import MODES
+from sdd.finetuning.modes import MODES, REQUESTS
 from sdd.store import ANALYSES
 
 BACKENDS = ("hf", "vllm", "server")
@@ -22,6 +22,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "repair.method": ("none", "ridge"),
     "finetune.mode": (*MODES, "none"),
+    "finetune.request": tuple(REQUESTS),
     "finetune.precision": ("32", "bf16"),
     "finetune.choose": ("random", "damage"),
     "adapter.method": ("lora", "head_and_norms", "full"),

@@ -129,6 +129,9 @@ class Finetune:
 
     mode: str = described("whose answers are the targets, and the loss where `loss` is null", "self_distill")
     loss: Any = described("what is minimised: a loss by name, or {name: weight, ...}; null is the mode's own", None)
+    request: str = described(
+        "what the teacher is shown: the reference, a draft of the student's, or the prompt alone", "reference"
+    )
     select: bool = described("whether a rewrite that fails the selection gives way to the reference", True)
     gold_share: float = described("share of rows whose reference stays in place", 0.0)
     noise_share: float = described("share of the kept rewrites that another row's takes the place of", 0.0)

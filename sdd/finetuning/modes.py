@@ -46,9 +46,9 @@ class Style:
 
 @dataclass(frozen=True)
 class Request:
-    """How the teacher is asked where it is shown no reference: by `template`, some phrases of which no answer may say.
+    """How the teacher is asked where it is shown no reference: by `template`, phrases of which no answer may say.
 
-    `corrects`: `{reference}` in it is the answer of the student before fine-tuning.
+    `corrects`: `{reference}` in it is what the student answered before fine-tuning.
     """
 
     template: str
@@ -56,12 +56,20 @@ class Request:
     corrects: bool = False
 
 
+REQUESTS = {
+    "reference": None,
+    "alone": Request("{prompt}"),
+    "draft": Request(CORRECTION_TEMPLATE, CORRECTION_LEAKS, corrects=True),
+}
+"""By `finetune.request`; None is the dataset's own template."""
+
+
 @dataclass(frozen=True)
 class Mode:
     """`targets`: the dataset's references, its gold answers, or the unpruned model's rewrites. `loss`: the weights of
     the losses of `sdd.finetuning.losses`; None is cross-entropy on the targets. `rollouts`: the student's own answers
-    take the place of a share of them, as the settings of `ROLLOUTS` say. `request`: how rewrites are asked for, None is
-    as the dataset says. `words` say what an exported student was tuned on."""
+    take the place of a share of them, as the settings of `ROLLOUTS` say. `words` say what an exported student was tuned
+    on."""
 
     name: str
     targets: Literal["reference", "gold", "rewrites"]
@@ -69,7 +77,6 @@ class Mode:
     look: Style
     loss: Mapping[str, float] | None = None
     rollouts: bool = False
-    request: Request | None = None
 
 
 ROLLOUTS = ("student_share", "rollout_tokens", "rollout_steps", "rollout_temperature")
@@ -153,23 +160,9 @@ _ALL = (
         "on_policy",
         "reference",
         "answers of its own as it learned, towards the teacher's probabilities of every next token (arXiv 2306.13649)",
-        Style("#B0300B", "#C28065", (3, 1, 0), _star(3, 0.5), "⏶\ufe0e", "**"),
+        Style("#8ABB7A", "#723FE4", (3, 1, 0), _star(3, 0.5), "⏶\ufe0e", "**"),
         {"jsd": 1.0},
         rollouts=True,
-    ),
-    Mode(
-        "teacher_answers",
-        "rewrites",
-        "answers that the unpruned model wrote unaided (sequence-level distillation, arXiv 1606.07947)",
-        Style("#000546", "#B1FDA8", (5, 1, 0), _star(5, 0.5), "✯", "*/"),
-        request=Request("{prompt}"),
-    ),
-    Mode(
-        "corrected",
-        "rewrites",
-        "the pruned model's own answers as the unpruned model put them right",
-        Style("#A6B396", "#89879B", "H", "M-1,0L-0.5,-0.87L0.5,-0.87L1,0L0.5,0.87L-0.5,0.87Z", "⬣", "*."),
-        request=Request(CORRECTION_TEMPLATE, CORRECTION_LEAKS, corrects=True),
     ),
     Mode(
         "self_distill",

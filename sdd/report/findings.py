@@ -16,8 +16,6 @@ WAYS = {
     "self_distill": "fine-tuned on the unpruned model's own rewrites of them",
     "logit_distill": "fine-tuned on the unpruned model's token probabilities",
     "on_policy": "fine-tuned on what the unpruned model makes of the student's own answers",
-    "teacher_answers": "fine-tuned on the unpruned model's own unaided answers",
-    "corrected": "fine-tuned on its own answers before, as the unpruned model put them right",
     "gold": "fine-tuned on right answers in the unpruned model's own style, which only a made-up task has",
     "merged": "merged from two students",
 }

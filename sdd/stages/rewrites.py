@@ -12,7 +12,7 @@ from sdd.config.allowed import build as build_part
 from sdd.config.parts import TARGETS, class_of
 from sdd.data.mixture import part_of
 from sdd.errors import UserError
-from sdd.finetuning.modes import MODES
+from sdd.finetuning.modes import REQUESTS
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
@@ -50,7 +50,7 @@ def recipe(study: Study) -> Recipe:
     obeyed; by 2 where rewrites are sampled, whose noise was once drawn from another generator; by 4 where one of
     several tries is kept by its final answer, which was once read otherwise."""
     config, models, rows = study.config, study.models, study.rows
-    engine, request = build_part(config.engine), MODES[config.finetune.mode].request
+    engine, request = build_part(config.engine), REQUESTS[config.finetune.request]
     spec = Rewrites(
         teacher=models.teacher_digest,
         dtype=config.model.dtype,
@@ -70,7 +70,7 @@ def recipe(study: Study) -> Recipe:
 
 def selection_of(study: Study) -> dict[str, Any]:
     """How rewrites are judged: by the dataset's rule, and by none where the teacher is shown no reference."""
-    request = MODES[study.config.finetune.mode].request
+    request = REQUESTS[study.config.finetune.request]
     if request is None:
         return study.rows.selection
     return {"rule": "none", "leak_phrases": list(request.leak_phrases)}

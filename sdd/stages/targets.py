@@ -9,7 +9,7 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.finetuning.losses import needed
-from sdd.finetuning.modes import MODES
+from sdd.finetuning.modes import MODES, REQUESTS
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.rewriting.selection import choose_target, with_noise
@@ -53,7 +53,7 @@ def recipe(study: Study) -> Recipe:
     shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
     rejected = "rejected rows" in needed(study.losses)
     spec = Targets(mode.name, **rewrites.selection_of(study), select=finetune.select, **shares, rejected=rejected)
-    raised = mode.request is None and rows.judged_anew and bool(finetune.select or finetune.noise_share)
+    raised = REQUESTS[finetune.request] is None and rows.judged_anew and bool(finetune.select or finetune.noise_share)
     return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels, raised)
 
 

@@ -70,7 +70,7 @@ def recipe(study: Study) -> Recipe:
         check_rows(study, rows)
     _check_adapter(study)
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
-    of_targets = ("mode", "select", "gold_share", "noise_share")
+    of_targets = ("mode", "request", "select", "gold_share", "noise_share")
     for key in (*of_targets, "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS, *CACHE):
         settings.pop(key)
     settings = draws.key_of(settings)

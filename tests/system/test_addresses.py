@@ -18,12 +18,13 @@ FOLLOWS = {
     "scores": {"pruned", "tuned", "evaluated"},
     "pruned": {"tuned", "evaluated"},
     "rewrites": {"targets", "tuned", "evaluated"},
+    "answered": {"rewrites", "targets", "tuned", "evaluated"},
     "targets": {"tuned", "evaluated"},
     "taught": {"tuned", "evaluated"},
     "tuned": {"evaluated"},
     "evaluated": set(),
 }
-STAGES = set(FOLLOWS) - {"taught"}
+STAGES = set(FOLLOWS) - {"taught", "answered"}
 FOLLOWS |= {"surprisals": {"damaged", "tuned", "evaluated"}}
 
 Addresses = Callable[..., dict[str, str]]
@@ -144,6 +145,8 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.taid_start", 0.2, {"tuned"}, ["finetune=taid"], {}),
     ("finetune.clip_mass", 0.2, {"tuned"}, ["finetune=dac_kl"], {}),
     ("finetune.rejected_weight", 0.2, {"tuned"}, ["finetune=redi"], {}),
+    ("finetune.request", "alone", {"rewrites"}, [], {}),
+    ("finetune.request", "draft", {"answered", "rewrites"}, [], {}),
     ("finetune.mode", "on_policy", {"targets"}, [], {}),
     ("finetune.loss", "reverse_kl", {"tuned"}, OWN, {}),
     ("finetune.jsd_beta", 0.2, {"tuned"}, OWN, {}),
@@ -226,6 +229,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("engine.seed", 1, [], {}),
     ("dataset.template", "{prompt}", ["finetune=sft"], {}),
     ("dataset.answer_rule", "none", ["finetune=sft"], {}),
+    ("finetune.request", "draft", ["finetune=sft"], {}),
     ("finetune.select", False, ["finetune=sft"], {}),
     ("finetune.gold_share", 0.5, ["finetune=sft"], {}),
     ("finetune.noise_share", 0.5, ["finetune=sft"], {}),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launching import artifacts_of, run
 
-from sdd.finetuning.modes import MODES
+from sdd.finetuning.modes import REQUESTS
 from sdd.models.chats import rewrite_prompt
 from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting.engines import HFEngine, Place, Request
@@ -20,7 +20,7 @@ def test_what_the_teacher_is_asked(small: list[str], copied: Path, checkpoint: P
     teacher = HFEngine(max_new_tokens=4)
     teacher.open(Checkpoint(checkpoint), "float32", None, Place())
     said: dict[str, dict[str, str]] = {"teacher_answers": {}}
-    for mode in ("teacher_answers", "corrected"):
+    for mode, asked_for in (("teacher_answers", "alone"), ("corrected", "draft")):
         outcome = run("generate", *small, f"finetune={mode}", cwd=copied)
         assert outcome.code == 0, outcome.stderr
         targets = json.loads((outcome.path / "manifest.json").read_text())
@@ -33,7 +33,7 @@ def test_what_the_teacher_is_asked(small: list[str], copied: Path, checkpoint: P
             assert json.loads((answers / "manifest.json").read_text())["inputs"] == {"model": pruned}
             drafts = {row["id"]: row["text"] for row in read_jsonl(answers / "answers.jsonl")}
             assert len(drafts) == 140
-        rows, request = list(read_jsonl(folder / "rewrites.jsonl")), MODES[mode].request
+        rows, request = list(read_jsonl(folder / "rewrites.jsonl")), REQUESTS[asked_for]
         assert request is not None
         asked = [Request(r["id"], rewrite_prompt(request.template, r["prompt"], drafts.get(r["id"], ""))) for r in rows]
         expected = {answer.id: answer.text for answer in teacher.complete(asked)}
