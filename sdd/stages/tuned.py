@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import shutil
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -480,6 +481,7 @@ def _fit(
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.plugins.environments import LightningEnvironment
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from sdd.finetuning import ranks
     from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
@@ -552,6 +554,8 @@ def _fit(
         del resumed  # the plugin hands it over, and then it is gone
         try:
             trainer.fit(module, ckpt_path=saved)
+        except SIGTERMException:  # Lightning's own way out would be exit code 0
+            raise SystemExit(128 + signal.SIGTERM) from None
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if saved is None or module.began:
                 raise

@@ -6,6 +6,7 @@ builder blocks nobody, and what a stage can continue from is still there. Knows 
 builder is a function of a recipe, the folders of its inputs, and the folder to fill.
 """
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -15,7 +16,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,8 @@ DEEPEST_FOLDER = 20
 """Levels of folders in an artifact; stages make two."""
 LARGEST = 16 << 20
 """Bytes of a manifest; a merged student's holds a few thousand."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""What the system says of a folder that nothing can be put into."""
 FIELDS = {
     "stage": str,
     "address": str,
@@ -105,20 +108,19 @@ class Store:
                 )
             inputs[name] = self.ensure(upstream, build, missing)
         partial = self.root / ".partial" / recipe.stage / recipe.address
-        self._make(partial.parent)
-        lock = self._locked(partial.with_suffix(".lock"), recipe)
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._locked(partial.with_suffix(".lock"), recipe)
+        except OSError as error:
+            if error.errno not in UNUSABLE:
+                raise
+            raise UserError(f"paths.artifacts={self.root} cannot be used: {error.strerror}: {error.filename}") from None
         try:
             if not is_complete(folder):
                 self._build(recipe, inputs, build, partial, folder)
         finally:
             lock.release()
         return folder
-
-    def _make(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise UserError(f"paths.artifacts={self.root} cannot be used: {error.strerror}: {error.filename}") from None
 
     def _locked(self, path: Path, recipe: Recipe) -> FileLock:
         lock = FileLock(path)
@@ -131,10 +133,8 @@ class Store:
 
     def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Builder, partial: Path, folder: Path) -> None:
         resumable = STAGES[recipe.stage].resumable
-        if partial.exists() and not resumable:
-            shutil.rmtree(partial)
+        _clear(partial, (SCRATCH,) if resumable else ())
         partial.mkdir(exist_ok=True)
-        (partial / MANIFEST).unlink(missing_ok=True)  # of a publication that was cut short
         started = time.time()
         log.info("building %s/%s", recipe.stage, recipe.address)
         try:
@@ -231,6 +231,14 @@ class Store:
 def is_complete(folder: Path) -> bool:
     """Whether a folder is a published artifact: its manifest is written last."""
     return (folder / MANIFEST).is_file()
+
+
+def _clear(partial: Path, kept: Collection[str]) -> None:
+    """Remove what a build that was cut short left, but what is gone on from; half-written files among that go too."""
+    left = list(partial.iterdir()) if partial.is_dir() else []
+    for path in [*left, *(path for name in kept for path in (partial / name).glob(".*"))]:
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _leaves(folder: Path) -> list[Path]:

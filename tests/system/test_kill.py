@@ -89,6 +89,17 @@ def test_killed_in_the_middle_then_run_again(
     assert not scratch_of(tmp_path, stage)
 
 
+def test_killed_at_random(checkpoint: Path, tmp_path: Path) -> None:
+    """The short form of `python -m benchmarks.faults`, which kills all stages a thousand times."""
+    from benchmarks import faults
+
+    with faults.adopting():
+        campaign = faults.Campaign(tmp_path, 1, ["model=local", f"model.path={checkpoint}", "model.dtype=float32"])
+        trial = campaign.run("drafted", 0)
+    assert trial.problems == []
+    assert trial.kills.total() >= 2
+
+
 def test_killed_while_writing_a_checkpoint(small: list[str], study: Path, tmp_path: Path) -> None:
     """Half a checkpoint is not resumed from; the one before it is."""
     for upstream in UPSTREAM["tuned"]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from launching import artifacts_of, run
 
+from sdd.errors import UserError
 from sdd.store import SCRATCH, Recipe, Store
 from sdd.store.__main__ import main
 
@@ -238,6 +239,38 @@ def test_a_manifest_that_cannot_be_written_costs_only_what_cannot_be_continued(
     folder = store.ensure(recipe, build)
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "scores.json"}
     assert store.verify(folder) == []
+
+
+def test_what_a_kill_left_half_written_is_not_published(tmp_path: Path) -> None:
+    """A kill between a file's first byte and its rename leaves it under another name."""
+
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        assert [path.name for path in (folder / SCRATCH).iterdir()] == ["chunk"], "finished work goes on"
+        (folder / "rewrites.jsonl").write_text("{}")
+
+    store = Store(tmp_path)
+    partial = tmp_path / ".partial" / RESUMABLE.stage / RESUMABLE.address
+    (partial / SCRATCH).mkdir(parents=True)
+    (partial / "samples").mkdir()
+    for name in ("scratch/chunk", "scratch/.chunk.a1b2", ".rewrites.jsonl.c3d4", ".manifest.json.e5", "samples/x"):
+        (partial / name).write_text("half")
+    folder = store.ensure(RESUMABLE, build)
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "rewrites.jsonl"}
+    assert store.verify(folder) == []
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_only_can_be_read_is_one_line(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m benchmarks.faults read-only` mounts one; that takes root."""
+
+    def refused(*given: Any, **named: Any) -> None:
+        raise OSError(error, "no", "/there")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(UserError, match=r"paths\.artifacts=.* cannot be used: no: /there"):
+        Store(tmp_path).ensure(RECIPE, failing)
 
 
 def test_a_group_may_read_what_it_may_enter(tmp_path: Path) -> None:

@@ -1,0 +1,584 @@
+"""What remains of artifacts when processes are killed, disks fill up, folders can only be read and bits flip.
+
+    python -m benchmarks.faults [--kills 1000] [--seconds S] [--seed 0] [--folder DIR] [--out faults.json] [KIND ...]
+
+Kinds are the stages, and `sweep`, `joblib`, `pair` (two sweeps on one folder), `ranks` (two processes that train
+together). A trial takes what a stage needs from a study on the embedded model that nothing disturbed, has the stage
+built, and kills that at a moment drawn uniformly over the time that it takes, by SIGKILL or SIGTERM; then again, up to
+`IN_A_ROW` times; then the command that asks for the stage goes on. In the end everything must be there, byte for byte
+as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at any time, no row lost or
+doubled, no process and no lock that outlives the one that was killed. Only that process gets the signal: what it
+started has to notice. Then come a disk that is full at a drawn size, a folder that can only be read, a bit flipped in
+a file, a manifest cut short.
+
+What is killed is forked from a process that has composed the command, up to where the store is asked: a kill costs what
+is built, and not imports. Sweeps are killed as whole commands. A trial is a function of (seed, its number), but for
+what else the machine does. Counts by what was being built when the signal came go to --out after every trial, where a
+later call with the same arguments goes on, and as a table to stdout. Exit code 1 where anything was not as it must be.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "system"))
+
+from filelock import FileLock, Timeout
+from launching import LIBRARIES, Outcome, Running, artifacts_of, files_of, spawn
+from tqdm import tqdm
+
+from sdd.store import TIMINGS, Store
+from sdd.store.__main__ import main as store_command
+from sdd.store.digests import write_atomically
+from sdd.store.store import MANIFEST
+
+SMALL = [
+    *("calibration.num_texts=8", "calibration.max_length=64", "dataset.num_rows=140", "engine.max_new_tokens=4"),
+    *("engine.batch_size=32", "finetune.validation_rows=4", "finetune.num_rows=12", "finetune.batch_size=4"),
+    *("finetune.epochs=2", "adapter.rank=2", "trainer.checkpoint_every=1", "trainer.threads=1"),
+    *("evaluation.tasks=[arithmetic,fact_choice]", "evaluation.limit=3", "evaluation.max_new_tokens=4"),
+    *("analysis.max_new_tokens=4", "analysis.repeats=1", "analysis.timed_prompts=1", "analysis.context=32"),
+    *("analysis.prompt_tokens=16", "analysis.new_tokens=4", "analysis.batch_size=2"),
+]
+"""A second or so a stage of the embedded model; 140 rows are two chunks of rewrites."""
+MERGED = ["merge=slerp", "merge.students=[[dataset=tiny_math],[dataset=tiny_instruct]]"]
+SHIFT = ["analysis=shift", "analysis.embedder=null"]
+ASKED_BY = {
+    "scores": ["prune"],
+    "pruned": ["prune"],
+    "rewrites": ["generate"],
+    "targets": ["generate"],
+    "damaged": ["train", "finetune.choose=damage"],
+    "taught": ["train", "finetune=logit_distill", "finetune.cached=top_k"],
+    "tuned": ["train"],
+    "merged": ["train", *MERGED],
+    "evaluated": ["evaluate"],
+    "answered": ["evaluate", *SHIFT],
+    "surprisals": ["evaluate", *SHIFT],
+    "drafted": ["evaluate", "analysis=speculative"],
+    "shifted": ["evaluate", *SHIFT],
+    "measured": ["evaluate", "analysis=cost"],
+}
+"""By stage, the command that asks for it."""
+SIZES = ("n1", "n2")
+SWEPT = ["train", "-m", f"pruning={','.join(SIZES)}", "finetune=sft"]
+WORDS = {
+    **ASKED_BY,
+    "sweep": SWEPT,
+    "pair": SWEPT,
+    "joblib": [*SWEPT, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "ranks": ["train", "trainer.devices=2"],
+}
+"""By kind, the command of its trials."""
+LIBRARIES += ["sdd.api", *(f"sdd.stages.{stage}" for stage in ASKED_BY)]
+FROM_NOTHING = ("sweep", "pair", "joblib")
+OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "ranks": 1}
+"""How often a kind comes, relative to the others: processes that import the libraries anew take ten times as long."""
+IN_A_ROW = 10
+"""Kills of one command before it may end."""
+PATIENCE = 60.0
+"""Seconds for a process to end that was asked to, and for what it started to notice."""
+MOMENT = 15.0
+"""Seconds that what a killed process started may take to notice."""
+
+
+@contextlib.contextmanager
+def adopting() -> Iterator[None]:
+    """Within, processes whose parent dies become this one's children, so that none is out of sight."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    try:
+        yield
+    finally:
+        libc.prctl(36, 0, 0, 0, 0)
+
+
+def descendants(beside: Collection[int] = ()) -> dict[int, str]:
+    """The names of the processes below this one, by number, without those `beside` and what is below them.
+
+    Those that have ended are let go.
+    """
+    everyone: dict[int, tuple[int, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().partition(" (")[2].rpartition(") ")
+        except OSError:
+            continue
+        (state, parent), pid = rest.split()[:2], int(path.parent.name)
+        if state == "Z" and int(parent) == os.getpid():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        elif state not in "ZX" and pid not in beside:
+            everyone[pid] = int(parent), name
+    own: dict[int, str] = {}
+    level = {os.getpid()}
+    while level := {pid for pid, (parent, _) in everyone.items() if parent in level}:
+        own |= {pid: everyone[pid][1] for pid in level}
+    return own
+
+
+def doing(running: Running) -> str:
+    """The stage that a process was building last; what else it was at."""
+    stream = running.stream("stderr")
+    begun = re.findall(r"building ([a-z]+/[0-9a-f]+)$", stream, re.M)
+    unfinished = [name for name in begun if f"{name} built in" not in stream]
+    return unfinished[-1].split("/")[0] if unfinished else "between" if begun else "starting"
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Digests of the files of all complete artifacts, by stage/address/name, but for timings."""
+    return {name: digest for name, digest in files_of(root).items() if Path(name).name != TIMINGS}
+
+
+def ids_of(path: Path) -> list[str]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return [str(row.get("id", row)) for row in rows]
+
+
+def of_artifact(file: str) -> str:
+    return "/".join(file.split("/")[:2])
+
+
+@dataclass
+class Forked:
+    """A process that another one forked, which says by a pipe how it ended."""
+
+    pid: int
+    pipe: Any
+    exitcode: int | None = None
+
+    def join(self, seconds: float) -> None:
+        if self.exitcode is None and self.pipe.poll(seconds):
+            self.exitcode = self.pipe.recv()
+
+    def seconds(self) -> float:
+        """Of the processor; a busy machine makes a run longer, and a kill not earlier."""
+        with contextlib.suppress(OSError):
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+        return float("inf")
+
+
+class Composed:
+    """A process that has composed a command, and forks itself to build what that asks for."""
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        server = multiprocessing.get_context("forkserver")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pipe, other = server.Pipe()
+        self.folder, self.forks = folder, 0
+        self.process = server.Process(target=_compose, args=(list(words), folder, other))
+        self.process.start()
+        other.close()  # so that its end is noticed here
+        self.wanted: set[str] = self.pipe.recv()
+
+    def start(self) -> Running:
+        self.forks += 1
+        name = f"fork{self.forks}"
+        self.pipe.send(name)
+        return Running(Forked(self.pipe.recv(), self.pipe), self.folder, name)
+
+    def end(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def _compose(words: list[str], folder: Path, pipe: Any) -> None:
+    from sdd.api import compose
+
+    os.chdir(folder)
+    script, *overrides = words
+    job = compose(*overrides)
+    wanted = job.wanted(script)
+    assert wanted is not None
+    pipe.send({f"{recipe.stage}/{recipe.address}" for recipe in wanted.walk()})
+    while name := pipe.recv():
+        if pid := os.fork():
+            pipe.send(pid)
+            pipe.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            continue
+        code = 1
+        try:
+            for number, stream in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+            os.setpgid(0, 0)
+            logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+            print(job.build(wanted, script), flush=True)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+@dataclass
+class Trial:
+    """One command in a folder of its own, and what became of its processes; `problems` are what must not be."""
+
+    folder: Path
+    words: Sequence[str]
+    beside: set[int] = field(default_factory=set)
+    kills: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    started: int = 0
+    whole: set[Path] = field(default_factory=set)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.folder / "artifacts"
+
+    def start(self) -> Running:
+        self.started += 1
+        script, *words = self.words
+        return spawn(script, *words, cwd=self.folder, name=f"process{self.started}")
+
+    def kill(self, running: Running, after: float, number: signal.Signals) -> bool:
+        """Whether the process was there to be killed after so many seconds."""
+        forked, deadline = isinstance(running.process, Forked), time.monotonic() + after
+        while (running.process.seconds() < after) if forked else (time.monotonic() < deadline):
+            running.process.join(0.002)
+            if running.process.exitcode is not None:
+                if running.process.exitcode != 0:
+                    self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
+                return False
+        os.kill(running.process.pid, number)
+        running.process.join(PATIENCE)
+        when = f"{number.name} while {doing(running)}"
+        if running.process.exitcode is None:
+            self.problems.append(f"{when}: not obeyed")
+            running.kill()
+        elif running.process.exitcode == 0:
+            if not running.stream("stdout"):
+                self.problems.append(f"{when}: exit code 0 and nothing printed")
+            return False
+        elif running.process.exitcode not in (-number, 128 + number):
+            self.problems.append(f"{when}: exit code {running.process.exitcode}")
+        self.kills[f"{doing(running)} {number.name}"] += 1
+        self.check(when)
+        return True
+
+    def check(self, when: str) -> None:
+        """Nothing of what has ended is left running, and no artifact is torn."""
+        deadline = time.monotonic() + MOMENT
+        while left := descendants(self.beside):
+            if time.monotonic() > deadline:
+                self.problems += [f"{when}: a process {name} is left" for name in left.values()]
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        store = Store(self.artifacts)
+        for folder in store.folders():
+            if folder not in self.whole:
+                self.problems += [f"{when}: {folder}: {wrong}" for wrong in store.verify(folder)]
+                self.whole.add(folder)
+
+    def compare(self, outcome: Outcome, reference: Path, wanted: set[str]) -> None:
+        """All that is `wanted` must be there as it is in the reference, and nothing else."""
+        if outcome.code != 0:
+            self.problems.append(f"exit code {outcome.code}: {outcome.stderr[-500:]}")
+            return
+        self.whole.clear()
+        self.check("at the end")
+        made, whole = contents(self.artifacts), contents(reference)
+        expected = {file: digest for file, digest in whole.items() if of_artifact(file) in wanted}
+        self.problems += [f"other bytes: {file}" for file, digest in expected.items() if made.get(file) != digest]
+        self.problems += [f"unasked: {file}" for file in made.keys() - expected.keys()]
+        for file in sorted(file for file in made.keys() & expected.keys() if file.endswith(".jsonl")):
+            ids, right = ids_of(self.artifacts / file), ids_of(reference / file)
+            if sorted(ids) != sorted(right):
+                self.problems.append(f"{file}: {len(set(right) - set(ids))} rows lost, {len(ids)} of {len(right)}")
+        partial = self.artifacts / ".partial"
+        self.problems += [f"left: {path}" for path in partial.glob("*/*") if path.suffix != ".lock"]
+        for path in partial.glob("*/*.lock"):
+            try:
+                FileLock(path).acquire(timeout=0).lock.release()
+            except Timeout:
+                self.problems.append(f"locked: {path}")
+
+
+class Campaign:
+    """Trials in folders below `folder`, each a function of (seed, kind, number); `more` are words of every command."""
+
+    def __init__(self, folder: Path, seed: int, more: Sequence[str] = ()) -> None:
+        self.folder, self.seed, self.more = folder, seed, more
+        self.study = folder / "study" / "artifacts"
+        self.kept: dict[str, tuple[Path, set[str], float]] = {}
+        multiprocessing.set_forkserver_preload(LIBRARIES)
+        forkserver.ensure_running()
+        self.beside = set(descendants())
+
+    def words(self, kind: str) -> list[str]:
+        """The script, and what it is told."""
+        script, *rest = WORDS[kind]
+        flags = ["-m"] if rest[:1] == ["-m"] else []
+        return [script, *flags, *SMALL, *self.more, *rest[len(flags) :]]
+
+    def trial(self, kind: str, name: str) -> Trial:
+        return Trial(self.folder / name, self.words(kind), self.beside)
+
+    def reference(self, kind: str) -> tuple[Path, set[str], float]:
+        """Artifacts to compare with; which of them the kind's command asks for, inputs included; its seconds.
+
+        The study grows by what the command makes of nothing. Then the command is run on what it needs, and makes the
+        same bytes. Several ranks round sums otherwise, and are compared with themselves. Seconds are a fork's of the
+        processor, a whole command's on the clock.
+        """
+        note = self.folder / f"{kind}.json"
+        if kind not in self.kept and note.exists():
+            place, names, seconds = json.loads(note.read_text())
+            self.kept[kind] = Path(place), set(names), seconds
+        if kind in self.kept:
+            return self.kept[kind]
+        first = Trial(self.study.parent, self.words("tuned" if kind == "ranks" else kind), self.beside)
+        outcome = first.start().outcome()
+        assert outcome.code == 0, outcome.stderr
+        shutil.rmtree(self.folder / f"undisturbed-{kind}", ignore_errors=True)
+        trial = self.trial(kind, f"undisturbed-{kind}")
+        composed = [Composed(words, trial.folder) for words in self.jobs(kind)]
+        wanted = set[str]().union(*(one.wanted for one in composed))
+        self.kept[kind] = self.study, wanted, 0.0
+        self.fill(kind, trial)
+        is_fork, began, seconds = kind in ASKED_BY, time.monotonic(), 0.0
+        running = composed[0].start() if is_fork else trial.start()
+        while running.process.exitcode is None:
+            now = running.process.seconds() if is_fork else time.monotonic() - began
+            seconds = max(seconds, now if now < float("inf") else 0.0)
+            running.process.join(0.002)
+        for one in composed:
+            one.end()
+        place = trial.artifacts if kind == "ranks" else self.study
+        trial.compare(running.outcome(), place, wanted)
+        assert not trial.problems, trial.problems
+        self.kept[kind] = place, wanted, seconds
+        write_atomically(note, json.dumps([str(place), sorted(wanted), seconds]))
+        return self.kept[kind]
+
+    def jobs(self, kind: str) -> list[list[str]]:
+        """The command, or those of a sweep's jobs."""
+        words = self.words(kind)
+        if kind not in FROM_NOTHING:
+            return [words]
+        rest = [word for word in words[2:] if not word.startswith(("pruning=", "hydra"))]
+        return [[words[0], *rest, f"pruning={size}"] for size in SIZES]
+
+    def fill(self, kind: str, trial: Trial) -> None:
+        """Give a trial all that its command needs but the stage, and what is made of it; a sweep begins at nothing."""
+        reference, wanted, _ = self.kept[kind]
+        first = "tuned" if kind == "ranks" else kind
+        inputs = {name: set(manifest["inputs"].values()) for name, manifest in artifacts_of(reference).items()}
+        gone = {name for name in wanted if kind in FROM_NOTHING or name.split("/")[0] == first}
+        while more := {name for name in wanted - gone if inputs[name] & {one.split("/")[1] for one in gone}}:
+            gone |= more
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        for name in wanted - gone:
+            shutil.copytree(reference / name, trial.artifacts / name)
+
+    def run(self, kind: str, number: int) -> Trial:
+        """A command killed several times, and then let go on."""
+        reference, wanted, seconds = self.reference(kind)
+        draw = random.Random(f"{self.seed} {kind} {number}")
+        trial = self.trial(kind, f"{kind}-{number}")
+        self.fill(kind, trial)
+        trial.whole |= set(Store(trial.artifacts).folders())
+        composed = Composed(trial.words, trial.folder) if kind in ASKED_BY else None
+        for _ in range(draw.randint(1, IN_A_ROW)):
+            after, sent = draw.uniform(0, seconds), draw.choice([signal.SIGKILL, signal.SIGTERM])
+            other = trial.start() if kind == "pair" else None
+            trial.beside = self.beside | {one.process.pid for one in (other, composed) if one}
+            killed = trial.kill(composed.start() if composed else trial.start(), after, sent)
+            if other and other.outcome().code != 0:
+                trial.problems.append(f"beside a killed one: {other.stream('stderr')[-500:]}")
+            if not killed:
+                break
+        if composed:
+            composed.end()
+        trial.beside = self.beside
+        trial.compare(trial.start().outcome(), reference, wanted)
+        if not trial.problems:
+            shutil.rmtree(trial.folder)
+        return trial
+
+
+# ---- disks and bits -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[str], None]]:
+    """A file system in memory at a folder, and a function that mounts it anew with other options."""
+    folder.mkdir(parents=True)
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
+
+    mount(f"size={kilobytes}k")
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def one_line(outcome: Outcome, begins: str) -> list[str]:
+    """What is wrong with the end of a command that the user has to mend something for."""
+    if (outcome.code, len(outcome.errors), outcome.stdout) == (2, 1, "") and outcome.errors[0].startswith(begins):
+        return []
+    return [f"exit code {outcome.code}, {outcome.stdout!r}, {outcome.stderr[-500:]}"]
+
+
+def full_disk(campaign: Campaign, number: int) -> Trial:
+    """A disk that is full somewhere on the way to an evaluation, and then has room again."""
+    reference, wanted, _ = campaign.reference("evaluated")
+    whole = sum(path.stat().st_size for name in wanted for path in (reference / name).rglob("*"))
+    trial = campaign.trial("evaluated", f"full-{number}")
+    size = random.Random(f"{campaign.seed} full {number}").randrange(64, whole // 1024)
+    with small_disk(trial.artifacts, size) as remount:
+        running = trial.start()
+        trial.problems += one_line(running.outcome(), "error: the disk is full")
+        trial.kills[f"{doing(running)} full"] += 1
+        remount(f"size={4 * whole // 1024}k")
+        trial.compare(trial.start().outcome(), reference, wanted)
+    return trial
+
+
+def read_only(campaign: Campaign, number: int) -> Trial:
+    """A folder that only can be read: what is there is used, what is not is one line."""
+    kind = list(ASKED_BY)[number % len(ASKED_BY)]
+    reference, wanted, _ = campaign.reference(kind)
+    trial = campaign.trial(kind, f"read-only-{number}")
+    with small_disk(trial.artifacts, 1 << 20) as remount:
+        campaign.fill(kind, trial)
+        remount("ro")
+        trial.problems += one_line(trial.start().outcome(), "error: paths.artifacts=")
+        trial.kills[f"{kind} read-only"] += 1
+        remount("rw")
+        trial.compare(trial.start().outcome(), reference, wanted)
+        remount("ro")
+        trial.compare(trial.start().outcome(), reference, wanted)
+    return trial
+
+
+def damage(campaign: Campaign, number: int) -> Trial:
+    """A bit flipped in a file, or a manifest cut short: found, and built again."""
+    kind = list(ASKED_BY)[number % len(ASKED_BY)]
+    reference, wanted, _ = campaign.reference(kind)
+    draw = random.Random(f"{campaign.seed} damage {number}")
+    trial = campaign.trial(kind, f"damage-{number}")
+    for name in wanted:
+        shutil.copytree(reference / name, trial.artifacts / name)
+    hit = draw.choice(sorted(name for name in wanted if name.startswith(f"{kind}/")))
+    manifest = trial.artifacts / hit / MANIFEST
+    if cut := draw.random() < 0.5:
+        manifest.write_bytes(manifest.read_bytes()[: draw.randrange(manifest.stat().st_size - 1)])
+    else:
+        path = trial.artifacts / hit / draw.choice(sorted(json.loads(manifest.read_text())["files"]))
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = store_command(["--artifacts", str(trial.artifacts), "--json", "verify"])
+    damaged = list(json.loads(said.getvalue())["damaged"])
+    if (code, damaged) != (1, [hit]):
+        trial.problems.append(f"{hit} is damaged, said to be: {damaged}")
+    shutil.rmtree(trial.artifacts)
+    campaign.fill(kind, trial)
+    trial.compare(trial.start().outcome(), reference, wanted)
+    trial.kills[f"{kind} {'cut' if cut else 'bit'}"] += 1
+    return trial
+
+
+OTHERS = {"full": full_disk, "read-only": read_only, "damage": damage}
+"""Trials that kill nothing."""
+
+
+def table(trials: dict[str, Any]) -> str:
+    """What happened how often, by what was being built."""
+    counts: Counter[str] = Counter()
+    for trial in trials.values():
+        counts.update(trial["kills"])
+    what = sorted({key.split()[1] for key in counts}, key=lambda one: (not one.startswith("SIG"), one))
+    lines = [f"| while | {' | '.join(what)} |", "|---" * (len(what) + 1) + "|"]
+    for stage in [*ASKED_BY, *sorted({key.split()[0] for key in counts} - set(ASKED_BY))]:
+        lines.append(f"| {stage} | {' | '.join(str(counts[f'{stage} {one}']) for one in what)} |")
+    totals = [sum(count for key, count in counts.items() if key.split()[1] == one) for one in what]
+    return "\n".join([*lines, f"| all | {' | '.join(map(str, totals))} |"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join([*OFTEN, *OTHERS])}; default: all")
+    parser.add_argument("--kills", type=int, default=1000, help="signals at least")
+    parser.add_argument("--others", type=int, default=36, help="trials of each kind that kills nothing")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no trial begins later")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where trials lie; those with problems stay there")
+    parser.add_argument("--out", type=Path, default=Path("faults.json"))
+    given = parser.parse_args(arguments)
+    kinds = given.kinds or [*OFTEN, *OTHERS]
+    if unknown := [kind for kind in kinds if kind not in (*OFTEN, *OTHERS)]:
+        parser.error(f"{unknown[0]} is no kind; choose from {', '.join([*OFTEN, *OTHERS])}")
+    killing = [kind for kind in kinds if kind in OFTEN]
+    deadline = time.monotonic() + given.seconds
+    record: dict[str, Any] = {"seed": given.seed, "trials": {}}
+    if given.out.exists() and (found := json.loads(given.out.read_text()))["seed"] == given.seed:
+        record = found
+    trials = record["trials"]
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    print(f"seed {given.seed}, trials in {folder}", file=sys.stderr)
+
+    def sent() -> int:
+        return sum(count for one in trials.values() for key, count in one["kills"].items() if "SIG" in key)
+
+    def keep(name: str, trial: Trial) -> None:
+        trials[name] = {"kills": dict(trial.kills), "problems": trial.problems}
+        write_atomically(given.out, json.dumps(record, indent=1) + "\n")
+        for problem in trial.problems:
+            tqdm.write(f"{name}: {problem}", file=sys.stderr)
+
+    with adopting():
+        campaign = Campaign(folder, given.seed)
+        with tqdm(total=given.kills if killing else 0, initial=sent(), desc="kills") as progress:
+            number = 0
+            while killing and sent() < given.kills and time.monotonic() < deadline:
+                (kind,) = random.Random(f"{given.seed} {number}").choices(killing, [OFTEN[one] for one in killing])
+                if (name := f"{kind}-{number}") not in trials:
+                    keep(name, campaign.run(kind, number))
+                    progress.update(sent() - progress.n)
+                number += 1
+        names = [(kind, number) for kind in kinds if kind in OTHERS for number in range(given.others)]
+        for kind, number in tqdm(names, desc="others", disable=not names):
+            if (name := f"{kind}-{number}") not in trials and time.monotonic() < deadline:
+                keep(name, OTHERS[kind](campaign, number))
+    print(table(trials))
+    problems = [f"{name}: {problem}" for name, one in trials.items() for problem in one["problems"]]
+    print("\n".join([*problems, f"{len(trials)} trials, {sent()} signals, {len(problems)} problems"]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
