@@ -161,12 +161,14 @@ def read_json(path: Path, label: str, at_most: int = SMALL_FILE) -> dict[str, An
 
 def read_rows(path: Path, label: str, at_most: int = LARGE_FILE) -> Iterator[dict[str, Any]]:
     """The JSON objects of a regular file, one a line; lines without any are left out."""
-    return (row for row, _ in _rows(path, label, at_most))
+    for _, where, text in read_lines(path, label, at_most):
+        yield row_of(text, where)
 
 
 def cleaned_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
     """The same as text to be shown, with finite numbers, and nested no deeper than stages write."""
-    for row, text in _rows(path, label, LARGE_FILE):
+    for _, where, text in read_lines(path, label):
+        row = row_of(text, where)
         _check_depth(row, label)
         is_plain = text.isascii() and text.isprintable() and not _ESCAPED.search(text)
         yield row if is_plain else cleaned(row)
@@ -176,12 +178,13 @@ _ESCAPED = re.compile(r"\\[ubf]")
 """How a line of JSON may write characters that it does not hold itself; ends of lines and tabs are shown."""
 
 
-def _rows(path: Path, label: str, at_most: int) -> Iterator[tuple[dict[str, Any], str]]:
+def read_lines(path: Path, label: str, at_most: int = LARGE_FILE) -> Iterator[tuple[int, str, str]]:
+    """(first byte, words that name it, text) of every line of a regular file that has a text."""
     size = check_regular(path, label).st_size
     if size > at_most:
         raise UserError(f"{label}: {size:,} bytes, more than the {at_most:,} that are read")
     with path.open("rb") as file:
-        number = 0
+        number = start = 0
         while line := file.readline(LONGEST_ROW + 1):
             number += 1
             where = f"{label}, line {number}"
@@ -192,10 +195,15 @@ def _rows(path: Path, label: str, at_most: int) -> Iterator[tuple[dict[str, Any]
             except UnicodeDecodeError:
                 raise UserError(f"{where}: not UTF-8 text") from None
             if text:
-                row = parse_json(text, where)
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: not a JSON object")
-                yield row, text
+                yield start, where, text
+            start += len(line)
+
+
+def row_of(text: str, where: str) -> dict[str, Any]:
+    row = parse_json(text, where)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return row
 
 
 def check_shape(value: Any, shape: Any, label: str) -> None:

@@ -5,7 +5,7 @@ from inspect import signature
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One fine-tuning row. `gold` is an answer in the teacher's own register, `group` a task family, where known."""
 

@@ -17,7 +17,9 @@ from statistics import pstdev
 from typing import Any
 
 
-def split_rows(rows: list[Any], validation_rows: int, num_rows: int | None, seed: int) -> tuple[list[Any], list[Any]]:
+def split_rows(
+    rows: Sequence[Any], validation_rows: int, num_rows: int | None, seed: int
+) -> tuple[list[Any], list[Any]]:
     """(training, validation) rows. Validation is the same for every seed; training sets of one seed are nested."""
     held_out = list(range(len(rows)))
     random.Random("validation").shuffle(held_out)

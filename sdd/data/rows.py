@@ -60,21 +60,24 @@ class Rows(ABC):
 
     def _all(self) -> Iterator[Example]:
         """Every usable row, in the order of its source; ids must be unique."""
+        seen: set[str] = set()
+        for place, example in self._placed():
+            if example.id in seen:
+                first = next(first for first, other in self._placed() if other.id == example.id).rsplit(": ", 1)[1]
+                raise UserError(f"{place} repeats the id {example.id!r} of {first}; ids must be unique")
+            seen.add(example.id)
+            yield example
+
+    def _placed(self) -> Iterator[tuple[str, Example]]:
+        """Every usable row, and the words that name its place."""
         if self.path is not None:
             rows: Any = read_rows(data_files(self.path, "dataset.path"), "dataset.path", self._needed())
         else:
             assert self.repository is not None
             rows = fetched_rows(self.repository, "dataset", self._needed())
-        seen: dict[str, str] = {}
         for number, (place, row) in enumerate(rows):
-            example = self.example(row, str(number), place)
-            if example is None:
-                continue
-            if example.id in seen:
-                first = seen[example.id].rsplit(": ", 1)[1]
-                raise UserError(f"{place} repeats the id {example.id!r} of {first}; ids must be unique")
-            seen[example.id] = place
-            yield example
+            if (example := self.example(row, str(number), place)) is not None:
+                yield place, example
 
     def _streamed(self, count: int) -> list[Example]:
         """The first usable rows of the stream, repeated ones left out; their ids are digests of their words."""

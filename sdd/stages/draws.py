@@ -24,7 +24,7 @@ from sdd.errors import UserError
 from sdd.stages.datasets import read_examples
 from sdd.stages.runtime import Runtime
 from sdd.store import Recipe
-from sdd.store.files import read_jsonl
+from sdd.store.files import Lines, read_jsonl
 
 if TYPE_CHECKING:
     from sdd.finetuning.module import TrainingRow
@@ -60,13 +60,17 @@ def check_domains(finetune: Mapping[str, Any], examples: list[Example]) -> None:
 
 
 def drawn(
-    settings: dict[str, Any], seed: int, rows: list[dict[str, Any]], damaged: Path | None, domains: Mapping[str, str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    settings: dict[str, Any], seed: int, lines: Lines, damaged: Path | None, domains: Mapping[str, str]
+) -> tuple[list[dict[str, Any]] | Lines, list[dict[str, Any]] | Lines]:
     """(rows to train on, held-out rows), the first in the order of which `num_tokens` is yet to take the first.
 
     The held-out rows are the same whatever is drawn. `damaged` is the artifact of that name, `domains` names the domain
-    of every row.
+    of every row. Rows that nothing but the seed chooses are not read before they are gone through.
     """
+    if damaged is None and settings.get("deduplicate") is None:
+        places = split_rows(range(len(lines)), settings["validation_rows"], settings["num_rows"], seed)
+        return lines.at(places[0]), lines.at(places[1])
+    rows = list(lines)
     pool, held_out = split_rows(rows, settings["validation_rows"], None, seed)
     if settings.get("deduplicate") is not None:
         pool = _deduplicated(rows, pool, held_out, settings)

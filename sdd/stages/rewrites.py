@@ -1,6 +1,7 @@
 """Stage `rewrites`: the teacher's own answers to the rows of a dataset, guided by the reference answers, by none, or by
 the answers of the pruned model."""
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from sdd.config.allowed import build as build_part
 from sdd.config.parts import TARGETS, class_of
+from sdd.data import Example
 from sdd.data.mixture import part_of
 from sdd.errors import UserError
 from sdd.finetuning.modes import REQUESTS
@@ -25,7 +27,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
-from sdd.store.files import read_jsonl, write_jsonl
+from sdd.store.files import Lines, read_jsonl, write_jsonl
 from sdd.study import Study
 from sdd.untrusted import printable
 
@@ -135,5 +137,15 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             else:
                 progress.initial += len(chunk)
             progress.update(len(chunk))
-    made = {row["id"]: row for number in range(len(chunks)) for row in read_jsonl(scratch / f"{number:06d}.jsonl")}
-    write_jsonl(folder / "rewrites.jsonl", (made[row.id] | {"reference": row.reference} for row in rows))
+    _in_order(chunks, rows, scratch, folder / "rewrites.jsonl")
+
+
+def _in_order(chunks: list[list[int]], rows: list[Example], scratch: Path, path: Path) -> None:
+    """Write what all chunks hold in the dataset's order and with its references, and never hold all of it."""
+    files = (scratch / f"{number:06d}.jsonl" for number in range(len(chunks)))
+    write_jsonl(scratch / "chunks.jsonl", (row for file in files for row in read_jsonl(file)))
+    at = array("q", bytes(8 * sum(map(len, chunks))))
+    for line, place in enumerate(place for chunk in chunks for place in chunk):
+        at[place] = line
+    made = zip(Lines(scratch / "chunks.jsonl").at(at), rows, strict=True)
+    write_jsonl(path, (line | {"reference": row.reference} for line, row in made))

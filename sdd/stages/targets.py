@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,15 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     spec = Targets.read(recipe.spec)
     dataset = recipe.inputs["rewrites"].spec["dataset"] if "rewrites" in inputs else spec.dataset
     assert dataset is not None, "targets are made of rewrites or of a dataset"
-    examples = read_examples(runtime, dataset)
+    examples, reasons = read_examples(runtime, dataset), Counter[str]()
+    groups = Counter(e.group for e in examples if e.group is not None)
+    rows: Iterable[dict[str, Any]]
     if "rewrites" in inputs:
+        del examples
         rows = _chosen(spec, inputs["rewrites"])
-        by_reason = Counter(row["reason"] for row in rows)
-        log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in by_reason.most_common()))
     else:
         is_gold = MODES[spec.mode].targets == "gold"
-        rows = [
+        rows = (
             {
                 "id": e.id,
                 "prompt": e.prompt,
@@ -83,21 +84,28 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 "reason": spec.mode,
             }
             for e in examples
-        ]
-    write_jsonl(folder / "train.jsonl", rows)
-    reasons = Counter(row["reason"] for row in rows)
-    groups = Counter(e.group for e in examples if e.group is not None)
-    write_json(folder / "summary.json", {"rows": len(rows), "reasons": dict(reasons), "groups": dict(groups)})
+        )
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            reasons[row["reason"]] += 1
+            yield row
+
+    write_jsonl(folder / "train.jsonl", counted())
+    if "rewrites" in inputs:
+        log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()))
+    facts = {"rows": reasons.total(), "reasons": dict(reasons), "groups": dict(groups)}
+    write_json(folder / "summary.json", facts)
 
 
-def _chosen(spec: Targets, rewrites: Path) -> list[dict[str, Any]]:
-    """Of every row the rewrite, or the reference where that is not good enough."""
+def _chosen(spec: Targets, rewrites: Path) -> Iterable[dict[str, Any]]:
+    """Of every row the rewrite, or the reference where that is not good enough; noise needs all of them at once."""
 
     def selection(row: dict[str, Any]) -> Any:
         return selection_for(spec.rule, spec.leak_phrases, row["id"])
 
-    rows = [
+    rows = (
         choose_target(row, selection(row) if spec.select else None, spec.gold_share or 0.0, keep_rejected=spec.rejected)
         for row in read_jsonl(rewrites / "rewrites.jsonl")
-    ]
-    return with_noise(rows, spec.noise_share, selection) if spec.noise_share else rows
+    )
+    return with_noise(list(rows), spec.noise_share, selection) if spec.noise_share else rows

@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
-from sdd.store.files import read_jsonl, write_json
+from sdd.store.files import Lines, write_json
 from sdd.study import Study
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def _adapted_blocks(sizes: Sizes) -> tuple[int, int]:
 
 def tokenized(
     tokenizer: Any,
-    rows: list[dict[str, Any]],
+    rows: Iterable[dict[str, Any]],
     system_prompt: str | None,
     max_length: int,
     num_tokens: int | None = None,
@@ -332,7 +332,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     settings = spec.finetune
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
     tokenizer = base.tokenizer()
-    rows = [row | {"place": place} for place, row in enumerate(read_jsonl(inputs["targets"] / "train.jsonl"))]
+    rows = Lines(inputs["targets"] / "train.jsonl", placed=True)
     domains = draws.domains_of(runtime, recipe.inputs["targets"]) if settings.get("domains") else {}
     drawn, held_out = draws.drawn(settings, spec.seed, rows, inputs.get("damaged"), domains)
     shown = spec.system_prompt, settings["max_length"]

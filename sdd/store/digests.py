@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 SMALL = 1 << 20
@@ -35,12 +36,15 @@ def remembered_digest(path: Path, memory: Path) -> str:
     return sha256
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under another name in its folder, flush it to disk, then rename it into place."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file under another name in its folder, flush it to disk, then rename it into place.
+
+    Parts of a text are written as they come, and never held together.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
