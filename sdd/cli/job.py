@@ -16,6 +16,7 @@ from sdd.cli.students import composed_before, composed_students
 from sdd.cli.words import command
 from sdd.config import check_values, plain
 from sdd.config.allowed import build as build_part
+from sdd.config.parts import TENSORBOARD
 from sdd.errors import UserError
 from sdd.store import STAGES, Recipe, Store
 from sdd.untrusted import expanded
@@ -158,6 +159,8 @@ class Job:
 
 def check_tracker(logger: Mapping[Any, Any]) -> None:
     """Refuse to begin what would end at the tracker's door."""
+    if logger.get("_target_") == TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("logger=tensorboard needs tensorboard; run: pip install 'sdd[tensorboard]'")
     offline = logger.get("offline") or os.environ.get("WANDB_MODE", "online") != "online"
     if not str(logger.get("_target_")).endswith(".WandbLogger") or offline:
         return

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdd.answers import RULES
+from sdd.config.parts import TENSORBOARD
 from sdd.config.schema import plain
 from sdd.errors import UserError
 from sdd.finetuning.losses import LOSSES
@@ -25,6 +26,7 @@ CHOICES = {
     "finetune.request": tuple(REQUESTS),
     "finetune.precision": ("32", "bf16"),
     "finetune.choose": ("random", "damage"),
+    "finetune.keep": ("last", "best"),
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "pruning.ratio_of": ("all", "mlp"),
@@ -183,6 +185,8 @@ def check_values(config: DictConfig) -> None:
     for key in config.logger:
         if key not in LOGGER_SETTINGS:
             raise UserError(f"logger.{key} is no setting here; choose from {', '.join(LOGGER_SETTINGS[1:])}")
+        if key != "_target_" and config.logger.get("_target_") == TENSORBOARD:
+            raise UserError(f"logger.{key} belongs to logger=wandb; logger=tensorboard has no settings, leave it out")
     if config.fetch and config.dry_run:
         raise UserError("fetch=true and dry_run=true exclude each other: a dry run fetches nothing; keep one")
     pruning = config.pruning

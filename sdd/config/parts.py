@@ -48,7 +48,8 @@ _ENGINES = {
     "sdd.rewriting.OpenAIEngine": "sdd.rewriting.server",
     "sdd.rewriting.VLLMEngine": "sdd.rewriting.vllm",
 }
-_LOGGERS = {"pytorch_lightning.loggers.WandbLogger": "pytorch_lightning.loggers"}
+TENSORBOARD = "pytorch_lightning.loggers.TensorBoardLogger"
+_LOGGERS = dict.fromkeys(("pytorch_lightning.loggers.WandbLogger", TENSORBOARD), "pytorch_lightning.loggers")
 
 SWEEP_END = "sdd.cli.sweep.SweepEnd"
 """What Hydra itself makes at the end of a sweep; in no content key, so that its name may change."""

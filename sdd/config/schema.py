@@ -169,6 +169,7 @@ class Finetune:
     warmup_share: float = described("share of the steps over which the rate rises", 0.05)
     weight_decay: float = described("of AdamW", 0.0)
     clip_norm: float = described("largest norm of the gradients of a step", 1.0)
+    keep: str = described("which student is saved: the last, or the best by its loss on the held-out rows", "last")
 
 
 @dataclass

@@ -143,7 +143,8 @@ class StudentModule(pl.LightningModule):
     another run are not gone on from. In the folder `scratch`, states below the lowest trained block are kept for later
     epochs. `rollouts` put the student's own answers in place of targets, in training and in validation; beside that
     loss, which a student can lower by what its teacher mistakes, the history then has `golden_loss`: cross-entropy on
-    the held-out targets.
+    the held-out targets. With `keep_best`, what was trained is kept as it was at the lowest validation loss, the first
+    of equals.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class StudentModule(pl.LightningModule):
         run: str = "",
         scratch: Path | None = None,
         rollouts: "Rollouts | None" = None,
+        keep_best: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -172,6 +174,8 @@ class StudentModule(pl.LightningModule):
         self.rates: dict[str, float] = {}
         self.frozen: FrozenStates | None = None
         self.began = False
+        self.keep_best = keep_best
+        self.best: dict[str, Any] | None = None
 
     @property
     def causal_lm(self) -> Any:
@@ -254,6 +258,8 @@ class StudentModule(pl.LightningModule):
         if self.rollouts is not None:
             row["golden_loss"] = self._mean_loss(self.validation, loss_sum) if validate else None
             row |= self.rollouts.facts(step - 1)
+        if self.keep_best and validate:
+            self._keep(step, row["validation_loss"])
         self.history.append(row)
         logged = self.rates | {key: float(value) for key, value in row.items() if value is not None and key != "step"}
         if self.trainer.loggers:  # each call took 2 to 5% of a small step
@@ -261,6 +267,21 @@ class StudentModule(pl.LightningModule):
         if self.on_step:
             self.on_step(step, logged)
 
+    def _keep(self, step: int, loss: float) -> None:
+        if loss < (self.best["loss"] if self.best else float("inf")):
+            state = {name: parameter.detach().cpu().clone() for name, parameter in self.trained().items()}
+            self.best = {"step": step, "loss": loss, "state": state}
+
+    @torch.no_grad()
+    def take_best(self) -> int | None:
+        """Make the student what it was at its best; the step, or None where it stays the last."""
+        if self.best is None:
+            return None
+        for name, parameter in self.trained().items():
+            parameter.copy_(self.best["state"][name])
+        return int(self.best["step"])
+
+    @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss per target token of the held-out rows, in nats; the loss is the one that is trained."""
         rows = self.validation
@@ -306,7 +327,7 @@ class StudentModule(pl.LightningModule):
         trained = self.trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint.pop("callbacks", None)  # paths of files that go as new ones come
-        checkpoint |= {"history": self.history, "run": self.run}
+        checkpoint |= {"history": self.history, "run": self.run, "best": self.best}
         if state := self.loss_state():
             checkpoint["loss"] = state
         if self.rollouts is not None:
@@ -315,6 +336,7 @@ class StudentModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.pop("callbacks", None)
         self.history = list(checkpoint["history"])
+        self.best = checkpoint.get("best") if self.keep_best else None
         if state := checkpoint.get("loss"):
             self.loss.restore(state)  # type: ignore[attr-defined]
         if self.rollouts is not None:
@@ -360,6 +382,8 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         fits = module.rollouts is None or module.rollouts.fits(
             checkpoint["rollouts"], step, module.causal_lm.config.vocab_size
         )
+        best = checkpoint.get("best")
+        kept = best and {name: tensor.shape for name, tensor in best["state"].items()}
     except UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors and is not opened; remove it") from None
     except (OSError, MemoryError):  # of the machine, not of the file, which is kept
@@ -371,6 +395,7 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
     expected = {name: parameter.shape for name, parameter in module.trained().items()}
     in_plan = steps == list(range(1, step + 1)) and step <= len(module.plan)
     in_plan = in_plan and remembered == dict.fromkeys(module.loss_state(), True)
+    in_plan = in_plan and kept in (None, expected)
     own_run = (run, shapes) == (module.run, expected) and moments.items() <= dict(enumerate(expected.values())).items()
     return checkpoint if in_plan and own_run and fits else None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.config.allowed import build
+from sdd.config.parts import TENSORBOARD
 
 
 def run_id(addresses: Iterable[str]) -> str:
@@ -15,10 +16,13 @@ def run_id(addresses: Iterable[str]) -> str:
 
 
 def log_report(report: Path, addresses: list[str], logger: dict[str, Any]) -> None:
-    """Log table and figures of a written report with the configured tracker (Weights & Biases)."""
+    """Log table and figures of a written report with the configured tracker."""
+    name = run_id(addresses)
+    if logger["_target_"] == TENSORBOARD:
+        _log_events(report, name, logger)
+        return
     import wandb
 
-    name = run_id(addresses)
     if any((report / "wandb").glob(f"*run-*-{name}")):
         return  # already here, perhaps not yet uploaded
     with (report / "table.csv").open(encoding="utf-8", newline="") as file:
@@ -28,3 +32,15 @@ def log_report(report: Path, addresses: list[str], logger: dict[str, Any]) -> No
     figures = {path.stem: wandb.Image(str(path)) for path in sorted(report.glob("*.png"))}
     tracker.experiment.log({"table": wandb.Table(columns=columns, data=rows), **figures})
     tracker.experiment.finish()
+
+
+def _log_events(report: Path, name: str, logger: dict[str, Any]) -> None:
+    from matplotlib.image import imread
+
+    if (report / "tensorboard" / name).exists():
+        return
+    tracker = build(logger, save_dir=str(report), name="tensorboard", version=name)
+    tracker.experiment.add_text("table", (report / "table.md").read_text(encoding="utf-8"))
+    for path in sorted(report.glob("*.png")):
+        tracker.experiment.add_image(path.stem, imread(path), dataformats="HWC")
+    tracker.finalize("success")

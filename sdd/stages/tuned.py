@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sdd.config import plain
 from sdd.config.allowed import build as build_part
+from sdd.config.parts import TENSORBOARD
 from sdd.data import Example
 from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, linear_layers, save_student
@@ -75,6 +76,10 @@ def recipe(study: Study) -> Recipe:
     for key in (*of_targets, "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS, *CACHE):
         settings.pop(key)
     settings = draws.key_of(settings)
+    if settings["keep"] == "last":
+        settings.pop("keep")
+    elif not study.validation_rows:
+        raise UserError("finetune.keep=best needs held-out rows; raise finetune.validation_rows, or keep the last")
     adapter = _adapter_spec(study)
     inputs, cut = {"targets": targets.recipe(study)}, pruned.recipe(study)
     if asked := draws.needs_damage(settings):
@@ -365,7 +370,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if cache := getattr(loss, "cache", None):
         _check_places(cache, [*training, *validation])
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
-    history = _fit(student, tokenizer, loss, training, validation, recipe, runtime, folder / SCRATCH)
+    history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, folder / SCRATCH)
     if ranks.rank() > 0:
         return
     save_student(student, folder, base, base_name)
@@ -383,6 +388,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             "target_tokens": sum(len(row.ids) - row.prompt_length for row in training),
             "validation": len(validation),
             "validation_over_max_length": held_out_too_long,
+            **({} if kept is None else {"kept_step": kept}),
         },
     )
 
@@ -477,7 +483,8 @@ def _fit(
     recipe: Recipe,
     runtime: Runtime,
     scratch: Path,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int | None]:
+    """The history, and the step whose student is kept where that is the best."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -531,6 +538,7 @@ def _fit(
                 settings["max_length"],
                 runtime,
             ),
+            keep_best=settings.get("keep") == "best",
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)
@@ -565,7 +573,7 @@ def _fit(
             ) from None
     _finish_logger(trainer.logger)
     assert len(module.history) == len(plan), f"{len(module.history)} steps recorded of {len(plan)}"
-    return module.history
+    return module.history, module.take_best()
 
 
 def _logger(recipe: Recipe, runtime: Runtime) -> Any:
@@ -576,7 +584,14 @@ def _logger(recipe: Recipe, runtime: Runtime) -> Any:
     mode = recipe.inputs["targets"].spec["mode"]
     name = f"{mode}-{recipe.labels.get('dataset', '')}-{recipe.spec['seed']}"
     config = {"stage": recipe.stage, "address": recipe.address, "spec": recipe.spec}
-    return build_part(runtime.logger, id=recipe.address, name=name, save_dir=str(runtime.run_folder), config=config)
+    folder = str(runtime.run_folder)
+    if runtime.logger["_target_"] == TENSORBOARD:
+        tracker = build_part(runtime.logger, save_dir=folder, name="tensorboard", version=recipe.address)
+        tracker.experiment.add_text(
+            "recipe", f"    {json.dumps({'name': name, **config}, indent=1)}".replace("\n", "\n    ")
+        )
+        return tracker
+    return build_part(runtime.logger, id=recipe.address, name=name, save_dir=folder, config=config)
 
 
 def _finish_logger(logger: Any) -> None:

@@ -172,6 +172,7 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.warmup_share", 0.5, {"tuned"}, [], {}),
     ("finetune.weight_decay", 0.1, {"tuned"}, [], {}),
     ("finetune.clip_norm", 0.5, {"tuned"}, [], {}),
+    ("finetune.keep", "best", {"tuned"}, [], {}),
     ("adapter.rank", 3, {"tuned"}, [], {}),
     ("adapter.alpha", 3, {"tuned"}, [], {}),
     ("adapter.dropout", 0.1, {"tuned"}, [], {}),
@@ -315,7 +316,9 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
     assert settings == accounted
 
 
-@pytest.mark.parametrize("groups", [["trainer=gpu"], ["logger=wandb"], ["logger=wandb", "logger.project=other"]])
+@pytest.mark.parametrize(
+    "groups", [["trainer=gpu"], ["logger=wandb"], ["logger=tensorboard"], ["logger=wandb", "logger.project=other"]]
+)
 def test_option_is_not_in_the_key(groups: list[str], addresses: Addresses) -> None:
     assert addresses() == addresses(*groups)
 

@@ -1,5 +1,6 @@
 """Weights & Biases offline, for real; and what artifacts must not say: secrets and places on this machine."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -137,6 +138,21 @@ def test_remembered_digests_hold_no_place(tmp_path: Path, monkeypatch: pytest.Mo
 def test_secrets_are_in_no_file_of_the_run_either(tracked: Path) -> None:
     text = spoken(tracked / "outputs")
     assert not [value for value in SECRETS.values() if value in text]
+
+
+def test_tensorboard_where_it_is_and_where_it_is_not(small: list[str], tracked: Path, tmp_path: Path) -> None:
+    """Its package comes with an extra; where it is not installed, only the line can be looked at."""
+    for stage in ("scores", "pruned", "targets"):
+        shutil.copytree(tracked / "artifacts" / stage, tmp_path / "artifacts" / stage)
+    outcome = run("train", *small, "finetune=sft", "logger=tensorboard", cwd=tmp_path)
+    if importlib.util.find_spec("tensorboard") is None:
+        assert (outcome.code, outcome.built) == (2, [])
+        assert outcome.errors == ["error: logger=tensorboard needs tensorboard; run: pip install 'sdd[tensorboard]'"]
+        return
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    assert events.parent == next((tmp_path / "outputs").rglob("tensorboard")) / outcome.path.name
+    name = f"tuned/{outcome.path.name}"
+    assert artifacts_of(tmp_path / "artifacts")[name]["files"] == artifacts_of(tracked / "artifacts")[name]["files"]
 
 
 def test_a_sweep_tracks_its_report_once(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,13 @@ BAD = {
     "added group": ("train", ["+adapters.rank=3"], "adapters is not a setting"),
     "unknown setting of a part": ("prune", ["+metric.colour=red"], "colour"),
     "unknown setting of the logger": ("train", ["logger=wandb", "+logger.settings={base_url: x}"], "logger.settings"),
+    "setting of another logger": (
+        "train",
+        ["logger=tensorboard", "+logger.project=x"],
+        "logger.project belongs to logger=wandb",
+    ),
+    "kept by nothing": ("train", ["finetune.keep=best", *FEW], "finetune.keep=best needs held-out rows"),
+    "kept": ("train", ["finetune.keep=first"], "finetune.keep=first is unknown; choose one of last, best"),
     "template": ("generate", ["dataset.template=hello"], "dataset.template lacks {prompt}"),
     "answer rule": ("generate", ["dataset.answer_rule=last"], "dataset.answer_rule=last is unknown"),
     "family": ("generate", ["dataset.families=[chess]"], "unknown family 'chess'"),

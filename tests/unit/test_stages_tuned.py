@@ -243,6 +243,38 @@ def test_what_the_student_wrote_for_steps_to_come_outlives_a_kill(
     assert rows[-1]["golden_loss"] != rows[-1]["validation_loss"]
 
 
+def test_the_best_student_is_kept_and_is_the_same_after_a_kill(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate that is too high, the student is worse in the end than it was before; killed after its best."""
+    asked, record = recipe(keep="best", learning_rate=0.2, warmup_share=0.9), StudentModule._record
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    dies = [5]
+
+    def noting(self: StudentModule, step: int, loss: float, rate: float) -> None:
+        if [step] == dies:
+            raise KeyboardInterrupt
+        record(self, step, loss, rate)
+        seen[step] = {name: p.detach().clone() for name, p in self.trained().items()}
+
+    monkeypatch.setattr(StudentModule, "_record", noting)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        tune(tmp_path / "broken", inputs, asked)
+    dies.clear()
+    resumed, whole = (tune(tmp_path / name, inputs, asked) for name in ("broken", "whole"))
+    with (tmp_path / "whole" / "history.csv").open(newline="") as file:
+        losses = {int(row["step"]): float(row["validation_loss"]) for row in csv.DictReader(file)}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 5 < STEPS, losses
+    assert json.loads((tmp_path / "whole" / "rows.json").read_text())["kept_step"] == best
+    for name, tensor in seen[best].items():
+        assert torch.equal(tensor, whole[name.removeprefix("student.").replace(".default", "")])
+    assert not torch.equal(seen[best][name], seen[STEPS][name])
+    assert same(resumed, whole)
+    for name in ("history.csv", "rows.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_states_of_frozen_blocks_are_kept_for_a_second_epoch_and_change_no_bit(
     epochs: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
