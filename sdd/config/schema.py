@@ -72,7 +72,7 @@ class Pruning:
     start: int | None = described("the first removed block of a span, instead of where the metric says", None)
     blocks: list[int] | None = described("the removed blocks, instead of where the metric says", None)
     after: list[str] | None = described(
-        "overrides over the rest of this config, for a student that is made first and then cut further", None
+        "overrides, composed over the rest of this config, for a student that is made and then cut further", None
     )
     ratio: float | None = described("share of the parameters removed as MLP channels, instead of blocks or after", None)
     ratio_of: str = described("the parameters of which `ratio` is a share: all, or those of the MLPs", "all")
@@ -157,12 +157,14 @@ class Finetune:
     num_tokens: int | None = described("target tokens trained on at most, instead of num_rows", None)
     choose: str = described("which rows are taken: random ones, or those that the cut did most damage to", "random")
     choose_temperature: float = described(
-        "of the draw by damage, in its standard deviations; 0 takes the largest, alike for every seed", 0.5
+        "of the draw by damage, in its standard deviations; 0 takes the largest, the same for every seed",
+        0.5,
     )
     weights: str | None = described("damage: a row's loss counts in proportion to what the cut took from it", None)
     domains: str | None = described("damage: what the cut harmed more has a larger share of the target tokens", None)
     deduplicate: float | None = described(
-        "similarity by word 5-grams from which a row is left out for an earlier one; 1: the same words", None
+        "likeness by word 5-grams at which a row is left out for an earlier or held-out one; 1: same words",
+        None,
     )
     validation_rows: int = described("rows held out before num_rows are drawn, at most a fifth of all", 100)
     precision: str = described("of the weights in training: 32 bits, or bf16 under mixed precision", "32")

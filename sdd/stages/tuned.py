@@ -33,7 +33,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
-from sdd.store.files import Lines, write_json
+from sdd.store.files import Lines, read_facts, write_json
 from sdd.study import Study
 
 log = logging.getLogger(__name__)
@@ -239,6 +239,9 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     teacher = _teacher(sizes, spec)
     settings = cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher
     needed = estimates.tuned(*settings, epochs=1 if rolled.writes(sizes) else finetune.epochs)
+    if teacher and "hidden_states" in _weights(spec.distillation or {"loss": PLAIN}):
+        states = sizes.kept * min(micro, finetune.batch_size * length) * teacher.width * teacher.shape.hidden
+        needed = replace(needed, memory=needed.memory + states)
     return rolled.with_writing(sizes, needed, cost_model, rows, VALIDATIONS)
 
 
@@ -428,7 +431,7 @@ def _kept(model: Any, pruned: Path | None) -> list[int]:
     """The unpruned model's block that each block of the student was."""
     if pruned is None:
         return list(range(len(checkpoints.blocks(model))))
-    return list(json.loads((pruned / "pruning.json").read_text())["kept_blocks"])
+    return list(read_facts(pruned / "pruning.json", {"kept_blocks": [int]})["kept_blocks"])
 
 
 def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[int] | None:

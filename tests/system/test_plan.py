@@ -150,6 +150,8 @@ def test_a_teacher_beside_the_student_is_opened_held_and_run_forward(checkpoint:
     logits = 2 * 256 * 128_256 * 2 * 2  # of a chunk, the student's in either
     assert taught.memory - alone.memory == pytest.approx(2 * 8_030_261_248 + 4096 * 2 * 4096 + logits)
     assert taught.disk == alone.disk
+    compared = tuned(tmp_path, "finetune=hidden_states")
+    assert compared.memory - taught.memory == pytest.approx(26 * 4096 * 2 * 4096), "the teacher's states of every block"
     other = tuned(tmp_path, "finetune=logit_distill", f"teacher.path={checkpoint}")
     logits = 2 * 256 * json.loads((checkpoint / "config.json").read_text())["vocab_size"] * 2 * 2
     assert other.memory - alone.memory == pytest.approx(2 * 55_584 + 4096 * 2 * 32 + logits), "a smaller teacher"
