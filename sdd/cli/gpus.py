@@ -1,4 +1,4 @@
-"""One GPU a process: the workers of a sweep, or several shells on one machine, each see one that no other uses."""
+"""A job's own GPUs: the workers of a sweep, or several shells on one machine, each see those that no other uses."""
 
 import getpass
 import logging
@@ -8,33 +8,44 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sdd.errors import UserError
+
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_claims: list[FileLock] = []
-"""What this process holds, until it ends."""
+_claims: dict[str, FileLock] = {}
+"""The GPUs that this process holds, until it ends."""
 
 
-def claim_gpu() -> None:
-    """Leave one of the visible GPUs visible to this process. Call it before anything asks CUDA.
+def claim_gpus(devices: int) -> None:
+    """Leave so many of the visible GPUs visible to this process. Call it before anything asks CUDA.
 
-    Where other processes of this project hold them all, one is shared.
+    Where other processes of this project hold too many of them, some are shared.
     """
     names = _visible()
-    if len(names) < 2 or _claims:
+    if 0 < len(names) < devices:
+        raise UserError(f"trainer.devices={devices}, but {len(names)} GPUs are visible here; ask for at most as many")
+    if len(names) < 2 or len(_claims) >= devices:
         return
     for name in names:
+        if len(_claims) == devices:
+            break
         claim = FileLock(Path(tempfile.gettempdir()) / f"sdd-{getpass.getuser()}-gpu-{name}.lock")
         try:
             claim.acquire(timeout=0)
         except Timeout:
             continue
-        _claims.append(claim)
-        os.environ[VISIBLE] = name
-        log.info("GPU %s of %s", name, ", ".join(names))
-        return
-    os.environ[VISIBLE] = names[os.getpid() % len(names)]
-    log.warning("all GPUs (%s) are in use by other runs; this one shares GPU %s", ", ".join(names), os.environ[VISIBLE])
+        _claims[name] = claim
+    chosen, free = list(_claims), [name for name in names if name not in _claims]
+    if missing := devices - len(chosen):
+        start = os.getpid() % len(free)
+        chosen += [*free[start:], *free[:start]][:missing]
+        log.warning(
+            "GPUs of %s are in use by other runs; this one shares some: %s", ", ".join(names), ", ".join(chosen)
+        )
+    else:
+        log.info("GPU %s of %s", ", ".join(chosen), ", ".join(names))
+    os.environ[VISIBLE] = ",".join(chosen)
 
 
 def _visible() -> list[str]:

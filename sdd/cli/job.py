@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sdd.cli.gpus import claim_gpu
+from sdd.cli.gpus import claim_gpus
 from sdd.cli.students import composed_before, composed_students
 from sdd.cli.words import command
 from sdd.config import check_values, plain
@@ -184,7 +184,7 @@ def _check_machine(trainer: DictConfig) -> None:
     if trainer.accelerator == "gpu":
         import torch
 
-        claim_gpu()
+        claim_gpus(trainer.devices)
 
         if not torch.cuda.is_available():
             raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")

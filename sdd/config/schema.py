@@ -252,7 +252,7 @@ class Trainer:
     """Where training and inference run; never part of a result."""
 
     accelerator: str = described("cpu or gpu", "cpu")
-    devices: int = described("devices that a job fine-tunes on, each with the whole student", 1)
+    devices: int = described("devices that share a job's passes and training, each with the whole model", 1)
     threads: int | None = described("CPU threads; null leaves it to PyTorch", None)
     micro_batch_tokens: int = described("padded tokens of a training pass at most", 4096)
     inference_batch_size: int = described("rows of a pass without gradients", 32)

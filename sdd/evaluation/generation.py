@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdd.forward import ranks
 from sdd.forward.batches import padded
 from sdd.forward.decoding import Ending, decode, keeps_all
 
@@ -26,7 +27,13 @@ class FullBatches:
 
     def generate_until(self: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
         if not (keeps_all(self.model) and all(is_greedy(request.args[1]) for request in requests)):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            if not all(is_greedy(request.args[1]) for request in requests):  # draws follow each other: all make all
+                return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            own = ranks.own(list(enumerate(requests)))
+            asked = [request for _, request in own]
+            answers = super().generate_until(asked, disable_tqdm=disable_tqdm) if asked else []  # type: ignore[misc]
+            whole = ranks.merged({index: answer for (index, _), answer in zip(own, answers, strict=True)})
+            return [whole[index] for index in range(len(requests))]
         self.places = self.batch_size_per_gpu
         self.batch_size_per_gpu = max(1, len(requests))  # lm-eval hands over all prompts at once
         try:

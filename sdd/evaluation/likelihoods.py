@@ -17,12 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from sdd.evaluation.prefixes import Node, prefix_tree
+from sdd.forward import ranks
 from sdd.forward.batches import padded
 
 MOST_TOKENS = 2048
 """Tokens of a pass, unless one row has more; more in a pass make none faster."""
 MOST_PADDING = 64
 """Tokens of padding in a pass: to begin another one takes about as long."""
+SUBTREES = 4
+"""So many for each rank are shared out whole; where there are fewer, what is below them is."""
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary frequencies that change with a row's length, and with them the keys of its beginning."""
 
@@ -64,10 +67,12 @@ class SharedPrefixes:
         rows = [whole[-self.max_length :] for whole in wholes]
         longest = max(map(len, rows), default=0)
         if not rows or self.backend != "causal" or not keeps_prefixes(self.model, longest):
+            own = ranks.own(list(enumerate(requests)))
             inherited: list[tuple[float, bool]] = super()._loglikelihood_tokens(  # type: ignore[misc]
-                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+                [request for _, request in own], disable_tqdm=disable_tqdm, override_bs=override_bs
             )
-            return inherited
+            whole = ranks.merged({index: answer for (index, _), answer in zip(own, inherited, strict=True)})
+            return [(value, as_greedy) for value, as_greedy in (whole[index] for index in range(len(requests)))]
         for _, context, continuation in requests:
             assert context, "a context has at least one token"
             assert len(continuation) <= self.max_length, f"{len(continuation)} tokens of a continuation"
@@ -98,7 +103,11 @@ def _warn_of_cuts(rows: set[tuple[int, ...]], max_length: int) -> None:
 
 
 class _Walk:
-    """One walk through a tree: the log-likelihood of every target, and whether it is the most likely token."""
+    """One walk through a tree: the log-likelihood of every target, and whether it is the most likely token.
+
+    Several ranks share its passes: where there are enough subtrees, each takes its own of them; what is above them, all
+    compute.
+    """
 
     def __init__(self, model: Any, targets: list[int], softmax_dtype: Any) -> None:
         import torch
@@ -114,23 +123,33 @@ class _Walk:
 
         self.capacity, self.progress = capacity, progress
         with torch.no_grad():
-            self._visit([(0, node) for node in roots], None)
-        order, values, greedy = (torch.cat(parts).cpu() for parts in zip(*self._measured, strict=True))
-        places = order.argsort()
-        return values[places], greedy[places]
+            self._visit([(0, node) for node in roots], None, ranks.is_rank())
+        if not ranks.is_rank():
+            order, values, greedy = (torch.cat(parts).cpu() for parts in zip(*self._measured, strict=True))
+            places = order.argsort()
+            return values[places], greedy[places]
+        own = (part for parts in self._measured for part in zip(*(one.tolist() for one in parts), strict=True))
+        whole = ranks.merged({number: pair for number, *pair in own})
+        pairs = [whole[number] for number in range(len(whole))]
+        dtype = self.softmax_dtype or self.model.dtype
+        return torch.tensor([value for value, _ in pairs], dtype=dtype), torch.tensor([one for _, one in pairs])
 
-    def _visit(self, nodes: list[tuple[int, Node]], cache: Any) -> None:
-        """Nodes with the rows of `cache` that they go on from; those with others after them in batches of a length."""
+    def _visit(self, nodes: list[tuple[int, Node]], cache: Any, split: bool) -> None:
+        """Nodes with the rows of `cache` that they go on from; those with others after them in batches of a length.
+
+        `split`: the ranks are still to part ways.
+        """
         inner: dict[int, list[tuple[int, Node]]] = {}
         for row, node in nodes:
             inner.setdefault(len(node.tokens) if node.children else 0, []).append((row, node))
         leaves = inner.pop(0, [])
-        for alike in inner.values():
-            for batch in self._batches(alike):
-                grown = self._pass(batch, cache, True)
-                below = [(row, child) for row, (_, node) in enumerate(batch) for child in node.children]
-                self._visit(below, grown)
-        for batch in self._batches(leaves):
+        subtrees = [batch for alike in inner.values() for batch in self._batches(alike)]
+        here = split and len(subtrees) >= SUBTREES * ranks.number()
+        for batch in ranks.own(subtrees) if here else subtrees:
+            grown = self._pass(batch, cache, True)
+            below = [(row, child) for row, (_, node) in enumerate(batch) for child in node.children]
+            self._visit(below, grown, split and not here)
+        for batch in ranks.own(self._batches(leaves)) if split else self._batches(leaves):
             self._pass(batch, cache, False)
 
     def _batches(self, nodes: list[tuple[int, Node]]) -> list[list[tuple[int, Node]]]:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from sdd.errors import UserError
-from sdd.finetuning import ranks
 from sdd.finetuning.adapters import causal_lm
 from sdd.finetuning.modes import VALIDATIONS
 from sdd.finetuning.prefix import FrozenStates, frozen_states
-from sdd.forward import chunks
+from sdd.forward import chunks, ranks
 from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
 from sdd.models.checkpoints import decoder, head_logits
@@ -136,6 +136,13 @@ class Remembering(Protocol):
     def restore(self, state: dict[str, float]) -> None: ...
 
 
+class SummedGradients(DDPStrategy):
+    """Lightning's DDP around a module that sums its own gradients, once a step and not at every micro-batch."""
+
+    def configure_ddp(self) -> None:
+        """The module stays bare: the wrapper would average after every backward pass."""
+
+
 class StudentModule(pl.LightningModule):
     """Trains what requires a gradient in `student` on `rows` in the order of `plan`; validates on `validation`.
 
@@ -215,7 +222,7 @@ class StudentModule(pl.LightningModule):
         rows, started = self._step_rows(step), time.perf_counter()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens, total = self.count(rows), 0.0
-        for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
+        for micro in ranks.own(micro_batches(rows, self.micro_batch_tokens)):
             summed, _ = self._loss_of(micro, self.loss)
             self.manual_backward(summed / max(tokens, 1))
             total += float(summed.detach())
@@ -239,10 +246,6 @@ class StudentModule(pl.LightningModule):
         if self.rollouts is not None:
             return self.rollouts.step_rows(self.causal_lm, step)
         return [self.rows[index] for index in self.plan[step]]
-
-    def _own(self, batches: list[list[TrainingRow]]) -> list[list[TrainingRow]]:
-        """This rank's share."""
-        return batches[self.trainer.global_rank :: self.trainer.world_size]
 
     def _loss_of(self, rows: Sequence[TrainingRow], loss: Callable[..., tuple[Tensor, int]]) -> tuple[Tensor, int]:
         frozen = self.frozen.standing_in([row.ids for row in rows], self.device) if self.frozen else nullcontext()
@@ -293,7 +296,7 @@ class StudentModule(pl.LightningModule):
     def _mean_loss(self, rows: Sequence[TrainingRow], loss_of: Callable[..., tuple[Tensor, int]]) -> float:
         self.student.eval()
         total, tokens = 0.0, 0.0
-        for micro in self._own(micro_batches(rows, self.micro_batch_tokens)):
+        for micro in ranks.own(micro_batches(rows, self.micro_batch_tokens)):
             loss, count = self._loss_of(micro, loss_of)
             total, tokens = total + float(loss), tokens + count
         if self.trainer.world_size > 1:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sdd.finetuning import ranks
 from sdd.finetuning.modes import GROWN
 from sdd.finetuning.module import TrainingRow
+from sdd.forward import ranks
 from sdd.forward.decoding import Ending
 
 PERIOD, REPEATS, LOOP = 64, 4, 16
@@ -177,25 +177,23 @@ class Rollouts:
         return min(longest, self.max_length - row.prompt_length)
 
     def _answers(self, model: Any, rows: Sequence[TrainingRow], names: Sequence[str], longest: int) -> list[list[int]]:
-        """The student's answers in the order of the rows; each of several ranks writes its share."""
+        """The student's answers in the order of the rows, as `sample` shares them among ranks."""
         if not rows:
             return []
-        own = range(ranks.rank(), len(rows), ranks.number())
-        prompts, own_names = [_prompt(rows[index]) for index in own], [names[index] for index in own]
-        limits = [self._limit(rows[index], longest) for index in own]
+        limits = [self._limit(row, longest) for row in rows]
         answers: dict[int, list[int]] = {}
         shown = {"desc": "rollouts", "unit": "row", "leave": False, "delay": 5, "disable": ranks.rank() > 0}
         training, started = model.training, time.perf_counter()
         model.eval()
         try:
-            samples = self.sample(model, prompts, own_names, max(limits, default=0), loop_ends)
-            for index, tokens in tqdm(samples, total=len(own), **shown):
-                answers[own[index]] = tokens[: limits[index]]
+            samples = self.sample(model, [_prompt(row) for row in rows], names, max(limits), loop_ends)
+            for index, tokens in tqdm(samples, total=len(rows), **shown):
+                answers[index] = tokens[: limits[index]]
         finally:
             model.train(training)
             torch.clear_autocast_cache()  # holds weights as they were cast without gradients
         self.rate = sum(map(len, answers.values())) / (time.perf_counter() - started)
-        return ranks.gathered(answers, len(rows), model.device)
+        return [answers[index] for index in range(len(rows))]
 
 
 def _prompt(row: TrainingRow) -> list[int]:

@@ -16,6 +16,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
+from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.teacher_forcing import MAX_TOKENS
 from sdd.models import checkpoints
@@ -68,12 +69,30 @@ def decode(
     choose: Choose = most_likely,
     ending: Ending | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(index of a prompt, its new tokens), as the rows end: with a token of `stops`, by `ending`, or at the limit."""
-    if not prompts:
+    """(index of a prompt, its new tokens), as the rows end: with a token of `stops`, by `ending`, or at the limit.
+
+    Of several ranks, each answers its share of the prompts, and all have all answers after the last one.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    answers = _decoded(model, prompts, ranks.own(order), max_new_tokens, frozenset(stops), batch_size, choose, ending)
+    yield from ranks.merged(dict(answers)).items() if ranks.is_rank() else answers
+
+
+def _decoded(
+    model: Any,
+    prompts: Sequence[list[int]],
+    order: Sequence[int],
+    max_new_tokens: int,
+    stops: Collection[int],
+    batch_size: int,
+    choose: Choose,
+    ending: Ending | None,
+) -> Iterator[tuple[int, list[int]]]:
+    """The same for the prompts that are named, in that order."""
+    if not order:
         return
-    stops, longest = frozenset(stops), max(map(len, prompts))
-    waiting = deque(sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index)))
-    batch = _Batch(model, min(batch_size, len(prompts)), longest + max_new_tokens, _shared(prompts))
+    longest, waiting = len(prompts[order[0]]), deque(order)
+    batch = _Batch(model, min(batch_size, len(order)), longest + max_new_tokens, _shared(prompts))
     rows: list[_Row] = []
     while waiting or rows:
         free = batch_size - len(rows)

@@ -1,7 +1,7 @@
 """Sums over batches of rows, written down as they grow, so that a pass that was killed goes on where it stood.
 
-They are added in the order of the batches, in float64: a pass that went on ends with the bytes of one that was not
-killed. Knows nothing of what is added up.
+They are added in the order of the batches, in float64: a pass that went on, or that several ranks shared, ends with the
+bytes of one process that was not killed. Knows nothing of what is added up.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdd.forward import ranks
 from sdd.store import digest_of
 
 if TYPE_CHECKING:
@@ -35,16 +36,27 @@ def over(
     """
     asked = digest_of([what, batches])
     done, total = _read(kept, asked)
-    whole, left = (sum(map(len, some)) for some in (batches, batches[done:]))
+    whole, left = (sum(map(len, some)) for some in (batches, ranks.own(batches[done:])))
     progress.total = progress.total * left // max(1, whole)
     written = time.monotonic()
-    for number, batch in enumerate(batches[done:], done + 1):
-        for name, part in of(batch).items():
-            total[name] = total[name] + part.double().cpu() if name in total else part.double().cpu()
-        if kept and (number == len(batches) or time.monotonic() - written >= EVERY):
-            _write(kept, total, {"of": asked, "batches": str(number)})
+    while done < len(batches):
+        batch = ranks.own(batches[done : done + ranks.number()])
+        for part in _of_all(of(batch[0]) if batch else {}):
+            for name, value in part.items():
+                total[name] = total[name] + value if name in total else value
+        done = min(len(batches), done + ranks.number())
+        if kept and ranks.rank() == 0 and (done == len(batches) or time.monotonic() - written >= EVERY):
+            _write(kept, total, {"of": asked, "batches": str(done)})
             written = time.monotonic()
     return total
+
+
+def _of_all(own: Sums) -> list[Sums]:
+    """What each rank says of its batch, in float64 on the CPU; nothing where it has none."""
+    from safetensors.torch import load, save
+
+    own = {name: part.double().cpu().contiguous() for name, part in own.items()}
+    return list(map(load, ranks.told(save(own)))) if ranks.is_rank() else [own]
 
 
 def _read(path: Path | None, asked: str) -> tuple[int, Sums]:

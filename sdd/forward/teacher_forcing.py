@@ -7,6 +7,7 @@ time, so that a large vocabulary costs no memory. Knows nothing of whose answers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
 from sdd.models import checkpoints
 
@@ -22,13 +23,13 @@ Row = tuple[list[int], list[int]]
 def answer_states(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Any]]:
     """(index of a row, states (N, hidden) that predict its N answer tokens), batched by length, longest first.
 
-    Two models that are shown the same rows yield them in the same order.
+    Two models that are shown the same rows yield them in the same order. Of several ranks, each has its own batches.
     """
     import torch
 
     body, device = checkpoints.decoder(model), model.device
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    for batch in length_batches(lengths, batch_size, MAX_TOKENS):
+    for batch in ranks.own(length_batches(lengths, batch_size, MAX_TOKENS)):
         ids, mask = padded([[*rows[index][0], *rows[index][1]] for index in batch], device)
         with torch.no_grad():
             states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -43,11 +44,11 @@ def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int
     """
     import torch
 
-    values: list[list[float]] = [[] for _ in rows]
+    values: dict[int, list[float]] = {}
     for shown in zip(*(answer_states(model, rows, batch_size) for model in students), strict=True):
         index = shown[0][0]
         assert all(other == index for other, _ in shown), "both models are shown the same row"
-        tokens = torch.tensor(rows[index][1], device=shown[0][1].device)
+        tokens, values[index] = torch.tensor(rows[index][1], device=shown[0][1].device), []
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, start + CHUNK)
             with torch.no_grad():
@@ -56,4 +57,5 @@ def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int
                     for model, (_, states) in zip(students, shown, strict=True)
                 ]
                 values[index] += [float(value) for value in function(tokens[chunk], *logits).tolist()]
-    return values
+    whole = ranks.merged(values)
+    return [whole[index] for index in range(len(rows))]

@@ -92,6 +92,7 @@ class ActivationWidth(TextChannels):
     """What the channels carry: the L2 norm over texts of their mean absolute activation over tokens."""
 
     name = "activation_width"
+    splits = True
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import activation_norms
@@ -103,6 +104,7 @@ class TaylorWidth(TextChannels):
     """Stage 1 of SDMPrune alone: first-order importance under cross-entropy."""
 
     name = "taylor_width"
+    splits = True
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import channel_importance
@@ -118,6 +120,7 @@ class SDM(ChannelCriterion, OfTexts):
     """
 
     name = "sdm"
+    splits = True
 
     def __init__(self, first_cut: float = 0.025, alpha: float | None = None, temperature: float | None = None) -> None:
         self.first_cut, self.alpha, self.temperature = first_cut, alpha, temperature

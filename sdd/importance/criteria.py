@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 class Criterion(ABC):
     """What scores blocks or MLP channels.
 
-    In the folder `scratch` it may keep what it has summed up, to go on from after a kill (`sdd.forward.sums`).
+    In the folder `scratch` it may keep what it has summed up, to go on from after a kill (`sdd.forward.sums`). One that
+    `splits` does nothing with texts but add up, so that several ranks share them.
     """
 
     name: str
     scratch: Path | None = None
+    splits = False
 
     def kept(self, name: str) -> Path | None:
         """A file in the folder, where there is one."""

@@ -105,6 +105,7 @@ class Perplexity(ModelCriterion, OfTexts):
     """Rise of log-perplexity when a block alone is left out, in nats per token: the log of the factor it rises by."""
 
     name = "perplexity"
+    splits = True
 
     def start(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -135,6 +136,7 @@ class _Iterative(ModelCriterion):
     """
 
     unit: str
+    splits = True
 
     def __init__(self, depth: int) -> None:
         self.depth = depth

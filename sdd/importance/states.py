@@ -59,6 +59,7 @@ class Angular(StateCriterion):
     """Angular distance for every block size and start from one pass; keeps last-token states of one batch."""
 
     name = "angular"
+    splits = True
 
     def start(self, num_blocks: int) -> None:
         import torch
@@ -92,6 +93,7 @@ class BlockInfluence(StateCriterion):
     """Block Influence over all real tokens; `contiguous` takes the cheapest window instead of the lowest blocks."""
 
     name = "block_influence"
+    splits = True
 
     def __init__(self, contiguous: bool = False) -> None:
         self.contiguous = contiguous

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.decoding import Choose, Ending, decode, keeps_all, most_likely
 from sdd.models.chats import chat_prompt_ids, stop_ids
@@ -206,13 +207,20 @@ class HFEngine:
     def _generated(
         self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
     ) -> Iterator[tuple[int, list[int]]]:
-        """The same by stock code, in batches by length; behind a row's end comes padding."""
+        """The same by stock code; behind a row's end comes padding."""
+        generated = self._in_batches(requests, rows, stops)
+        yield from ranks.merged(dict(generated)).items() if ranks.is_rank() else generated
+
+    def _in_batches(
+        self, requests: Sequence[Request], rows: Sequence[list[int]], stops: list[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """In batches by length, each rank its own."""
         import torch
         from transformers import LogitsProcessorList
 
         assert self.batch_size is not None, "open() comes first"
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        for batch in length_batches([len(row) for row in rows], self.batch_size, max_tokens=1 << 30):
+        for batch in ranks.own(length_batches([len(row) for row in rows], self.batch_size, max_tokens=1 << 30)):
             ids, mask = padded([rows[index] for index in batch], self.model.device, left=pad)
             processors = LogitsProcessorList()
             if self.temperature > 0:

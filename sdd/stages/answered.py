@@ -11,6 +11,7 @@ from tqdm import tqdm
 from sdd.config.allowed import build as build_part
 from sdd.data.draws import split_rows
 from sdd.errors import UserError
+from sdd.forward import ranks
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
 from sdd.models.chats import chat_prompt_ids
@@ -19,6 +20,7 @@ from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import HFEngine, Request, chunk_rows
 from sdd.stages.datasets import is_chunk, read_examples
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import open_student, trained_prompts
@@ -108,6 +110,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`answers.jsonl`: {"id", "prompt", "text", "finish", "tokens"} a held-out row; finished chunks survive a kill."""
+    if shared(build, runtime, recipe, inputs, folder):
+        return
     spec = Answered.read(recipe.spec)
     rows = read_examples(runtime, spec.dataset)
     if spec.held_out:
@@ -115,7 +119,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     engine = HFEngine(max_new_tokens=spec.max_new_tokens, max_prompt_tokens=spec.max_prompt_tokens)
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
-    opened, size = False, chunk_rows(runtime.inference_batch_size)
+    opened, size = False, chunk_rows(runtime.inference_batch_size * ranks.number())
     paths = []
     for start in tqdm(range(0, len(rows), size), desc="answers", unit="chunk"):
         chunk = rows[start : start + size]
@@ -128,6 +132,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             engine.take(model, base.tokenizer(), spec.system_prompt, runtime.inference_batch_size)
             opened = True
         answers = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
+        if ranks.rank() > 0:
+            continue
         write_jsonl(
             paths[-1],
             (
@@ -141,6 +147,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 for row in chunk
             ),
         )
+    if ranks.rank() > 0:
+        return
     write_jsonl(folder / "answers.jsonl", (row for path in paths for row in read_jsonl(path)))
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from sdd.analysis import costs, speculative
 from sdd.analysis.speculative import Generated, Passes
+from sdd.forward import ranks
 from sdd.models.chats import stop_ids
 from sdd.planning.estimates import Estimate
 from sdd.stages import answered
 from sdd.stages.answered import Answered, shown
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import TIMINGS, Recipe
@@ -68,9 +70,13 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`drafted.json`, `prompts.jsonl` from which it can be recomputed, and `timings.json`."""
+    if shared(build, runtime, recipe, inputs, folder):
+        return
     spec, given, batch = Drafted.read(recipe.spec), shown(runtime, recipe, inputs), runtime.inference_batch_size
     matches = speculative.greedy_matches(given.student, given.rows, batch)
     sampled = speculative.sampling_acceptance(given.teacher, given.student, given.rows, batch, spec.temperature)
+    if ranks.rank() > 0:
+        return
     records = [
         record_of(answer, row, spec.draft_lengths) | {"sampling_acceptance": fmean(accepted)}
         for answer, row, accepted in zip(given.answers, matches, sampled, strict=True)

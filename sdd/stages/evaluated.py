@@ -21,10 +21,12 @@ from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
 from sdd.evaluation.suites import SUITES
 from sdd.evaluation.tiny import KINDS, suite_tasks
+from sdd.forward import ranks
 from sdd.models.checkpoints import Checkpoint
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import checkpoint_of, open_student, stock_checkpoint
@@ -234,13 +236,18 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`samples/<task>.jsonl` and `results.json`, every value of which can be recomputed from the samples."""
+    spec = read_spec(recipe)
+    if spec.backend is None and shared(build, runtime, recipe, inputs, folder):
+        return
     scratch = folder / SCRATCH
     scratch.mkdir(exist_ok=True)
-    spec = read_spec(recipe)
     if isinstance(spec, Embedded):
-        results, records = _embedded(runtime, spec, inputs, scratch)
+        outcome = _embedded(runtime, spec, inputs, scratch)
     else:
-        results, records = _stock(runtime, spec, inputs, scratch)
+        outcome = _stock(runtime, spec, inputs, scratch)
+    if ranks.rank() > 0:
+        return
+    results, records = outcome()
     (folder / "samples").mkdir(exist_ok=True)
     for name, rows in records.items():
         write_jsonl(folder / "samples" / f"{name}.jsonl", rows)
@@ -292,12 +299,15 @@ def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harn
         path = scratch / f"{name}.jsonl"
         if not path.is_file():
             opened = opened or harness()
-            write_jsonl(path, run(opened, name))
+            rows = run(opened, name)
+            if ranks.rank() == 0:
+                write_jsonl(path, rows)
 
 
 def _embedded(
     runtime: Runtime, spec: Embedded, inputs: Mapping[str, Path], scratch: Path
-) -> tuple[dict[str, Any], dict[str, Rows]]:
+) -> Callable[[], tuple[dict[str, Any], dict[str, Rows]]]:
+    """Have the tasks run; what gives results, and records by task, from what they left in `scratch`."""
     from sdd.evaluation.harness import summary
 
     tasks = suite_tasks(spec.suite, list(spec.tasks), spec.split, spec.seed, spec.limit)
@@ -308,16 +318,20 @@ def _embedded(
         lambda harness, name: harness.run(tasks[name]),
         lambda: _harness(runtime, spec, inputs, scratch),
     )
-    records = {name: list(read_jsonl(scratch / f"{name}.jsonl")) for name in tasks}
-    results = {name: summary(tasks[name].kind, rows) for name, rows in records.items()}
-    apart = {name: result for name, result in results.items() if tasks[name].kind == "likelihood"}
-    return {"tasks": {n: r for n, r in results.items() if n not in apart}, "likelihood": apart}, records
+
+    def outcome() -> tuple[dict[str, Any], dict[str, Rows]]:
+        records = {name: list(read_jsonl(scratch / f"{name}.jsonl")) for name in tasks}
+        results = {name: summary(tasks[name].kind, rows) for name, rows in records.items()}
+        apart = {name: result for name, result in results.items() if tasks[name].kind == "likelihood"}
+        return {"tasks": {n: r for n, r in results.items() if n not in apart}, "likelihood": apart}, records
+
+    return outcome
 
 
 def _stock(
     runtime: Runtime, spec: Stock, inputs: Mapping[str, Path], scratch: Path
-) -> tuple[dict[str, Any], dict[str, Rows]]:
-    """lm-eval's tasks. All rows are loaded before the model, so that a missing network or field costs no time."""
+) -> Callable[[], tuple[dict[str, Any], dict[str, Rows]]]:
+    """The same of lm-eval's. All rows are loaded before the model, so that a missing network or field costs no time."""
     benchmark = Benchmark(spec.suite, spec.asked, spec.num_fewshot)
     _check_digests(spec, benchmark.digests())
     files = None
@@ -339,12 +353,16 @@ def _stock(
         return [{"values": outcome.values, "counts": outcome.averaged}, *outcome.records]
 
     _each(scratch, names, run, opened)
-    outcomes = {}
-    for name in names:
-        head, *rows = read_jsonl(scratch / f"{name}.jsonl")
-        outcomes[name] = Outcome(head["values"], head["counts"], rows)
-    counted, beside, records = benchmark.results(outcomes)
-    return {"tasks": counted, "beside": beside}, records
+
+    def outcome() -> tuple[dict[str, Any], dict[str, Rows]]:
+        outcomes = {}
+        for name in names:
+            head, *rows = read_jsonl(scratch / f"{name}.jsonl")
+            outcomes[name] = Outcome(head["values"], head["counts"], rows)
+        counted, beside, records = benchmark.results(outcomes)
+        return {"tasks": counted, "beside": beside}, records
+
+    return outcome
 
 
 def _check_digests(spec: Embedded | Stock, digests: dict[str, str]) -> None:

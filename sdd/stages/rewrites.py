@@ -15,15 +15,17 @@ from sdd.data import Example
 from sdd.data.mixture import part_of
 from sdd.errors import UserError
 from sdd.finetuning.modes import REQUESTS
+from sdd.forward import ranks
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
-from sdd.rewriting.engines import Answering, Engine, chunk_rows
+from sdd.rewriting.engines import Answering, Engine, HFEngine, chunk_rows
 from sdd.rewriting.journal import Journal
 from sdd.rewriting.selection import Selection, rewrite_rows
 from sdd.stages import answered, pruned
 from sdd.stages.datasets import for_row, is_chunk, read_examples, selection_for
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
@@ -110,12 +112,14 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         examples = [replace(row, reference=said[row.id]) for row in rows]
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
     engine = _engine(spec.engine["kind"])(**settings)
+    if isinstance(engine, HFEngine) and shared(build, runtime, recipe, inputs, folder):
+        return
     templates = [for_row(spec.template, example.id) for example in examples]
     order = sorted(
         range(len(examples)),
         key=lambda i: (-len(rewrite_prompt(templates[i], examples[i].prompt, examples[i].reference)), i),
     )
-    chunks, size = [], chunk_rows(runtime.place.at_once)
+    chunks, size = [], chunk_rows(runtime.place.at_once * ranks.number())
     for part in spec.dataset.get("parts", [None]):  # rows of one chunk share a template and a selection
         own = [i for i in order if part is None or part_of(examples[i].id) == part]
         chunks += [own[at : at + size] for at in range(0, len(own), size)]
@@ -133,11 +137,14 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
                 kept = scratch / f"{number:06d}.answers.jsonl"
                 answering: Answering = Journal(engine, kept) if engine.asks_alone else engine
-                write_jsonl(path, rewrite_rows(answering, chosen, templates[chunk[0]], selection))
+                rewritten = list(rewrite_rows(answering, chosen, templates[chunk[0]], selection))
+                if ranks.rank() == 0:
+                    write_jsonl(path, rewritten)
             else:
                 progress.initial += len(chunk)
             progress.update(len(chunk))
-    _in_order(chunks, rows, scratch, folder / "rewrites.jsonl")
+    if ranks.rank() == 0:
+        _in_order(chunks, rows, scratch, folder / "rewrites.jsonl")
 
 
 def _in_order(chunks: list[list[int]], rows: list[Example], scratch: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sdd.config import plain
 from sdd.config.allowed import build as build_part
 from sdd.errors import UserError
+from sdd.forward import ranks
 from sdd.forward.bypass import Row, task_row
 from sdd.importance.channels import SDM, TaylorWidth
 from sdd.importance.criteria import (
@@ -34,6 +35,7 @@ from sdd.pruning.width import check_narrowable, sizes_of
 from sdd.stages.datasets import read_examples
 from sdd.stages.figures import channel_curves, heat_map
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.student import to_cut
@@ -240,6 +242,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     `channels.safetensors`. Sums over texts survive a kill."""
     criterion = build_part(recipe.spec["metric"])
     spec = read_spec(recipe, criterion)
+    if criterion.splits and "student" not in inputs and shared(build, runtime, recipe, inputs, folder):
+        return
     criterion.scratch = folder / SCRATCH
     criterion.scratch.mkdir(exist_ok=True)
     if isinstance(criterion, ChannelCriterion):
@@ -266,6 +270,8 @@ def _build_blocks(
             else:
                 assert isinstance(spec, TextScores | RowScores), f"{criterion.name} reads no weights"
                 num_texts = _show(runtime, spec, source, criterion)
+                if ranks.rank() > 0:
+                    return
     scores = {"metric": criterion.name, "num_blocks": blocks, "num_texts": num_texts, **criterion.scores()}
     write_json(folder / "scores.json", scores)
     heat_map(scores, folder / "scores.png")
@@ -336,6 +342,8 @@ def _build_channels(
 
             rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
             importance = _measured(runtime, spec, inputs, source, criterion, rows)
+            if ranks.rank() > 0:
+                return
         else:
             assert isinstance(criterion, WeightChannels), f"{criterion.name} reads no weights"
             importance = criterion.read(source)

@@ -12,10 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from sdd.analysis import shift
+from sdd.forward import ranks
 from sdd.planning.estimates import Estimate
 from sdd.stages import answered, surprisals
 from sdd.stages.answered import Answered, shown
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.stages.surprisals import lengths
@@ -68,9 +70,13 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`prompts.jsonl` ({"id", "tokens", "kl", "own_tokens", "similarity"}) and `shift.json`, surprisals included."""
+    if shared(build, runtime, recipe, inputs, folder):
+        return
     spec, given = Shifted.read(recipe.spec), shown(runtime, recipe, inputs)
     own = {row["id"]: row for row in read_jsonl(inputs["responses"] / "answers.jsonl")}
     kl = shift.token_kl(given.teacher, given.student, given.rows, runtime.inference_batch_size)
+    if ranks.rank() > 0:
+        return
     records = [
         {"id": answer["id"], "tokens": len(values), "kl": fmean(values), "own_tokens": len(own[answer["id"]]["tokens"])}
         for answer, values in zip(given.answers, kl, strict=True)

@@ -9,12 +9,14 @@ from typing import Any
 
 from sdd.analysis import shift
 from sdd.errors import UserError
+from sdd.forward import ranks
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning.estimates import Estimate
 from sdd.stages import targets
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import Recipe
@@ -49,6 +51,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
     """`rows.jsonl` ({"id", "source", "reason"}, tokens and NLL of target and of reference) and `surprisals.json`."""
+    if shared(build, runtime, recipe, inputs, folder):
+        return
     spec = Surprisals.read(recipe.spec)
     source = runtime.checkpoint(spec.model)
     tokenizer = source.tokenizer()
@@ -62,6 +66,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             if len(ids) <= spec.max_length:
                 shown[row["prompt"], text] = ids[:prompt], ids[prompt:]
     nll = dict(zip(shown, shift.token_nll(model, list(shown.values()), runtime.inference_batch_size), strict=True))
+    if ranks.rank() > 0:
+        return
     records = []
     for row in rows:
         texts = {name: nll.get((row["prompt"], row[name])) for name in ("target", "reference")}

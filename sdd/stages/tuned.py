@@ -21,6 +21,7 @@ from sdd.errors import UserError
 from sdd.finetuning.adapters import adapted, beside_cut, causal_lm, linear_layers, save_student
 from sdd.finetuning.losses import LOSSES, PLAIN, SETTINGS
 from sdd.finetuning.modes import MODES, ROLLOUTS, VALIDATIONS
+from sdd.forward import ranks
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
@@ -30,6 +31,7 @@ from sdd.planning.estimates import Estimate, Training
 from sdd.stages import damaged, draws, pruned, rolled, targets, taught
 from sdd.stages.figures import learning_curve
 from sdd.stages.runtime import Runtime
+from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
@@ -329,13 +331,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
 
     With several devices this process waits for those that train, one a device, of which the first writes.
     """
+    if shared(build, runtime, recipe, inputs, folder):
+        return
     import torch
 
-    from sdd.finetuning import ranks
-
-    if runtime.devices > 1 and not ranks.is_rank():
-        ranks.launch(build, (replace(runtime, tasks={}), recipe, dict(inputs), folder), runtime.devices)
-        return
     spec = Tuned.read(recipe.spec)
     settings = spec.finetune
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
@@ -452,7 +451,6 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
     A folder may have come from elsewhere. To begin anew costs time, and ends with the same bytes.
     """
-    from sdd.finetuning import ranks
     from sdd.finetuning.module import read_checkpoint
 
     first = ranks.rank() == 0  # the others look at the same files, and leave them alone
@@ -493,8 +491,7 @@ def _fit(
     from pytorch_lightning.plugins.environments import LightningEnvironment
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from sdd.finetuning import ranks
-    from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, step_rows
+    from sdd.finetuning.module import Optimisation, StudentModule, SummedGradients, WholeCheckpoints, step_rows
 
     spec = Tuned.read(recipe.spec)
     settings, seed = spec.finetune, spec.seed
@@ -548,7 +545,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
-            strategy=ranks.SummedGradients() if runtime.devices > 1 else "auto",
+            strategy=SummedGradients() if runtime.devices > 1 else "auto",
             use_distributed_sampler=False,  # every rank goes through all steps
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),

@@ -1,18 +1,32 @@
-"""Fine-tuning by two processes on a CPU (gloo): the same gradient, the same run after a kill, one reason for an end."""
+"""Two processes on a CPU (gloo): what one process comes to, the same run after a kill, one reason for an end."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from launching import files_of, run, spawn
 
+from sdd.analysis.shift import token_nll
 from sdd.errors import UserError
-from sdd.finetuning import ranks
+from sdd.evaluation import likelihoods
+from sdd.evaluation.backends import in_process
+from sdd.evaluation.harness import Harness
+from sdd.evaluation.tiny import suite_tasks
 from sdd.finetuning.adapters import adapted, causal_lm
 from sdd.finetuning.module import TrainingRow, loss_sum, micro_batches, target_tokens
+from sdd.forward import ranks
+from sdd.forward.batches import show_texts, tokenize_texts
+from sdd.forward.bypass import Row
+from sdd.importance.channels import TaylorWidth
+from sdd.importance.removal import Perplexity
+from sdd.importance.states import Angular, BlockInfluence
 from sdd.models.checkpoints import Checkpoint
+from sdd.rewriting import engines
+from sdd.rewriting.engines import HFEngine, Request
 
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
 STEPS = ["trainer.threads=1", "trainer.micro_batch_tokens=256", "trainer.checkpoint_every=2"]
@@ -84,3 +98,73 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     assert (again.code, again.lines[0].rsplit("/", 1)[1]) == (0, alone.path.name), again.stderr
     made = files_of(tmp_path / "alone" / "artifacts")
     assert made and made == files_of(tmp_path / "killed" / "artifacts")
+
+
+# ---- without gradients ------------------------------------------------------------------------------------------
+
+
+def _passes(folder: Path, texts: list[str], out: Path) -> None:
+    """What every kind of pass comes to, as each rank has it."""
+    checkpoint = Checkpoint(folder)
+    model, tokenizer = checkpoint.model("float32"), checkpoint.tokenizer()
+    rows = tokenize_texts(tokenizer, texts, 48)
+    found: dict[str, Any] = {}
+    for criterion in (Angular(), BlockInfluence()):
+        criterion.start(4)
+        show_texts(model, criterion, rows, 2)
+        found[criterion.name] = criterion.scores()
+    perplexity = Perplexity()
+    perplexity.start(4)
+    perplexity.measure(model, [Row(ids) for ids in rows], 2)
+    found["perplexity"] = perplexity.scores()
+    found["taylor"] = [block.tolist() for block in TaylorWidth().measure(model, rows, 100)]
+    found["surprisals"] = token_nll(model, [(ids[:5], ids[5:]) for ids in rows], 2)
+    for keeps_all in (True, False):
+        engine = HFEngine(max_new_tokens=6, temperature=0.7, batch_size=2)
+        engine.take(model, tokenizer, None, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "keeps_all", lambda _, keeps_all=keeps_all: keeps_all)
+            completions = list(engine.complete([Request(f"r{n}", text) for n, text in enumerate(texts)]))
+        found[f"answers {keeps_all}"] = sorted((one.id, one.text, one.finish) for one in completions)
+    harness = Harness(in_process(model, tokenizer, 2), tokenizer, max_new_tokens=6)
+    for name, task in suite_tasks("tiny", ["arithmetic", "fact_choice", "nll"], "dev", 0, 9).items():
+        found[name] = harness.run(task)
+    out.with_suffix(f".{ranks.rank()}").write_text(json.dumps(found))
+
+
+def test_shared_passes_come_to_what_one_process_has(
+    tiny_llama: Path, conversations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digit, in both ranks: a batch is what it was, and only who passes it differs."""
+    monkeypatch.setattr(likelihoods, "SUBTREES", 1)
+    _passes(tiny_llama, conversations, tmp_path / "one")
+    ranks.launch(_passes, (tiny_llama, conversations, tmp_path / "two"), 2)
+    one, *two = ((tmp_path / name).read_text() for name in ("one.0", "two.0", "two.1"))
+    assert two == [one, one]
+    assert len(json.loads(one)["fact_choice"]) == 9
+
+
+@pytest.mark.peer
+def test_two_processes_build_what_one_does(small: list[str], tmp_path: Path) -> None:
+    """Scores, rewrites, evaluations and analyses, byte by byte."""
+    stages = set()
+    for devices in (1, 2):
+        cwd, shared = tmp_path / str(devices), [*small, "finetune=none", f"trainer.devices={devices}"]
+        for words in (["metric=perplexity"], ["pruning=mlp20"], ["analysis=shift", "analysis.embedder=null"]):
+            assert run("evaluate", *shared, *words, cwd=cwd).code == 0
+        assert run("generate", *small, f"trainer.devices={devices}", cwd=cwd).code == 0
+        stages |= {name.split("/")[0] for name in files_of(cwd / "artifacts")}
+    assert stages == {"scores", "pruned", "evaluated", "answered", "shifted", "rewrites", "targets"}
+    assert files_of(tmp_path / "1" / "artifacts") == files_of(tmp_path / "2" / "artifacts")
+
+
+def _fails(out: Path) -> None:
+    ranks.told(b"")
+    if ranks.rank() == 1:
+        raise UserError("no room")
+    ranks.told(b"")
+
+
+def test_a_rank_that_waits_for_another_leaves_the_reason_to_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no room$"):
+        ranks.launch(_fails, (tmp_path,), 2)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sdd.cli.gpus import claim_gpus
+from sdd.errors import UserError
 from sdd.planning.side_by_side import seconds_of
 
 SHARED = ("scores", 10.0)
@@ -34,8 +36,9 @@ def test_what_exists_takes_nothing_and_no_job_no_time() -> None:
 
 CLAIM = """
 import os, sys
-from sdd.cli.gpus import claim_gpu
-claim_gpu(); claim_gpu()
+from sdd.cli.gpus import claim_gpus
+for _ in range(2):
+    claim_gpus(int(sys.argv[1]))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()
 """
@@ -46,9 +49,9 @@ def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path) -> None:
     names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names), "TMPDIR": str(tmp_path)}
 
-    def started() -> subprocess.Popen[str]:
+    def started(devices: int = 1) -> subprocess.Popen[str]:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", CLAIM], env=environment, **streams)  # type: ignore[call-overload]
+        return subprocess.Popen([sys.executable, "-c", CLAIM, str(devices)], env=environment, **streams)  # type: ignore[call-overload]
 
     def seen(process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
@@ -63,6 +66,17 @@ def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path) -> None:
         process.communicate()
     fourth = started()
     assert seen(fourth) == given_back
-    for process in (first, fourth):
+    both = started(2)
+    assert sorted(seen(both).split(",")) == sorted(names)
+    for process in (first, fourth, both):
         process.communicate()
         assert process.returncode == 0
+    alone = started(2)
+    assert sorted(seen(alone).split(",")) == sorted(names)
+    alone.communicate()
+
+
+def test_more_gpus_than_there_are_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError, match=r"^trainer\.devices=3, but 2 GPUs are visible here; ask for at most as many$"):
+        claim_gpus(3)

@@ -1,0 +1,189 @@
+"""Several processes of one machine at one piece of work, a device each: what is told apart by rank, and told to all.
+
+All of them go through the same work. Of passes that do not depend on each other each rank takes its `own` and hears of
+the others', so that all end with what one process has. In training the ranks' gradients are summed: since losses are
+sums over target tokens, divided by those of the whole global batch, that is the gradient of one process; it rounds
+otherwise. Knows nothing of what is computed.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sdd.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LIBRARIES = ["sdd.finetuning.module", "transformers", "peft"]
+GRACE = 2.0
+"""Seconds that a rank waits with a reason that may follow from another's."""
+BUCKET = 1 << 24
+"""Numbers that are summed together."""
+
+T = TypeVar("T")
+
+
+# ---- in a rank, or alone ----------------------------------------------------------------------------------------
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several at the same work."""
+    return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def number() -> int:
+    """How many there are."""
+    return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
+
+
+def own(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share: every so-manieth."""
+    return items[rank() :: number()]
+
+
+def told(own: bytes) -> list[bytes]:
+    """What every rank says, by rank; all have to call it."""
+    if not is_rank():
+        return [own]
+    import torch
+    import torch.distributed as dist
+
+    group = _group()
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(number())]
+    dist.all_gather(sizes, torch.tensor([len(own)]), group)
+    longest = max(1, *map(int, sizes))
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.frombuffer(bytearray(own.ljust(longest, b"\0")), dtype=torch.uint8), group)
+    return [bytes(text[: int(size)].numpy()) for text, size in zip(texts, sizes, strict=True)]
+
+
+@cache
+def _group() -> Any:
+    """The group in which ranks talk: on CPUs, whatever their gradients meet on."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=rank(), world_size=number())
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def merged(own: Mapping[int, T]) -> dict[int, T]:
+    """Values of JSON by number, from all ranks. What a float was it still is: JSON writes all of its digits."""
+    if not is_rank():
+        return dict(own)
+    pairs = [pair for text in told(json.dumps(list(own.items())).encode()) for pair in json.loads(text)]
+    return dict(pairs)
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def sum_gradients(parameters: "Iterable[Tensor]") -> None:
+    """Over all ranks, in place; one that a rank has no gradient of counts as zero there."""
+    import torch
+
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(gradient.numel() for gradient in bucket) >= BUCKET:
+            _sum(bucket)
+            bucket = []
+    if bucket:
+        _sum(bucket)
+
+
+def _sum(gradients: "Sequence[Tensor]") -> None:
+    import torch
+
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(whole)
+    for gradient, summed in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def summed(values: Sequence[float], device: Any) -> list[float]:
+    """Each value's sum over all ranks."""
+    import torch
+
+    whole = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(whole)
+    return [float(value) for value in whole]
+
+
+# ---- the process that starts them -------------------------------------------------------------------------------
+
+
+def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) -> None:
+    """Run `work(*arguments)` in so many processes; one that fails, or is killed, ends all of them with its reason."""
+    import torch
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+    multiprocessing.set_forkserver_preload(LIBRARIES)  # imported once, and not by every rank
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, torch.get_num_threads() // devices)
+    try:
+        here = dict(os.environ), str(Path.cwd())
+        start_processes(_rank, (work, arguments, devices, port, threads, *here), devices, start_method="forkserver")
+    except ProcessRaisedException as error:
+        if said := re.search(r"^sdd\.errors\.UserError: (.*)", str(error), re.M):
+            raise UserError(said[1]) from None
+        raise
+    except ProcessExitedException as error:
+        how = error.signal_name or f"exit code {error.exit_code}"
+        raise UserError(
+            f"process {error.error_index} of trainer.devices={devices} ended ({how}); if memory was short, ask for "
+            "less at once (trainer.micro_batch_tokens, trainer.inference_batch_size); the same command goes on from "
+            "what it left"
+        ) from None
+
+
+def _rank(
+    place: int,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    devices: int,
+    port: int,
+    threads: int,
+    environment: dict[str, str],
+    folder: str,
+) -> None:
+    import torch
+
+    os.environ |= environment
+    os.chdir(folder)
+    os.environ |= {"LOCAL_RANK": str(place), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if place > 0:
+        logging.disable(logging.WARNING)  # the first says it, and shows how far it is
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place)
+    else:
+        torch.set_num_threads(threads)
+    try:
+        work(*arguments)
+    except UserError:
+        raise
+    except Exception:  # it may be that another one is gone, whose reason is to be told and comes first
+        time.sleep(GRACE)
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
