@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from sdd.cli.config_files import config_folder
 from sdd.cli.job import Job, typed
 from sdd.cli.loader import CheckedConfigLoader
+from sdd.cli.others import OtherJobs
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
 from sdd.cli.workers import end_with_sweep
@@ -145,7 +146,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         return {"stage": "model", "path": str(folder)}
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
-        path = job.build(wanted, script)
+        path = job.build(wanted, script, OtherJobs(script, run_folder).advance if is_sweep else lambda: False)
     from sdd.cli.endings import ending
 
     number = HydraConfig.get().job.num if is_sweep else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from sdd.config import check_values, plain
 from sdd.config.allowed import build as build_part
 from sdd.config.parts import TENSORBOARD
 from sdd.errors import UserError
-from sdd.store import STAGES, Recipe, Store
+from sdd.store import STAGES, Builder, Recipe, Store
 from sdd.untrusted import expanded
 
 if TYPE_CHECKING:
@@ -97,31 +97,50 @@ class Job:
 
         return Store(self.root, lambda: provenance(script, overrides, plain(config)))
 
-    def build(self, wanted: Recipe, script: str | None = None) -> Path:
-        """The folder of an artifact, built with all that it needs where it is missing."""
-        from sdd.stages import builder, evaluated, graph
-
+    def build(self, wanted: Recipe, script: str | None = None, meanwhile: Callable[[], bool] = lambda: False) -> Path:
+        """The folder of an artifact, built with all that it lacks; `meanwhile` as in the store."""
         store = self.store(script or STAGES[wanted.stage].script)
         if missing := store.missing(wanted):
-            graph.read_data(self.study, missing)
-            stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
-            if "rewrites" in stages:
-                build_part(self.config.engine).check(runtime.place)
-            if wanted.stage == "evaluated":
-                evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
-            if "tuned" in stages:
-                check_tracker(self.config.logger)
-                for one in (self.study, *self.study.others):
-                    _check_quantisation(one.config.adapter.quantisation)
-            _use_threads(self.config.trainer.threads)
-            build = builder(runtime)
-            for study, words in self.commands if self.config.store.missing == "build" else ():
-                # So that a student's manifest names its own command and config.
-                student = graph.student(study)
-                if student in missing:
-                    self._store(STAGES[student.stage].script, words, study.config).ensure(student, build)
-            store.ensure(wanted, build, self.config.store.missing)
+            build = self._builder(wanted, missing)
+            for own, recipe in self._steps(store, wanted, missing):
+                own.ensure(recipe, build, self.config.store.missing, meanwhile)
         return store.folder(wanted)
+
+    def advance(self, wanted: Recipe, script: str) -> bool:
+        """Build one artifact that is missing for another and that nobody builds; whether there was one."""
+        store = self.store(script)
+        missing = store.missing(wanted)
+        return any(
+            own.advance(recipe, lambda *given: self._builder(wanted, missing)(*given), self.config.store.missing)
+            for own, recipe in self._steps(store, wanted, missing)
+        )
+
+    def _steps(self, store: Store, wanted: Recipe, missing: list[Recipe]) -> Iterator[tuple[Store, Recipe]]:
+        """What is asked for in turn; students come first, so that their manifests name their own command and config."""
+        from sdd.stages import graph
+
+        for study, words in self.commands if self.config.store.missing == "build" else ():
+            student = graph.student(study)
+            if student in missing:
+                yield self._store(STAGES[student.stage].script, words, study.config), student
+        yield store, wanted
+
+    def _builder(self, wanted: Recipe, missing: list[Recipe]) -> Builder:
+        """What builds them, after all that would stop it has been looked at."""
+        from sdd.stages import builder, evaluated, graph
+
+        graph.read_data(self.study, missing)
+        stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
+        if "rewrites" in stages:
+            build_part(self.config.engine).check(runtime.place)
+        if wanted.stage == "evaluated":
+            evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
+        if "tuned" in stages:
+            check_tracker(self.config.logger)
+            for one in (self.study, *self.study.others):
+                _check_quantisation(one.config.adapter.quantisation)
+        _use_threads(self.config.trainer.threads)
+        return builder(runtime)
 
     def fetch(self, wanted: Recipe | None) -> None:
         """Have all that the hub has to give for an artifact lie on this machine, so that none is needed to build it.

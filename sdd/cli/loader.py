@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -64,6 +64,9 @@ def own_loader() -> "CheckedConfigLoader":
 class CheckedConfigLoader(ConfigLoaderImpl):
     """Hydra's loader; every composition passes here."""
 
+    sweeping: ClassVar["CheckedConfigLoader | None"] = None
+    """The one that composed a job last."""
+
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.repository = _composed(lambda: CheckedRepository(config_search_path=config_search_path))
@@ -74,9 +77,14 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         self.validated: dict[tuple[str, ...], DictConfig] | None = {}
         """Configs of a sweep's jobs that have been composed to see whether they can be, until they are asked for."""
 
+        self.jobs: dict[tuple[str, ...], None] = {}
+        """A sweep's jobs, as far as they have been composed, by the words that they have of their own."""
+        self.current: tuple[str, ...] = ()
+        self.master: DictConfig | None = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Launchers pickle the loader for each job: with what was parsed, without what was composed."""
-        return self.__dict__ | {"files": FilesOfOne(self.repository), "validated": None}
+        return self.__dict__ | {"files": FilesOfOne(self.repository), "validated": None, "master": None}
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, **kwargs: Any
@@ -108,7 +116,9 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """The config of a job; Hydra asks twice, before the first job begins and before this one does."""
-        words = tuple(sweep_overrides)
+        words = self.current = tuple(sweep_overrides)
+        self.jobs[words], self.master = None, master_config
+        CheckedConfigLoader.sweeping = self
         if self.validated and words in self.validated:
             config: DictConfig = self.validated.pop(words)
             OmegaConf.copy_cache(from_config=master_config, to_config=config)
@@ -117,6 +127,16 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         if self.validated is not None and len(self.validated) < MOST_VALIDATED:
             self.validated[words] = copied(config)
         return config
+
+    def config_of(self, words: tuple[str, ...]) -> DictConfig:
+        """The config of a job of the sweep whose turn it is not; what has been composed stays for its turn."""
+        assert self.master is not None, "a job has been composed"
+        if self.validated and words in self.validated:
+            config: DictConfig = pickle.loads(self.validated[words])
+            OmegaConf.copy_cache(from_config=self.master, to_config=config)
+            return config
+        composed: DictConfig = super().load_sweep_config(self.master, list(words))
+        return composed
 
     def _chosen(self, overrides: list[str]) -> list[str]:
         def is_option(name: str) -> bool:

@@ -10,7 +10,8 @@ Step = tuple[str, float]
 def seconds_of(jobs: Sequence[Sequence[Step]], workers: int) -> float:
     """Until the last of the jobs ends. Each goes to the worker that is free first, in their order.
 
-    A job builds its artifacts one after another. One that another job is building is waited for, as the store does.
+    A job builds its artifacts one after another. One that another job is building is waited for here; the store takes
+    other work meanwhile, where there is some, so that this is the most that it takes.
     """
     free = [0.0] * workers
     done: dict[str, float] = {}

@@ -16,17 +16,18 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from sdd.errors import UserError
 from sdd.store.digests import file_digest, write_atomically
 from sdd.store.hashed import taken_digest
+from sdd.store.mounts import locks_only_here
 from sdd.store.recipe import Recipe, address_of
 from sdd.store.stages import STAGES
 from sdd.untrusted import ANY, check_inside, check_regular, check_shape, printable, read_json
@@ -37,6 +38,9 @@ TIMINGS = "timings.json"
 """File of an artifact that says what the machine took that built it: no content of the recipe."""
 SCRATCH = "scratch"
 """Folder inside a partial artifact for what a stage continues from; removed before publication."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+LOOK_ROUND = 2.0
+"""Seconds that are waited for another process before it is looked for other work again."""
 MANIFEST = "manifest.json"
 ADDRESS = re.compile(r"[0-9a-f]{16}")
 DEEPEST_FOLDER = 20
@@ -91,45 +95,88 @@ class Store:
         lacking = {one.address: one for upstream in recipe.inputs.values() for one in self.missing(upstream)}
         return [*lacking.values(), recipe]
 
-    def ensure(self, recipe: Recipe, build: Builder, missing: str = "build") -> Path:
+    def ensure(
+        self,
+        recipe: Recipe,
+        build: Builder,
+        missing: str = "build",
+        meanwhile: Callable[[], bool] = lambda: False,
+    ) -> Path:
         """The folder of the artifact, built with all it needs if it is not there.
 
-        With `missing="raise"` only the artifact asked for is built; lacking inputs are a user's mistake.
+        With `missing="raise"` only the artifact asked for is built; lacking inputs are a user's mistake. Where others
+        build all that can be built now, `meanwhile` is called, which says whether it had something to do; if not, this
+        process waits.
         """
-        folder = self.folder(recipe)
-        if is_complete(folder):
-            return folder
-        inputs = {}
-        for name, upstream in recipe.inputs.items():
-            if missing == "raise" and not self.has(upstream):
-                raise UserError(
-                    f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
-                    f"build it with: python {STAGES[upstream.stage].script}.py and the same settings"
-                )
-            inputs[name] = self.ensure(upstream, build, missing)
-        partial = self.root / ".partial" / recipe.stage / recipe.address
+        folder, told = self.folder(recipe), None
+        if missing == "raise" and not is_complete(folder):
+            for upstream in recipe.inputs.values():
+                if not self.has(upstream):
+                    raise UserError(
+                        f"{upstream.stage}/{upstream.address} is missing and store.missing=raise; "
+                        f"build it with: python {STAGES[upstream.stage].script}.py and the same settings"
+                    )
+        while not is_complete(folder):
+            if self.advance(recipe, build, missing) or meanwhile():
+                continue
+            held = next(self._ready(recipe, missing), None)
+            if held is not None:
+                if held.address != told:
+                    log.info("%s/%s is being built by another process; waiting for it", held.stage, held.address)
+                told = held.address
+                self._built(held, build, LOOK_ROUND)
+        return folder
+
+    def advance(self, recipe: Recipe, build: Builder, missing: str = "build") -> bool:
+        """Have one artifact built that is missing for a recipe and that nobody else builds; whether there was one."""
+        return any(self._built(one, build, 0) for one in self._ready(recipe, missing))
+
+    def _ready(self, recipe: Recipe, missing: str) -> Iterator[Recipe]:
+        """What is missing for a recipe, and all inputs of which are there."""
+        wanted = self.missing(recipe) if missing == "build" else [recipe]
+        return (one for one in wanted if all(map(self.has, one.inputs.values())))
+
+    def _built(self, recipe: Recipe, build: Builder, patience: float) -> bool:
+        """Whether the artifact is there, built here if need be; no, if another process holds it for so many seconds."""
+        folder, partial = self.folder(recipe), self.root / ".partial" / recipe.stage / recipe.address
+        self._make(partial.parent)
+        _warn_of_locks(self.root)
+        lock = FileLock(partial.with_suffix(".lock"))
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            lock = self._locked(partial.with_suffix(".lock"), recipe)
-        except OSError as error:
-            if error.errno not in UNUSABLE:
-                raise
-            raise UserError(f"paths.artifacts={self.root} cannot be used: {error.strerror}: {error.filename}") from None
+            lock.acquire(timeout=patience)
+        except Timeout:
+            return False
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise self._unusable(error) from None
+            raise self._without_locks() from None
         try:
+            if isinstance(lock, SoftFileLock):  # what stands in for a lock there outlives its holder
+                raise self._without_locks()
             if not is_complete(folder):
+                inputs = {name: self.folder(upstream) for name, upstream in recipe.inputs.items()}
                 self._build(recipe, inputs, build, partial, folder)
         finally:
             lock.release()
-        return folder
+        return True
 
-    def _locked(self, path: Path, recipe: Recipe) -> FileLock:
-        lock = FileLock(path)
+    def _without_locks(self) -> UserError:
+        return UserError(
+            f"paths.artifacts={self.root} lies on a file system that has no locks, without which two processes would "
+            "build the same; choose another folder, or mount it with them"
+        )
+
+    def _make(self, folder: Path) -> None:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s/%s is being built by another process; waiting for it", recipe.stage, recipe.address)
-            lock.acquire()
-        return lock
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> Exception:
+        """One line where nothing can be put into the folder of artifacts; else the error itself."""
+        if error.errno not in UNUSABLE:
+            return error
+        return UserError(f"paths.artifacts={self.root} cannot be used: {error.strerror}: {error.filename}")
 
     def _build(self, recipe: Recipe, inputs: dict[str, Path], build: Builder, partial: Path, folder: Path) -> None:
         resumable = STAGES[recipe.stage].resumable
@@ -226,6 +273,17 @@ class Store:
             if file_digest(folder / name) != recorded[name]:
                 problems.append(f"changed {name}")
         return [printable(problem) for problem in problems]
+
+
+@cache
+def _warn_of_locks(root: Path) -> None:
+    if mount := locks_only_here(root):
+        log.warning(
+            "paths.artifacts=%s lies on %s: its locks keep out processes of this machine only; do not build there from "
+            "several machines at once",
+            root,
+            mount,
+        )
 
 
 def is_complete(folder: Path) -> bool:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from launching import artifacts_of, run
 
 from sdd.errors import UserError
 from sdd.store import SCRATCH, Recipe, Store
 from sdd.store.__main__ import main
+from sdd.store.mounts import locks_only_here
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -299,3 +301,79 @@ def test_stale_work_of_a_stage_that_cannot_resume_is_dropped(tmp_path: Path) -> 
     folder = store.ensure(RECIPE, builder)
     assert seen == []
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "scores.json"]
+
+
+# ---- what others build ------------------------------------------------------------------------------------------
+
+INPUTS = {"first": Recipe("rewrites", 1, {"b": 1}), "second": Recipe("rewrites", 1, {"b": 2})}
+OF_BOTH = Recipe("targets", 1, {"c": 1}, INPUTS)
+
+
+def test_what_others_build_is_come_back_to(tmp_path: Path) -> None:
+    """The other input is built, then there is other work; a builder that dies leaves its artifact to this process."""
+    done: list[str] = []
+
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        done.append(recipe.address)
+        (folder / "rows.json").write_text("{}")
+
+    def meanwhile() -> bool:
+        done.append("other work")
+        if len(done) == 3:
+            lock.release()
+        return True
+
+    store, (first, second) = Store(tmp_path), INPUTS.values()
+    path = tmp_path / ".partial" / "rewrites" / f"{first.address}.lock"
+    path.parent.mkdir(parents=True)
+    lock = FileLock(path)
+    lock.acquire()
+    store.ensure(OF_BOTH, build, meanwhile=meanwhile)
+    assert done == [second.address, "other work", "other work", first.address, OF_BOTH.address]
+    assert not store.advance(OF_BOTH, build)
+
+
+# ---- locks that keep nobody out ---------------------------------------------------------------------------------
+
+MOUNTS = """\
+/dev/sda / ext4 rw 0 0
+server:/all SHARED nfs4 rw,vers=4.2,local_lock=none 0 0
+server:/alone SHARED/alone\\040here nfs rw,nolock,vers=3 0 0
+me@far: SHARED/far fuse.sshfs rw,user_id=0 0 0
+lustre SHARED/flocked lustre rw,flock 0 0
+lustre SHARED/local lustre rw,localflock 0 0
+broken line
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "mount"),
+    [
+        ("", None),
+        ("alone here/artifacts", "nfs mounted with nolock"),
+        ("alone", None),
+        ("far/away", "fuse.sshfs"),
+        ("flocked", None),
+        ("local", "lustre mounted with localflock"),
+    ],
+)
+def test_mounts_whose_locks_are_of_one_machine(place: str, mount: str | None, tmp_path: Path) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(MOUNTS.replace("SHARED", str(tmp_path / "shared")))
+    assert locks_only_here(tmp_path / "shared" / place, table) == mount
+    assert locks_only_here(tmp_path, tmp_path / "no such file") is None
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_in_a_line(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre without `flock` says it; no such file system is at hand."""
+
+    def refused(*_: object) -> None:
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(UserError, match=r"^paths\.artifacts=\S+ lies on a file system that has no locks, without"):
+        Store(tmp_path).ensure(RECIPE, failing)

@@ -1,11 +1,16 @@
 """Multiruns: each distinct artifact once, one line a job, a failing job stops no other, and the exit code says so."""
 
 import json
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, artifacts_of, run, subprocess_run
+from filelock import FileLock
+from launching import PATIENCE, REPOSITORY, artifacts_of, run, subprocess_run
+from omegaconf import DictConfig
 
 from sdd.stages import pruned
 from sdd.study import Study
@@ -45,6 +50,38 @@ def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     assert again.built == []
     assert again.stdout == outcome.stdout
     assert state_of(tmp_path / "artifacts") == before
+
+
+def test_a_job_that_would_wait_builds_for_another_one(
+    small: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """Another sweep, whose part the test plays, holds the scores of the first jobs until the others have theirs."""
+    scores = pruned.recipe(Study(composed("pruning.size=1"), tmp_path)).inputs["scores"]
+    stage = tmp_path / "artifacts" / ".partial" / "scores"
+    stage.mkdir(parents=True)
+    lock = FileLock(stage / f"{scores.address}.lock", thread_local=False)
+    lock.acquire()
+
+    def other_sweep() -> None:
+        deadline = time.monotonic() + PATIENCE
+        while len(list((tmp_path / "artifacts").glob("pruned/*/manifest.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        lock.release()
+
+    thread = threading.Thread(target=other_sweep)
+    thread.start()
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "metric=angular,random", "pruning.size=1,2,9"]
+    outcome = run("prune", *words, cwd=tmp_path)
+    thread.join()
+    assert (outcome.code, len(outcome.lines)) == (2, 4), outcome.stderr
+    assert len(outcome.built) == len(set(outcome.built)) == 6
+    order = [name.split("/")[0] for name in outcome.built]
+    assert order == ["scores", "pruned", "pruned", "scores", "pruned", "pruned"]
+    assert outcome.built[3] == f"scores/{scores.address}"
+    records = records_of(tmp_path / "sweep")
+    assert [records[n].get("path") for n in (0, 1, 3, 4)] == outcome.lines
+    asked = [artifacts_of(tmp_path / "artifacts")["/".join(Path(line).parts[-2:])]["command"] for line in outcome.lines]
+    assert ["metric=random" in command for command in asked] == [False, False, True, True]
 
 
 def test_failing_job_stops_no_other(small: list[str], tmp_path: Path) -> None:
