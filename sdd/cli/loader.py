@@ -132,7 +132,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         """The config of a job of the sweep whose turn it is not; what has been composed stays for its turn."""
         assert self.master is not None, "a job has been composed"
         if self.validated and words in self.validated:
-            config: DictConfig = pickle.loads(self.validated[words])
+            config: DictConfig = copied(self.validated[words])
             OmegaConf.copy_cache(from_config=self.master, to_config=config)
             return config
         composed: DictConfig = super().load_sweep_config(self.master, list(words))
