@@ -1,0 +1,67 @@
+"""Stages at the sizes of 8 billion parameters, two blocks of them, on a GPU that is not there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.fake_gpu import on_fake_gpu
+
+LLAMA = shapes.Case("llama3.1_8b_instruct", 2)
+
+
+def observing(work: Callable[[Any], None]) -> Any:
+    """A criterion that does something to the model at every block's states, which a stage might by mistake."""
+    from sdd.importance.states import Angular
+
+    class Observing(Angular):
+        def observe(self, block: int, entering: Any, leaving: Any, mask: Any) -> None:
+            work(leaving)
+            super().observe(block, entering, leaving, mask)
+
+    return Observing()
+
+
+def test_scores_hold_the_weights_once_and_take_what_the_formula_says() -> None:
+    trace, estimate = shapes.traced("scores, angular", LLAMA)
+    weights = 2 * (2 * 218_112_000 + 2 * 128_256 * 4096 + 4096)
+    assert trace.peak["weights"] == pytest.approx(weights, rel=1e-6)
+    assert trace.peak["activations"] == pytest.approx(estimate.memory - weights, rel=0.2)
+    assert trace.flops == pytest.approx(estimate.seconds, rel=0.05)
+    assert not trace.widened
+    assert not trace.on_cpu
+
+
+def test_a_weight_that_is_widened_is_noted() -> None:
+    with on_fake_gpu() as trace:
+        model = LLAMA.model(trace)
+        states = torch.zeros(1, 8, 4096, dtype=torch.bfloat16, device="cuda")
+        states.float()  # no weight
+        assert not trace.widened
+        model.model.layers[0].mlp.up_proj.weight.float()
+    assert trace.widened == {"(14336, 4096)": 1}
+
+
+def test_a_tensor_of_the_cpu_is_no_input_and_arithmetic_there_is_noted() -> None:
+    mixed = observing(lambda states: states + torch.zeros(states.shape))
+    moved = observing(lambda states: states.cpu())
+    with on_fake_gpu() as trace, pytest.raises(RuntimeError, match="same device"):
+        shapes.scores(LLAMA, trace, mixed)
+    with on_fake_gpu() as trace:
+        shapes.scores(LLAMA, trace, moved)
+    assert trace.on_cpu
+
+
+def test_what_follows_from_values_goes_as_on_a_gpu() -> None:
+    with on_fake_gpu() as trace:
+        mask = torch.arange(6, device="cuda") >= 2
+        states = torch.zeros(6, 5, device="cuda")
+        assert states[mask].shape == (4, 5)
+        assert torch.tensor([3, 1], device="cuda").tolist() == [3, 1]
+        trace.restart()
+        held = torch.empty(1 << 20, device="cuda")
+        grown = held * 2
+        del held, grown
+        assert trace.peak_bytes >= 2 * 4 << 20 > trace.total["cuda"]
