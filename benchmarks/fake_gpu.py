@@ -254,9 +254,6 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """`scaled_dot_product_attention` on a CUDA build: flash attention without a mask, the memory-efficient with one."""
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        query, key, value = (states.to(dtype) for states in (query, key, value))
     if attn_mask is None and query.dtype in WIDENED:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
@@ -269,6 +266,34 @@ def _attention(
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, graph, dropout_p, is_causal, scale=scale
     )[0]
+
+
+class _Autocast:
+    """What autocast does to matrix products, for C++ takes tensors that it is shown as "meta" for none of its own.
+
+    Trained float32 weights are cast once, and the copies are kept until the outermost autocast ends.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[Any, Any]] = {}
+
+    def around(self, function: Any) -> Any:
+        def cast(*arguments: Any, **keywords: Any) -> Any:
+            if not torch.is_autocast_enabled("cuda"):
+                return function(*arguments, **keywords)
+            return function(*map(self._cast, arguments), **{key: self._cast(one) for key, one in keywords.items()})
+
+        return cast
+
+    def _cast(self, tensor: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cuda")
+        if not _is_on_gpu(tensor) or not tensor.is_floating_point() or tensor.dtype is dtype:
+            return tensor
+        if not (tensor.requires_grad and tensor.is_leaf):
+            return tensor.to(dtype)
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = tensor, tensor.to(dtype)
+        return self.copies[id(tensor)][1]
 
 
 class _Untouched(FakeTensorMode):
@@ -287,6 +312,7 @@ class _Untouched(FakeTensorMode):
 def on_fake_gpu() -> Iterator[Trace]:
     """Run what is inside on a GPU that is not there. Not to be nested."""
     trace, mode = Trace(), _Untouched(allow_non_fake_inputs=True)
+    autocast = _Autocast()
     make, swap = torch.Tensor._make_subclass, torch.utils.swap_tensors
 
     def shown_as_meta(cls: Any, elem: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -308,7 +334,11 @@ def on_fake_gpu() -> Iterator[Trace]:
             for place, name, value in (
                 (torch.Tensor, "_make_subclass", staticmethod(shown_as_meta)),
                 (torch.utils, "swap_tensors", swapped),
-                (torch.nn.functional, "scaled_dot_product_attention", _attention),
+                (torch.nn.functional, "scaled_dot_product_attention", autocast.around(_attention)),
+                (torch.nn.functional, "linear", autocast.around(torch.nn.functional.linear)),
+                (torch, "matmul", autocast.around(torch.matmul)),
+                (torch, "bmm", autocast.around(torch.bmm)),
+                (torch, "clear_autocast_cache", autocast.copies.clear),
                 (torch.cuda, "is_available", lambda: True),
                 (torch.cuda, "is_bf16_supported", lambda *_: True),
                 (torch.cuda, "current_device", lambda: 0),

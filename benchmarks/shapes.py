@@ -158,11 +158,18 @@ def tuned(
         student = adapted(model, adapter, None)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     trace.tag(trained, "trained")
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: trace.tag([p.grad], "gradients"))
     if recomputed:
         recompute_activations(model)
-    loss = LogitDistillation(case.model(trace).requires_grad_(False)) if taught else loss_sum
+    plain = LogitDistillation(case.model(trace).requires_grad_(False)) if taught else loss_sum
+    followed: list[Any] = []
+
+    def loss(model: Any, rows: Any, device: Any) -> Any:
+        if not followed:  # what asked before the model was moved has gone with it
+            followed.extend(parameter for parameter in model.parameters() if parameter.requires_grad)
+            for parameter in followed:
+                parameter.register_post_accumulate_grad_hook(lambda p: trace.tag([p.grad], "gradients"))
+        return plain(model, rows, device)
+
     rows = [TrainingRow([1] * length, PROMPT) for length in lengths(2 * batch, ROW)]
     finetune = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05, "clip_norm": 1.0}
     spec = {"adapter": adapter, "base_quantisation": None, "precision": "bf16", "system_prompt": None, "seed": 0}
@@ -288,6 +295,27 @@ def traced(stage: str, case: Case) -> tuple[Trace, Estimate]:
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
+PAGE = """# What fits on one GPU
+
+Written by `python -m benchmarks.shapes --out docs/shapes.md`, on a machine without a GPU. Each stage's own code ran
+on tensors without memory, at the sizes that `conf/model/*.yaml` state, unpruned: two and three blocks were traced,
+and every further one counts as the third. Passes: 16 texts of 1,024 tokens for scores (4 for `perplexity` and `SDM`)
+and repair, 4,096 tokens of rows of 256 for fine-tuning, 32 prompts of 210 tokens and 128 new ones for rewrites, 32
+requests of 1,170 tokens for likelihoods.
+
+No tensor was on the wrong device, and no frozen 16-bit weight was held in float32; SDM widens one MLP matrix at a
+time. "by formula" is how far the estimate of a dry run (`sdd/planning/estimates.py`) is from the trace: of memory,
+and of matrix products. A GPU of N GB counts as N * 1e9 bytes; what a GiB has more is left to the CUDA context and to
+fragments. A merge is made on the CPU, one matrix of an MLP at a time. Cuts and exports of depth and width copy bytes,
+and make no tensor.
+
+What only a GPU shows is not measured: kernels and their workspaces, bandwidth, seconds, whether results are right in
+bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
+bases were not traced. What does not fit takes less with `trainer.gradient_checkpointing=true`, a smaller
+`trainer.micro_batch_tokens`, or `adapter=qlora`; scores and answers with a smaller `trainer.inference_batch_size` or
+`evaluation.batch_size`.
+"""
+
 Record = dict[str, Any]
 """Bytes at the peak by kind, bytes on the host, FLOPs, what the formulas say, weights widened, bytes computed with on
 the CPU."""
@@ -350,6 +378,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--records", type=Path, default=Path("outputs/shapes.json"), help="what was traced before")
+    parser.add_argument("--out", type=Path, help="docs/shapes.md")
     given = parser.parse_args()
     records: dict[str, Record] = json.loads(given.records.read_text()) if given.records.is_file() else {}
     given.records.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +391,10 @@ def main() -> int:
                 records[key] = record(stage, Case(name, blocks))
                 given.records.write_text(json.dumps(records, indent=1) + "\n")
                 print(f"{key}: traced", file=sys.stderr, flush=True)
-    print("\n".join(table(records)))
+    lines = table(records)
+    print("\n".join(lines))
+    if given.out:
+        given.out.write_text("\n".join([PAGE, *lines]) + "\n")
     return 0
 
 

@@ -144,6 +144,16 @@ class CostModel:
         """Bytes that a forward pass without gradients holds for `tokens` tokens, one block at a time."""
         return tokens * self.width * (6 * self.shape.hidden + 3 * self.shape.intermediate)
 
+    @property
+    def kept_by_backward(self) -> float:
+        """Bytes a token that backward keeps of a block: two norms' states in float32, and what enters every layer.
+
+        Keys and values count as all heads, as kernels with a mask want them. Held to a trace (benchmarks/shapes.py) in
+        16 bits; soft caps and norms behind layers, which Gemma 2 has, are more.
+        """
+        inner = self.shape.heads * self.shape.head_dim
+        return float(self.width * (9 * self.shape.hidden + 5 * inner + 4 * self.shape.intermediate))
+
     def logits(self, tokens: float) -> float:
         """Bytes of the logits and of their softmax."""
         return tokens * self.shape.vocabulary * 2 * self.width

@@ -8,9 +8,11 @@ store; loads no library.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sdd.evaluation.likelihoods import MOST_TOKENS
 from sdd.forward.bypass import LOGITS
 from sdd.forward.chunks import CHUNK_TOKENS, KEPT_STATES, is_cut
 from sdd.forward.decoding import REFILL
+from sdd.importance.removal import MAX_TOKENS as MOST_KEPT
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Shape
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -30,9 +32,9 @@ def scores(
     cost_model: CostModel, texts: int, length: float, batch: int, blocks: float | None = None, heads: float = 0.0
 ) -> Estimate:
     """Calibration texts of `length` tokens, each through `blocks` blocks in all (by default one pass without the head)
-    and `heads` times through the head; a batch holds at most 16,384 tokens."""
+    and `heads` times through the head; a batch has at most 16,384 tokens, or 4,096 where their states are kept."""
     tokens = texts * length
-    together = min(batch * length, 16_384)
+    together = min(batch * length, MOST_KEPT if heads else 16_384)
     once = cost_model.passes(tokens, length, -(-tokens // together), head=False)
     logits = heads * tokens * cost_model.shape.head_flops / cost_model.device.flops[cost_model.width]
     seconds = cost_model.opening + once * (blocks or cost_model.blocks) / cost_model.blocks + logits
@@ -58,7 +60,7 @@ def gradient_scores(
     """
     tokens, together = texts * length, max(length, min(micro_batch_tokens, texts * length))
     seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=2.0 + stages)
-    kept = cost_model.blocks * cost_model.width * (20 * cost_model.shape.hidden + 10 * cost_model.shape.intermediate)
+    kept = cost_model.blocks * cost_model.kept_by_backward
     formed = 16 * cost_model.shape.hidden * cost_model.shape.intermediate
     return Estimate(seconds, cost_model.weights + together * kept + formed, 1e5)
 
@@ -171,7 +173,7 @@ def tuned(
         epochs = 1
     cost = 1 - below * (1 - 1 / epochs) + backward * (1 - below)
     seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=cost)
-    block = cost_model.width * (20 * cost_model.shape.hidden + 10 * cost_model.shape.intermediate)
+    block = cost_model.kept_by_backward
     kept = reach * cost_model.width * cost_model.shape.hidden + block if training.recomputed else reach * block
     held = training.trained * (16 if cost_model.width == BYTES["float32"] else 16 + cost_model.width)
     cut = teacher is not None or is_cut(together, cost_model.shape.vocabulary)
@@ -238,6 +240,9 @@ precede each of TruthfulQA's from memory. Four one-letter answers to the same qu
 OTHER_TASK, ONE_OF_A_GROUP = Task(1000, 4, 100), 250
 """A task not known here, and items of one that belongs to a group (MMLU's subjects have 246 on average)."""
 
+SCORED = 8
+"""Tokens of a pass over choices to one that is scored, at least."""
+
 EMBEDDED_TASK = Task(1000, 1, 100, 96)
 """One of the embedded ones, whose items are a setting."""
 
@@ -255,7 +260,11 @@ def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
 def evaluated(
     cost_model: CostModel, tasks: list[Task], limit: int | None, batch: int, new: int | None = None
 ) -> Estimate:
-    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything."""
+    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything.
+
+    Likelihoods go in passes of few tokens, after the keys and values of what comes before (see `likelihoods`). That
+    choices share their question is not counted in seconds.
+    """
     seconds, memory = cost_model.opening, 0.0
     for task in tasks:
         items = task.limited(limit)
@@ -265,7 +274,9 @@ def evaluated(
             spent, held = cost_model.generation(items, task.tokens, length, batch)
         else:
             spent = cost_model.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
-            held = cost_model.activations(batch * task.tokens) + cost_model.logits(batch * task.tokens)
+            together = min(batch * task.tokens, max(MOST_TOKENS, task.tokens))
+            cache = together * cost_model.shape.cache_bytes(cost_model.blocks, cost_model.width)
+            held = cost_model.activations(together) + cache + cost_model.logits(together / SCORED)
         seconds, memory = seconds + spent, max(memory, held)
     items = sum(task.limited(limit) for task in tasks)
     return Estimate(seconds, cost_model.weights + memory, 2e3 * items)

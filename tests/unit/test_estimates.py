@@ -85,7 +85,7 @@ def test_training_by_hand() -> None:
     """20 rows of 4 tokens, 16 tokens a pass: 5 passes; 16 bytes of Adam, gradient and value a trained weight."""
     one = estimates.tuned(WORK, Training(100), rows=20, length=4, batch=10, micro_batch_tokens=16)
     assert one.seconds == pytest.approx(WORK.opening + 2.5 * WORK.passes(80, 4, 5))
-    kept = 2 * 4 * (20 * 8 + 10 * 20)
+    kept = 2 * 4 * (14 * 8 + 4 * 20)
     assert one.memory == pytest.approx(7136 + 1600 + 16 * kept + 2 * 16 * 50 * 2 * 4)
     assert one.disk == 400
 
@@ -115,7 +115,7 @@ def test_a_teacher_beside_the_student_by_hand() -> None:
 def test_logits_of_a_pass_are_held_up_to_33_million_and_of_a_chunk_beyond(tokens: int, shown: int) -> None:
     """100 * 335,544 <= 2^25 < 100 * 335,545; a teacher's are made in chunks whatever their number."""
     cost_model = CostModel(replace(SMALL, vocabulary=100), 2, 4, MACHINE)
-    kept = 2 * 4 * (20 * 8 + 10 * 20)
+    kept = 2 * 4 * (14 * 8 + 4 * 20)
     settings = (Training(0), tokens, 1, tokens, tokens)
     base = cost_model.weights + tokens * kept
     assert estimates.tuned(cost_model, *settings).memory == pytest.approx(base + 2 * shown * 100 * 2 * 4)
@@ -125,7 +125,7 @@ def test_logits_of_a_pass_are_held_up_to_33_million_and_of_a_chunk_beyond(tokens
 
 # The Llama 3.1 8B of the paper's table with 26 of its 32 blocks, in bfloat16; a pass of 4,096 tokens.
 CUT = CostModel(shape_of(LLAMA_8B), 26, 2, DEVICES["gpu"])
-BLOCK = 4096 * 2 * (20 * 4096 + 10 * 14336)  # activations that backward keeps of a block, bytes
+BLOCK = 4096 * 2 * (14 * 4096 + 4 * 14336)  # activations that backward keeps of a block, bytes
 LOGITS = 2 * 256 * 128256 * 2 * 2  # of a chunk: 4,096 positions are over the limit
 LORA_BLOCK = 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)  # rank 16 on seven layers: 1,310,720 weights
 

@@ -34,6 +34,16 @@ def test_scores_hold_the_weights_once_and_take_what_the_formula_says() -> None:
     assert not trace.on_cpu
 
 
+def test_fine_tuning_widens_no_weight_and_takes_what_the_formula_says() -> None:
+    """LoRA of rank 16: 1,310,720 weights a block, in float32 with two moments."""
+    trace, estimate = shapes.traced("tuned, LoRA", LLAMA)
+    assert trace.peak["trained"] == 4 * 2 * 1_310_720
+    assert trace.peak["optimiser"] == pytest.approx(8 * 2 * 1_310_720, rel=1e-3)
+    assert not trace.widened
+    weights = trace.peak["weights"]
+    assert trace.peak_bytes - weights == pytest.approx(estimate.memory - weights, rel=0.2)
+
+
 def test_a_weight_that_is_widened_is_noted() -> None:
     with on_fake_gpu() as trace:
         model = LLAMA.model(trace)
