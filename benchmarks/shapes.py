@@ -143,7 +143,8 @@ def tuned(
     Where all is trained a step has two passes, so that the second has the gradients of the first.
     """
     from sdd.finetuning.adapters import adapted
-    from sdd.finetuning.logit_distillation import LogitDistillation
+    from sdd.finetuning.losses.forward_kl import ForwardKL
+    from sdd.finetuning.losses.weighted import Weighted
     from sdd.finetuning.module import TrainingRow, loss_sum
     from sdd.models.checkpoints import check_logits, recompute_activations
     from sdd.stages.runtime import Runtime
@@ -160,7 +161,6 @@ def tuned(
     trace.tag(trained, "trained")
     if recomputed:
         recompute_activations(model)
-    plain = LogitDistillation(case.model(trace).requires_grad_(False)) if taught else loss_sum
     followed: list[Any] = []
 
     def loss(model: Any, rows: Any, device: Any) -> Any:
@@ -168,8 +168,9 @@ def tuned(
             followed.extend(parameter for parameter in model.parameters() if parameter.requires_grad)
             for parameter in followed:
                 parameter.register_post_accumulate_grad_hook(lambda p: trace.tag([p.grad], "gradients"))
-        return plain(model, rows, device)
+        return loss_sum(model, rows, device)
 
+    taught_loss = Weighted([(1.0, ForwardKL())], case.model(trace).requires_grad_(False)) if taught else None
     rows = [TrainingRow([1] * length, PROMPT) for length in lengths(2 * batch, ROW)]
     finetune = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05, "clip_norm": 1.0}
     spec = {"adapter": adapter, "base_quantisation": None, "precision": "bf16", "system_prompt": None, "seed": 0}
@@ -178,7 +179,7 @@ def tuned(
     runtime = Runtime(accelerator=FakeGPU(), micro_batch_tokens=MICRO_BATCH)  # type: ignore[arg-type]
     trace.restart()
     with tempfile.TemporaryDirectory() as scratch:
-        _fit(student, loss, rows, [], recipe, runtime, Path(scratch))
+        _fit(student, None, taught_loss or loss, rows, [], recipe, runtime, Path(scratch))
     cost_model = case.cost_model
     training = Training(sum(parameter.numel() for parameter in trained), whole=whole, recomputed=recomputed)
     settings = cost_model, training, len(rows), ROW, batch, MICRO_BATCH, cost_model if taught else None
@@ -309,6 +310,8 @@ and of matrix products. A GPU of N GB counts as N * 1e9 bytes; what a GiB has mo
 fragments. A merge is made on the CPU, one matrix of an MLP at a time. Cuts and exports of depth and width copy bytes,
 and make no tensor.
 
+The operations of LoRA count as 1.5 passes back in estimates, a guess of its time; traced are little more than 1.
+
 What only a GPU shows is not measured: kernels and their workspaces, bandwidth, seconds, whether results are right in
 bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
 bases were not traced. What does not fit takes less with `trainer.gradient_checkpointing=true`, a smaller
@@ -363,9 +366,10 @@ def table(records: dict[str, Record]) -> list[str]:
             sizes = [str(size) for size in GPUS if traced_bytes <= size * 1e9]
             fits = "no GPU needed" if on_host else ", ".join(sizes) or "none"
             apart, more = one["memory"] / traced_bytes - 1, one["operations"] / max(one["flops"], 1) - 1
+            known = one["flops"] and stage != "scores, perplexity"  # they grow with the square of the blocks
             lines.append(
-                f"| {name} | {stage} | {traced_bytes / 1e9:.1f} | {parts} | {apart:+.0%} | {one['flops'] / 1e12:.0f} | "
-                + (f"{more:+.0%} | " if one["flops"] else "| ")
+                f"| {name} | {stage} | {traced_bytes / 1e9:.1f} | {parts} | {apart:+.0%} | "
+                + (f"{one['flops'] / 1e12:.0f} | {more:+.0%} | " if known else "| | ")
                 + f"{fits} |"
             )
     return lines
