@@ -16,7 +16,7 @@ Knows nothing of time, of kernels' own workspaces, of the allocator's fragments,
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -311,6 +311,8 @@ class _Untouched(FakeTensorMode):
 @contextmanager
 def on_fake_gpu() -> Iterator[Trace]:
     """Run what is inside on a GPU that is not there. Not to be nested."""
+    with suppress(ImportError):
+        import bitsandbytes  # noqa: F401  peft loads it, and it looks for a GPU where it is loaded
     trace, mode = Trace(), _Untouched(allow_non_fake_inputs=True)
     autocast = _Autocast()
     make, swap = torch.Tensor._make_subclass, torch.utils.swap_tensors

@@ -174,7 +174,7 @@ def tuned(
     rows = [TrainingRow([1] * length, PROMPT) for length in lengths(2 * batch, ROW)]
     finetune = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05, "clip_norm": 1.0}
     spec = {"adapter": adapter, "base_quantisation": None, "precision": "bf16", "system_prompt": None, "seed": 0}
-    spec |= {"finetune": finetune | {"batch_size": batch, "epochs": 1}}
+    spec |= {"finetune": finetune | {"batch_size": batch, "epochs": 1, "max_length": ROW}}
     recipe = Recipe("tuned", 1, spec, {"targets": Recipe("targets", 1, {"mode": "sft"})})
     runtime = Runtime(accelerator=FakeGPU(), micro_batch_tokens=MICRO_BATCH)  # type: ignore[arg-type]
     trace.restart()
