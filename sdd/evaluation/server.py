@@ -130,7 +130,7 @@ def _model() -> Any:
                 for length, request in zip(self.lengths, requests, strict=False):
                     warn_of_cut(length, self.max_length - request.args[1].get("max_gen_toks", self._max_gen_toks))
             if self.tokenized_requests is False and any(is_masked(request.args[0]) for request in requests):
-                log.warning("control tokens in the words of rows: a server that is sent text cannot tell them")
+                log.warning("control tokens in the words of rows: as text they are sent as private characters")
             return [
                 postprocess_generated_text(answer, request.args[1].get("until"), None)
                 for request, answer in zip(requests, answers, strict=True)

@@ -8,7 +8,7 @@ datasets, models or Hydra; a tokenizer is one of transformers'.
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.models.control import PROBE, control_of, tokenized, unmasked
+from sdd.models.control import PROBE, control_of, tokenized
 from sdd.models.rendering import RefusalError, render_chat
 
 REWRITE_TEMPLATE = (
@@ -122,13 +122,13 @@ def completion_prompt(tokenizer: Any, prompt: str, system_prompt: str | None = N
 
 
 def sent_as_text(tokenizer: Any, text: str) -> str:
-    """A text for another's tokenizer, in its own words and without the first token that tokenizers of its kind add.
+    """A text for another's tokenizer, without the first token that tokenizers of its kind add.
 
-    Words that stand for a control token are one there: where text is all that can be sent, no more can be said.
+    Words that stand for a control token stay masked: there, private characters are all that they can be.
     """
     bos = tokenizer.bos_token_id
     adds = bos is not None and tokenized(tokenizer, PROBE)["input_ids"][:1] == [bos]
-    return unmasked(text.removeprefix(tokenizer.bos_token) if adds else text)
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def text_ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
