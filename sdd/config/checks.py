@@ -24,6 +24,7 @@ CHOICES = {
     "repair.method": ("none", "ridge"),
     "finetune.mode": (*MODES, "none"),
     "finetune.request": tuple(REQUESTS),
+    "finetune.choice": ("first", "answer_correct", "shortest", "most_likely"),
     "finetune.precision": ("32", "bf16"),
     "finetune.choose": ("random", "damage"),
     "finetune.keep": ("last", "best"),
@@ -229,6 +230,14 @@ def check_values(config: DictConfig) -> None:
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
+    if config.finetune.choice != "first" and engine.get("tries", 1) < 2:
+        choice = f"finetune.choice={config.finetune.choice}"
+        raise UserError(f"{choice} chooses among several rewrites; add engine.tries=4 engine.temperature=0.7")
+    if config.finetune.same_rows and config.finetune.cached is not None:
+        raise UserError(
+            "finetune.same_rows=true may put references where finetune.cached keeps what the teacher says of targets; "
+            "leave one of them out"
+        )
     _check_backend(config.evaluation)
     _check_merge(config.merge)
     for key in ("draft_lengths", "timed_lengths"):

@@ -30,7 +30,7 @@ ENGINE = (
 )
 OPEN = {"metric": CRITERION, "width_metric": CRITERION, "engine": ENGINE}
 """Nodes for which the schema names no settings, and those of them that are kept, besides `_target_`."""
-FIELDS = ("prompt", "reference", "id", "answer")
+FIELDS = ("prompt", "reference", "id", "answer", "messages", "system")
 """Columns of `dataset.fields`."""
 GONE = "***"
 PACKAGE = Path(__file__).resolve().parent

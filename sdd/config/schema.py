@@ -100,7 +100,9 @@ class Rows:
     families: list[str] | None = described("families of the embedded tasks; null is all", None)
     register: str | None = described("of the embedded tasks' references: mild, medium or strong; null is medium", None)
     reasoning: float | None = described("share of the embedded references' worked lines that is kept; null is 1", None)
-    fields: dict[str, str] | None = described("columns of dataset=local: prompt, reference, id, answer", None)
+    fields: dict[str, str] | None = described(
+        "columns of dataset=local: prompt, reference, id, answer, messages, system", None
+    )
     answer_rule: str = described("how a final answer is found in a text, by which rewrites are judged", "none")
     template: str = described("the request to rewrite, with {prompt} and {reference}", REWRITE_TEMPLATE)
     leak_phrases: list[str] = described("phrases that no rewrite may say", list(LEAK_PHRASES))
@@ -133,6 +135,7 @@ class Finetune:
         "what the teacher is shown: the reference, a draft of the student's, or the prompt alone", "reference"
     )
     select: bool = described("whether a rewrite that fails the selection gives way to the reference", True)
+    choice: str = described("which of several rewrites is the target; all but first have every try written", "first")
     gold_share: float = described("share of rows whose reference stays in place", 0.0)
     noise_share: float = described("share of the kept rewrites that another row's takes the place of", 0.0)
     ce_share: float = described("weight of cross-entropy beside a mode's own loss on the teacher's logits", 0.0)
@@ -153,6 +156,7 @@ class Finetune:
     learning_rate: float = described("the highest of the schedule", 1e-3)
     batch_size: int = described("rows of a step", 32)
     max_length: int = described("tokens of a row at most; longer rows are left out", 256)
+    same_rows: bool = described("whether references say which rows are left out, the same in every arm", False)
     num_rows: int | None = described("rows trained on; null is all beside the held-out ones", None)
     num_tokens: int | None = described("target tokens trained on at most, instead of num_rows", None)
     choose: str = described("which rows are taken: random ones, or those that the cut did most damage to", "random")

@@ -7,7 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One fine-tuning row. `gold` is an answer in the teacher's own register, `group` a task family, where known."""
+    """One fine-tuning row. `gold` is an answer in the teacher's own register, `group` a task family, where known.
+
+    `before` are turns before the prompt, each {"role", "content"}: a system prompt of the row's own, earlier tasks and
+    answers.
+    """
 
     id: str
     prompt: str
@@ -15,6 +19,12 @@ class Example:
     answer: str | None = None
     gold: str | None = None
     group: str | None = None
+    before: tuple[dict[str, str], ...] = ()
+
+    @property
+    def turns(self) -> dict[str, Any]:
+        """What files say of the turns before the prompt, if there are any."""
+        return {"before": list(self.before)} if self.before else {}
 
 
 def own_settings(source: Any, base: type) -> dict[str, Any]:

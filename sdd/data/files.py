@@ -70,12 +70,15 @@ def files_digest(files: Sequence[Path]) -> str:
     return digests[0] if len(digests) == 1 else digest_of(digests)
 
 
-def read_rows(files: Sequence[Path], setting: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row; blank lines are no rows. A Parquet file without one of `columns` is refused."""
+def read_rows(
+    files: Sequence[Path], setting: str, columns: Sequence[str] = (), instead: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every row; blank lines are no rows. A Parquet file without one of `columns` is refused, unless it
+    has the one that may stand there `instead`."""
     for path in files:
         check_regular(path, f"{setting}={printable(str(path))}")
         if path.suffix == ".parquet":
-            yield from _parquet(path, setting, columns)
+            yield from _parquet(path, setting, columns, instead)
         else:
             yield from _jsonl(path, setting)
 
@@ -123,7 +126,9 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path, setting: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(
+    path: Path, setting: str, columns: Sequence[str], instead: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -132,7 +137,7 @@ def _parquet(path: Path, setting: str, columns: Sequence[str]) -> Iterator[tuple
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             for column in columns:
-                if column not in schema.names:
+                if column not in schema.names and instead not in schema.names:
                     names = printable(", ".join(schema.names)[:500])
                     raise UserError(f"{name}: no column {column!r}; the file has {names}")
             if file.metadata.num_rows > ROWS_PER_BYTE * path.stat().st_size:

@@ -63,7 +63,9 @@ class Repository:
 
 
 @lru_cache(maxsize=8)
-def fetched_rows(source: Repository, setting: str, columns: tuple[str, ...]) -> Sequence[tuple[str, dict[str, Any]]]:
+def fetched_rows(
+    source: Repository, setting: str, columns: tuple[str, ...], instead: str | None = None
+) -> Sequence[tuple[str, dict[str, Any]]]:
     """(place, row) of every row of the repository's files, which are downloaded unless they are in the hub's cache."""
     try:
         folder = _snapshot(source)
@@ -72,7 +74,7 @@ def fetched_rows(source: Repository, setting: str, columns: tuple[str, ...]) -> 
     files = [path for pattern in source.files for path in sorted(folder.glob(pattern))]
     if not files:
         raise _no_file(source, setting)
-    return list(read_rows(files, f"{setting}.hub.repository", columns))
+    return list(read_rows(files, f"{setting}.hub.repository", columns, instead))
 
 
 def _snapshot(source: Repository) -> Path:

@@ -54,6 +54,10 @@ class Rows(ABC):
         """Columns that a file must have."""
         return self.columns
 
+    def _instead(self) -> str | None:
+        """One column that stands for all of these in a file that has it."""
+        return None
+
     @abstractmethod
     def example(self, row: dict[str, Any], id: str, place: str) -> Example | None:
         """The row as an example; None for one that the dataset is better off without."""
@@ -71,10 +75,12 @@ class Rows(ABC):
     def _placed(self) -> Iterator[tuple[str, Example]]:
         """Every usable row, and the words that name its place."""
         if self.path is not None:
-            rows: Any = read_rows(data_files(self.path, "dataset.path"), "dataset.path", self._needed())
+            rows: Any = read_rows(
+                data_files(self.path, "dataset.path"), "dataset.path", self._needed(), self._instead()
+            )
         else:
             assert self.repository is not None
-            rows = fetched_rows(self.repository, "dataset", self._needed())
+            rows = fetched_rows(self.repository, "dataset", self._needed(), self._instead())
         for number, (place, row) in enumerate(rows):
             if (example := self.example(row, str(number), place)) is not None:
                 yield place, example

@@ -11,6 +11,7 @@ from sdd.data import Example, own_settings
 from sdd.data.files import data_files, read_rows, text_of
 from sdd.data.hub import Repository, fetched_rows, streamed_rows
 from sdd.errors import UserError
+from sdd.models.chats import task_text
 from sdd.store import digest_of
 from sdd.untrusted import expanded
 
@@ -143,4 +144,4 @@ class DatasetTexts:
 
 
 def conversation(example: Example) -> str:
-    return f"{example.prompt}\n\n{example.reference}"
+    return f"{task_text(example.prompt, example.before)}\n\n{example.reference}"

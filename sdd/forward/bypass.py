@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdd.models import checkpoints
-from sdd.models.chats import training_ids
+from sdd.models.chats import Turns, training_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +30,14 @@ class Row:
     answer: tuple[int, int] | None = None
 
 
-def task_row(tokenizer: Any, prompt: str, reference: str, answer: str | None, system_prompt: str | None) -> Row:
+def task_row(
+    tokenizer: Any, prompt: str, reference: str, answer: str | None, system_prompt: str | None, before: Turns = ()
+) -> Row:
     """The chat of a task and its reference, which is scored; the final answer is where it last stands in there.
 
     A reference in which the answer does not stand has to be right as a whole, up to the end of the turn.
     """
-    ids, first = training_ids(tokenizer, prompt, reference, system_prompt)
+    ids, first = training_ids(tokenizer, prompt, reference, system_prompt, before)
 
     def holds(start: int, end: int) -> bool:
         return bool(answer) and answer in tokenizer.decode(ids[start:end])

@@ -5,6 +5,7 @@ reference answer and asks for an answer of its own. Training and evaluation use 
 datasets, models or Hydra; a tokenizer is one of transformers'.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdd.errors import UserError
@@ -81,9 +82,19 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
     return tokenizer
 
 
-def _messages(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": prompt}]
+Turns = Sequence[Mapping[str, str]]
+"""Turns before a task, each {"role", "content"}; a first one by `system` takes the place of the system prompt."""
+
+
+def _messages(prompt: str, system_prompt: str | None, before: Turns) -> list[dict[str, str]]:
+    own = bool(before) and before[0]["role"] == "system"
+    system = [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
+    return [*system, *map(dict, before), {"role": "user", "content": prompt}]
+
+
+def task_text(prompt: str, before: Turns = ()) -> str:
+    """All the words of a task: the prompt, after the turns before it."""
+    return "\n\n".join([*(turn["content"] for turn in before), prompt])
 
 
 def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -104,20 +115,22 @@ def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, s
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def chat_messages(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+def chat_messages(
+    tokenizer: Any, prompt: str, system_prompt: str | None = None, before: Turns = ()
+) -> list[dict[str, str]]:
     """The turns before the answer. A system prompt that the template refuses or drops goes before the task's words."""
-    return accepted(tokenizer, _messages(prompt, system_prompt))
+    return accepted(tokenizer, _messages(prompt, system_prompt, before))
 
 
-def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> list[int]:
+def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None, before: Turns = ()) -> list[int]:
     """Token ids of a chat up to where the assistant's answer starts, special tokens included exactly once."""
-    messages = chat_messages(tokenizer, prompt, system_prompt)
+    messages = chat_messages(tokenizer, prompt, system_prompt, before)
     return _ids(tokenizer, render_chat(tokenizer, messages, add_generation_prompt=True))
 
 
-def completion_prompt(tokenizer: Any, prompt: str, system_prompt: str | None = None) -> str:
+def completion_prompt(tokenizer: Any, prompt: str, system_prompt: str | None = None, before: Turns = ()) -> str:
     """The same chat as text for whoever tokenizes it and adds the tokenizer's own first token, which is left out."""
-    messages = chat_messages(tokenizer, prompt, system_prompt)
+    messages = chat_messages(tokenizer, prompt, system_prompt, before)
     return sent_as_text(tokenizer, render_chat(tokenizer, messages, add_generation_prompt=True))
 
 
@@ -175,14 +188,16 @@ def _written(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> str
     return answer
 
 
-def training_ids(tokenizer: Any, prompt: str, target: str, system_prompt: str | None = None) -> tuple[list[int], int]:
+def training_ids(
+    tokenizer: Any, prompt: str, target: str, system_prompt: str | None = None, before: Turns = ()
+) -> tuple[list[int], int]:
     """(token ids of the chat with the target as its answer, length of the prompt); the rest is the target.
 
     The prompt's ids are exactly those that generation starts from, and the target ends in the token that ends the turn.
     Between them stands what the template makes of the answer, tokenized in its place where that leaves the prompt's
     tokens as they are.
     """
-    messages = chat_messages(tokenizer, prompt, system_prompt)
+    messages = chat_messages(tokenizer, prompt, system_prompt, before)
     asked = render_chat(tokenizer, messages, add_generation_prompt=True)
     prompt_ids = _ids(tokenizer, asked)
     control = control_of(tokenizer)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.decoding import Choose, Ending, decode, keeps_all, most_likely
-from sdd.models.chats import chat_prompt_ids, stop_ids
+from sdd.models.chats import Turns, chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
 from sdd.models.served import Server
@@ -30,9 +30,12 @@ def chunk_rows(batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Request:
+    """A task to be answered, after the turns `before` it."""
+
     id: str
     prompt: str
     attempt: int = 0
+    before: Turns = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class HFEngine:
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in an order of the engine's choosing; match them by id."""
-        rows = [chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt) for request in requests]
+        rows = [chat_prompt_ids(self.tokenizer, one.prompt, self.system_prompt, one.before) for one in requests]
         for request, row in zip(requests, rows, strict=True):
             if len(row) > self.max_prompt_tokens:
                 yield Completion(request.id, "", "too_long")

@@ -6,13 +6,13 @@ shrinks: a refused rewrite leaves the reference in place. Knows nothing of the s
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdd.answers import equal, extract
 from sdd.data import Example
-from sdd.models.chats import rewrite_prompt
+from sdd.models.chats import rewrite_prompt, task_text
 from sdd.rewriting.engines import Answering, Completion, Request
 
 
@@ -45,35 +45,95 @@ class Selection:
         return None if expected is None else answer is not None and equal(answer, expected)
 
 
+def _requests(examples: Sequence[Example], template: str, attempt: int) -> list[Request]:
+    return [Request(e.id, rewrite_prompt(template, e.prompt, e.reference), attempt, e.before) for e in examples]
+
+
 def rewrite_rows(
-    engine: Answering, examples: Sequence[Example], template: str, selection: Selection
+    engine: Answering, examples: Sequence[Example], template: str, selection: Selection | None
 ) -> Iterator[dict[str, Any]]:
-    """A row per example, in order: {"id", "prompt", "reference", "rewrite", "finish"}.
+    """A row per example, in order: {"id", "prompt", "reference", "rewrite", "finish"}, and "before" where there is.
 
     With several tries, a row is asked again until its rewrite passes the selection; the last one stands if none does.
+    Without a selection every try is made; the first stands, and "others" has the rest.
     """
+    if selection is None:
+        tries = [
+            {one.id: one for one in engine.complete(_requests(examples, template, attempt))}
+            for attempt in range(engine.tries)
+        ]
+        for example in examples:
+            first, *others = (answers[example.id] for answers in tries)
+            rest = [{"rewrite": one.text, "finish": one.finish} for one in others]
+            yield _row(example, first) | {"others": rest}
+        return
     answers: dict[str, Completion] = {}
     pending = list(examples)
     for attempt in range(engine.tries):
-        requests = [Request(e.id, rewrite_prompt(template, e.prompt, e.reference), attempt) for e in pending]
+        requests = _requests(pending, template, attempt)
         answers |= {completion.id: completion for completion in engine.complete(requests)}
         pending = [
             e
             for e in pending
-            if selection.refusal(e.prompt, e.reference, answers[e.id].text, answers[e.id].finish)
+            if selection.refusal(task_text(e.prompt, e.before), e.reference, answers[e.id].text, answers[e.id].finish)
             not in (None, "too_long")
         ]
         if not pending:
             break
     for example in examples:
-        completion = answers[example.id]
-        yield {
-            "id": example.id,
-            "prompt": example.prompt,
-            "reference": example.reference,
-            "rewrite": completion.text,
-            "finish": completion.finish,
-        }
+        yield _row(example, answers[example.id])
+
+
+def _row(example: Example, completion: Completion) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        **example.turns,
+        "prompt": example.prompt,
+        "reference": example.reference,
+        "rewrite": completion.text,
+        "finish": completion.finish,
+    }
+
+
+def task_of(row: Mapping[str, Any]) -> str:
+    """All the words of a row's task."""
+    return task_text(row["prompt"], row.get("before", ()))
+
+
+def eligible(row: dict[str, Any], selection: Selection | None) -> list[str]:
+    """The different rewrites of a row that may be its target, in the order of the tries."""
+    tries = [row, *row.get("others", ())]
+    texts = [
+        one["rewrite"]
+        for one in tries
+        if (
+            one["rewrite"].strip()
+            if selection is None
+            else selection.refusal(task_of(row), row["reference"], one["rewrite"], one["finish"]) is None
+        )
+    ]
+    return list(dict.fromkeys(texts))
+
+
+def chosen(row: dict[str, Any], selection: Selection | None, choose: Callable[[list[str]], str]) -> dict[str, Any]:
+    """The row with the rewrite that `choose` takes of the eligible ones; as it is, where there is none."""
+    own = {key: value for key, value in row.items() if key != "others"}
+    texts = eligible(row, selection)
+    if not texts:
+        return own
+    text = choose(texts)
+    finish = next(one["finish"] for one in [row, *row.get("others", ())] if one["rewrite"] == text)
+    return own | {"rewrite": text, "finish": finish}
+
+
+def answer_correct(rule: Selection, reference: str) -> Callable[[list[str]], str]:
+    """The first with the reference's final answer, or the first at all; it tells them apart where nothing else has."""
+    return lambda texts: next((text for text in texts if rule.agrees(text, reference)), texts[0])
+
+
+def shortest(texts: list[str]) -> str:
+    """The one of the fewest characters, the first of several."""
+    return min(texts, key=len)
 
 
 REJECTED = ("leak", "answer")
@@ -83,7 +143,7 @@ REJECTED = ("leak", "answer")
 def choose_target(
     row: dict[str, Any], selection: Selection | None, gold_share: float, seed: int = 0, keep_rejected: bool = False
 ) -> dict[str, Any]:
-    """A training row from a rewritten one: {"id", "prompt", "reference", "target", "source", "reason"}.
+    """A training row from a rewritten one: {"id", "prompt", "reference", "target", "source", "reason"}, and "before".
 
     `selection=None` takes every rewrite that has text; `gold_share` keeps the reference for that share of rows, drawn
     by row id. With `keep_rejected` there is also "rejected": a rewrite that was refused for what it says, or None.
@@ -93,10 +153,11 @@ def choose_target(
     elif selection is None:
         reason = "ok" if row["rewrite"].strip() else "empty"
     else:
-        reason = selection.refusal(row["prompt"], row["reference"], row["rewrite"], row["finish"]) or "ok"
+        reason = selection.refusal(task_of(row), row["reference"], row["rewrite"], row["finish"]) or "ok"
     accepted = reason == "ok"
     return {
         "id": row["id"],
+        **({"before": row["before"]} if "before" in row else {}),
         "prompt": row["prompt"],
         "reference": row["reference"],
         "target": row["rewrite"] if accepted else row["reference"],

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.models.chats import chat_messages, chat_prompt_ids, completion_prompt
+from sdd.models.chats import Turns, chat_messages, chat_prompt_ids, completion_prompt, task_text
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.served import Server, client_of, refusal, said_by
 from sdd.rewriting.engines import Completion, Place, Request, sampling, seed_of
@@ -81,11 +81,11 @@ class OpenAIEngine:
         """Completions as they come; prompts that begin alike are asked one after another, which caches like."""
         asked = []
         for request in requests:
-            if len(chat_prompt_ids(self.tokenizer, request.prompt, self.system_prompt)) > self.max_prompt_tokens:
+            if len(chat_prompt_ids(self.tokenizer, *self._words(request))) > self.max_prompt_tokens:
                 yield Completion(request.id, "", "too_long")
             else:
                 asked.append((request, self._prompt(request)))  # here: a tokenizer serves one thread at a time
-        asked.sort(key=lambda pair: pair[0].prompt)
+        asked.sort(key=lambda pair: task_text(pair[0].prompt, pair[0].before))
         assert self.place.server is not None, "open() comes first"
         pool = ThreadPoolExecutor(self.place.server.concurrency, thread_name_prefix="server")
         try:
@@ -96,8 +96,11 @@ class OpenAIEngine:
 
     def _prompt(self, request: Request) -> Any:
         """Messages, or for the endpoint "completions" a text."""
-        words = self.tokenizer, request.prompt, self.system_prompt
+        words = self.tokenizer, *self._words(request)
         return chat_messages(*words) if self.endpoint == "chat" else completion_prompt(*words)
+
+    def _words(self, request: Request) -> tuple[str, str | None, Turns]:
+        return request.prompt, self.system_prompt, request.before
 
     def _completed(self, request: Request, prompt: Any) -> Completion:
         try:

@@ -14,7 +14,7 @@ from sdd.errors import UserError
 from sdd.forward import ranks
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
-from sdd.models.chats import chat_prompt_ids
+from sdd.models.chats import chat_prompt_ids, task_text
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import HFEngine, Request, chunk_rows
@@ -131,7 +131,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             model, base = open_student(source, runtime, spec.dtype)
             engine.take(model, base.tokenizer(), spec.system_prompt, runtime.inference_batch_size)
             opened = True
-        answers = {one.id: one for one in engine.complete([Request(row.id, row.prompt) for row in chunk])}
+        requests = [Request(row.id, row.prompt, before=row.before) for row in chunk]
+        answers = {one.id: one for one in engine.complete(requests)}
         if ranks.rank() > 0:
             continue
         write_jsonl(
@@ -140,6 +141,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 {
                     "id": row.id,
                     "prompt": row.prompt,
+                    **row.turns,
                     "text": answers[row.id].text,
                     "finish": answers[row.id].finish,
                     "tokens": list(answers[row.id].tokens),
@@ -171,7 +173,8 @@ def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown
     asked, dtype = Answered.read(recipe.inputs["answers"].spec), recipe.spec["dtype"]
     left_out = trained_prompts(inputs["model"])
     given = read_jsonl(inputs["answers"] / "answers.jsonl")
-    answers = [row for row in given if row["tokens"] and row["prompt"] not in left_out]
+    said = (row for row in given if row["tokens"])
+    answers = [row for row in said if task_text(row["prompt"], row.get("before", ())) not in left_out]
     if not answers:
         raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
     teacher = runtime.checkpoint(str(asked.model)).model(dtype, runtime.device, runtime.attention)
@@ -179,5 +182,6 @@ def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown
     for model in (teacher, student):
         checkpoints.check_logits(model)
     tokenizer = base.tokenizer()
-    rows = [(chat_prompt_ids(tokenizer, row["prompt"], asked.system_prompt), row["tokens"]) for row in answers]
+    prompts = ((row["prompt"], asked.system_prompt, row.get("before", ())) for row in answers)
+    rows = [(chat_prompt_ids(tokenizer, *words), row["tokens"]) for words, row in zip(prompts, answers, strict=True)]
     return Shown(answers, rows, teacher, student, tokenizer)

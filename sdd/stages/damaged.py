@@ -62,7 +62,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     shown: dict[str, Row] = {}
     for row in read_jsonl(inputs["targets"] / "train.jsonl"):
         if row["id"] in unpruned:
-            ids, prompt = training_ids(tokenizer, row["prompt"], row["target"], spec.system_prompt)
+            ids, prompt = training_ids(
+                tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ())
+            )
             shown[row["id"]] = ids[:prompt], ids[prompt:]
     model = source.model(spec.dtype, runtime.device, runtime.attention)
     checkpoints.check_logits(model)

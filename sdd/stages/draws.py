@@ -21,6 +21,7 @@ from sdd.data.draws import (
 )
 from sdd.data.duplicates import distinct
 from sdd.errors import UserError
+from sdd.rewriting.selection import task_of
 from sdd.stages.datasets import read_examples
 from sdd.stages.runtime import Runtime
 from sdd.store import Recipe
@@ -106,7 +107,7 @@ def _deduplicated(
     """
     threshold, kept_out = settings["deduplicate"], {row["id"] for row in held_out}
     ordered = held_out + [row for row in rows if row["id"] not in kept_out]
-    texts = [f"{row['prompt']}\n{row['reference']}" for row in ordered]
+    texts = [f"{task_of(row)}\n{row['reference']}" for row in ordered]
     kept = {ordered[at]["id"] for at in distinct(texts, threshold)}
     left = [row for row in pool if row["id"] in kept]
     log.info("finetune.deduplicate: %d of %d rows are like another and left out", len(pool) - len(left), len(pool))

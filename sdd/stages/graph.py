@@ -83,6 +83,7 @@ def read_data(study: Study, missing: list[Recipe]) -> None:
         answered.check_held_out(study, len(study.prompts.source.examples()))
     if stages & {"rewrites", "targets"} and not study.students:
         examples = study.rows.source.examples()
+        tuned.check_turns(study, examples)
         if "tuned" in stages:
             tuned.check_rows(study, len(examples))
             tuned.check_lengths(study, examples)

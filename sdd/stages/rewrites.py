@@ -36,8 +36,9 @@ from sdd.untrusted import printable
 
 @dataclass(frozen=True)
 class Rewrites(Spec):
-    """`selection` is there where several tries are sampled, of which the first good one is kept. With the input
-    `answers`, those stand in for the references that the template shows."""
+    """`selection` is there where several tries are sampled, of which the first good one is kept; `all_tries` where all
+    are, for the targets to choose among. With the input `answers`, those stand in for the references that the template
+    shows."""
 
     teacher: str
     dtype: str
@@ -47,6 +48,7 @@ class Rewrites(Spec):
     engine: dict[str, Any]
     chat_template: str | None = None
     selection: dict[str, Any] | None = None
+    all_tries: bool = False
 
 
 def recipe(study: Study) -> Recipe:
@@ -55,6 +57,8 @@ def recipe(study: Study) -> Recipe:
     several tries is kept by its final answer, which was once read otherwise."""
     config, models, rows = study.config, study.models, study.rows
     engine, request = build_part(config.engine), REQUESTS[config.finetune.request]
+    all_tries = config.finetune.choice != "first"
+    picked = engine.tries > 1 and not all_tries
     spec = Rewrites(
         teacher=models.teacher_digest,
         dtype=config.model.dtype,
@@ -63,10 +67,11 @@ def recipe(study: Study) -> Recipe:
         system_prompt=config.dataset.system_prompt,
         engine=engine.spec(),
         chat_template=models.plain_template(models.teacher_digest),
-        selection=selection_of(study) if engine.tries > 1 else None,
+        selection=selection_of(study) if picked else None,
+        all_tries=all_tries,
     )
     raised = models.steers(models.teacher_digest) + 2 * (config.engine.get("temperature", 0) > 0)
-    raised += 4 * (engine.tries > 1 and rows.judged_anew)
+    raised += 4 * (picked and rows.judged_anew)
     corrects = request is not None and request.corrects
     inputs = {"answers": answered.drafts(study, pruned.recipe(study))} if corrects else {}
     return study.recipe("rewrites", spec, inputs, rows.labels, raised)
@@ -135,9 +140,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                     engine.open(teacher, spec.dtype, spec.system_prompt, runtime.place)
                     opened = True
                 selection = selection_for(**spec.selection, id=chosen[0].id) if spec.selection else Selection()
+                judged = None if spec.all_tries else selection
                 kept = scratch / f"{number:06d}.answers.jsonl"
                 answering: Answering = Journal(engine, kept) if engine.asks_alone else engine
-                rewritten = list(rewrite_rows(answering, chosen, templates[chunk[0]], selection))
+                rewritten = list(rewrite_rows(answering, chosen, templates[chunk[0]], judged))
                 if ranks.rank() == 0:
                     write_jsonl(path, rewritten)
             else:

@@ -308,7 +308,7 @@ def _text_rows(runtime: Runtime, spec: TextScores, tokenizer: Any) -> list[Row]:
 def _task_rows(runtime: Runtime, spec: RowScores, tokenizer: Any) -> list[Row]:
     """The first fine-tuning rows as chats, those left out that are too long."""
     examples = read_examples(runtime, spec.dataset)[: spec.num_rows]
-    rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec.system_prompt) for e in examples]
+    rows = [task_row(tokenizer, e.prompt, e.reference, e.answer, spec.system_prompt, e.before) for e in examples]
     short = [row for row in rows if len(row.ids) <= spec.max_length]
     if not short:
         raise UserError(

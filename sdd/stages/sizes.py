@@ -9,6 +9,7 @@ from operator import mul
 from omegaconf import DictConfig
 
 from sdd.architectures.configs import stated_dtype
+from sdd.models.chats import task_text
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.pruning.width import Share
@@ -59,7 +60,7 @@ class Sizes:
         dataset = self.config.dataset
         if examples := study.rows.examples:
             rows = len(examples)
-            prompt = sum(len(row.prompt) for row in examples) / rows
+            prompt = sum(len(task_text(row.prompt, row.before)) for row in examples) / rows
             answer = sum(len(row.reference) for row in examples) / rows
         elif dataset.parts:
             rows, parts = dataset.num_rows, list(dataset.parts.values())

@@ -11,6 +11,7 @@ from typing import Any
 from sdd.finetuning.adapters import merged
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
+from sdd.models.chats import task_text
 from sdd.models.checkpoints import Checkpoint, save_model
 from sdd.stages.runtime import Runtime
 from sdd.store import SCRATCH, read_manifest
@@ -78,7 +79,8 @@ def trained_prompts(folder: Path) -> set[str]:
     earlier = trained_prompts(cut) if cut is not None else set()
     drawn = set(json.loads((folder / "rows.json").read_text())["ids"])
     targets = root / "targets" / str(manifest["inputs"]["targets"]) / "train.jsonl"
-    return earlier | {row["prompt"] for row in read_jsonl(targets) if row["id"] in drawn}
+    rows = (row for row in read_jsonl(targets) if row["id"] in drawn)
+    return earlier | {task_text(row["prompt"], row.get("before", ())) for row in rows}
 
 
 def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Checkpoint]:

@@ -12,7 +12,7 @@ from sdd.errors import UserError
 from sdd.forward import ranks
 from sdd.forward.teacher_forcing import Row
 from sdd.models import checkpoints
-from sdd.models.chats import training_ids
+from sdd.models.chats import task_text, training_ids
 from sdd.planning.estimates import Estimate
 from sdd.stages import targets
 from sdd.stages.runtime import Runtime
@@ -60,17 +60,18 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     checkpoints.check_logits(model)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     shown: dict[tuple[str, str], Row] = {}
-    for row in rows:
+    tasks = [task_text(row["prompt"], row.get("before", ())) for row in rows]
+    for row, task in zip(rows, tasks, strict=True):
         for text in (row["target"], row["reference"]):
-            ids, prompt = training_ids(tokenizer, row["prompt"], text, spec.system_prompt)
+            ids, prompt = training_ids(tokenizer, row["prompt"], text, spec.system_prompt, row.get("before", ()))
             if len(ids) <= spec.max_length:
-                shown[row["prompt"], text] = ids[:prompt], ids[prompt:]
+                shown[task, text] = ids[:prompt], ids[prompt:]
     nll = dict(zip(shown, shift.token_nll(model, list(shown.values()), runtime.inference_batch_size), strict=True))
     if ranks.rank() > 0:
         return
     records = []
-    for row in rows:
-        texts = {name: nll.get((row["prompt"], row[name])) for name in ("target", "reference")}
+    for row, task in zip(rows, tasks, strict=True):
+        texts = {name: nll.get((task, row[name])) for name in ("target", "reference")}
         if all(texts.values()):
             record = {key: row[key] for key in ("id", "source", "reason")}
             for name, values in texts.items():

@@ -98,7 +98,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     with tqdm(total=len(rows), desc="taught", unit="row") as progress:
         for number in range(-(-len(rows) // ROWS)):
             chosen = rows[number * ROWS : (number + 1) * ROWS]
-            shown = [training_ids(tokenizer, row["prompt"], row["target"], spec.system_prompt) for row in chosen]
+            shown = [
+                training_ids(tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ()))
+                for row in chosen
+            ]
             answers = [(ids[:prompt], ids[prompt:] if len(ids) <= spec.max_length else []) for ids, prompt in shown]
             if not _is_whole(folder / shard(number), [len(answer) for _, answer in answers]):
                 if model is None:

@@ -25,6 +25,7 @@ from sdd.forward import ranks
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
+from sdd.models.rendering import RefusalError
 from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel, shape_of
 from sdd.planning.estimates import Estimate, Training
@@ -74,9 +75,11 @@ def recipe(study: Study) -> Recipe:
         check_rows(study, rows)
     _check_adapter(study)
     settings = plain(finetune) | {"validation_rows": study.validation_rows}
-    of_targets = ("mode", "request", "select", "gold_share", "noise_share")
+    of_targets = ("mode", "request", "select", "choice", "gold_share", "noise_share")
     for key in (*of_targets, "ce_share", "loss", "precision", *SETTINGS, *ROLLOUTS, *CACHE):
         settings.pop(key)
+    if not finetune.same_rows:
+        settings.pop("same_rows")
     settings = draws.key_of(settings)
     if settings["keep"] == "last":
         settings.pop("keep")
@@ -179,15 +182,34 @@ def check_lengths(study: Study, examples: list[Example]) -> None:
     tokenizer, targets_of = study.models.checkpoint.tokenizer(), MODES[finetune.mode].targets
     shortest = None
     for example in examples:
-        target = {"rewrites": "", "gold": example.gold}.get(targets_of, example.reference) or ""
-        length = len(training_ids(tokenizer, example.prompt, target, system_prompt)[0])
+        by_mode = {} if finetune.same_rows else {"rewrites": "", "gold": example.gold}
+        target = by_mode.get(targets_of, example.reference) or ""
+        length = len(training_ids(tokenizer, example.prompt, target, system_prompt, example.before)[0])
         if length <= finetune.max_length:
             return
         shortest = length if shortest is None else min(shortest, length)
+    bare = targets_of == "rewrites" and not finetune.same_rows
     raise UserError(
         f"finetune.max_length={finetune.max_length} is shorter than every row of the dataset; the shortest has "
-        f"{shortest} tokens{' without its answer' if targets_of == 'rewrites' else ''}, raise it"
+        f"{shortest} tokens{' without its answer' if bare else ''}, raise it"
     )
+
+
+def check_turns(study: Study, examples: list[Example]) -> None:
+    """Refuse rows with turns that the chat template of whoever is shown them does not render."""
+    first = {tuple(turn["role"] for turn in example.before): example for example in reversed(examples)}
+    digests = {study.models.digest, study.models.teacher_digest} if set(first) - {()} else set()
+    tokenizers = [Checkpoint(study.sources[digest]).tokenizer() for digest in digests]
+    system_prompt = study.config.dataset.system_prompt
+    for roles, example in first.items():
+        for tokenizer in tokenizers if roles else ():
+            try:
+                training_ids(tokenizer, example.prompt, example.reference, system_prompt, example.before)
+            except RefusalError as error:
+                turns = ", ".join([*roles, "user", "assistant"])
+                raise UserError(
+                    f"dataset: the chat template refuses the row {example.id!r} ({turns}): {error.reason}"
+                ) from None
 
 
 def check_vocabulary(study: Study) -> None:
@@ -298,21 +320,34 @@ def tokenized(
     system_prompt: str | None,
     max_length: int,
     num_tokens: int | None = None,
+    same_rows: bool = False,
 ) -> tuple[list[Any], int]:
     """Training rows as token ids, and how many were over `max_length`; the first with `num_tokens` target tokens. A
-    rejected answer that is too long is none."""
+    rejected answer that is too long is none.
+
+    With `same_rows`, those are over the limit whose references are, whatever their targets: a target that alone is too
+    long gives way to its reference, so that arms with other targets keep the same rows.
+    """
     from sdd.finetuning.module import TrainingRow
 
+    def ids_of(row: dict[str, Any], text: str) -> tuple[list[int], int]:
+        return training_ids(tokenizer, row["prompt"], text, system_prompt, row.get("before", ()))
+
     kept: list[TrainingRow] = []
-    too_long, tokens = 0, 0
+    too_long, tokens, replaced = 0, 0, 0
     for row in rows:
-        ids, prompt_length = training_ids(tokenizer, row["prompt"], row["target"], system_prompt)
+        ids, prompt_length = ids_of(row, row["target"])
+        if same_rows and row["target"] != row["reference"]:
+            reference = ids_of(row, row["reference"])
+            if len(reference[0]) > max_length or len(ids) > max_length:
+                replaced += len(reference[0]) <= max_length
+                ids, prompt_length = reference
         if len(ids) > max_length:
             too_long += 1
             continue
         rejected = None
         if row.get("rejected"):
-            rejected = training_ids(tokenizer, row["prompt"], row["rejected"], system_prompt)[0]
+            rejected = ids_of(row, row["rejected"])[0]
             rejected = rejected if len(rejected) <= max_length else None
         tokens += len(ids) - prompt_length
         if num_tokens is not None and tokens > num_tokens:
@@ -323,6 +358,9 @@ def tokenized(
             f"finetune.num_tokens={num_tokens}, but the {len(kept)} rows beside the held-out ones have {tokens} target "
             "tokens; lower it, or raise dataset.num_rows"
         )
+    if replaced:
+        of = len(kept) + too_long
+        log.warning("%d of %d targets are over finetune.max_length; their references stand there", replaced, of)
     return kept, too_long
 
 
@@ -342,9 +380,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     rows = Lines(inputs["targets"] / "train.jsonl", placed=True)
     domains = draws.domains_of(runtime, recipe.inputs["targets"]) if settings.get("domains") else {}
     drawn, held_out = draws.drawn(settings, spec.seed, rows, inputs.get("damaged"), domains)
-    shown = spec.system_prompt, settings["max_length"]
-    training, too_long = tokenized(tokenizer, drawn, *shown, settings.get("num_tokens"))
-    validation, held_out_too_long = tokenized(tokenizer, held_out, *shown)
+    shown, same_rows = (spec.system_prompt, settings["max_length"]), settings.get("same_rows", False)
+    training, too_long = tokenized(tokenizer, drawn, *shown, settings.get("num_tokens"), same_rows)
+    validation, held_out_too_long = tokenized(tokenizer, held_out, *shown, None, same_rows)
     if recipe.inputs["targets"].spec.get("rejected"):
         refused = sum(bool(row.rejected) for row in training)
         log.log(logging.INFO if refused else logging.WARNING, "%d training rows have a rejected rewrite", refused)

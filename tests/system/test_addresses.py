@@ -60,6 +60,7 @@ def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
 
 
 SAMPLING = {"engine.temperature": 0.7}
+SEVERAL = {**SAMPLING, "engine.tries": 2}
 RANDOM = ["metric=random"]
 BY_TASK = {"metric.by": "task"}
 REPAIRED = ["repair=ridge"]
@@ -191,6 +192,9 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("evaluation.dtype", "bfloat16", {"evaluated"}, [], {}),
     ("evaluation.system_prompt", "Be brief.", {"evaluated"}, [], {}),
     ("evaluation.chat_template", False, {"evaluated"}, [], {}),
+    ("finetune.same_rows", True, {"tuned"}, [], {}),
+    ("finetune.choice", "shortest", {"rewrites"}, [], SEVERAL),
+    ("finetune.choice", "most_likely", {"targets"}, [], {**SEVERAL, "finetune.choice": "shortest"}),
     ("evaluation.backend", "vllm", {"evaluated"}, [], {}),
     ("evaluation.backend", "server", {"evaluated"}, [], {"evaluation.model": "m"}),
     ("evaluation.model", "another", {"evaluated"}, [], SERVED),
@@ -232,6 +236,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("dataset.answer_rule", "none", ["finetune=sft"], {}),
     ("finetune.request", "draft", ["finetune=sft"], {}),
     ("finetune.select", False, ["finetune=sft"], {}),
+    ("finetune.choice", "shortest", ["finetune=sft"], SEVERAL),
     ("finetune.gold_share", 0.5, ["finetune=sft"], {}),
     ("finetune.noise_share", 0.5, ["finetune=sft"], {}),
     ("finetune.ce_share", 0.5, [], {}),

@@ -57,6 +57,59 @@ def test_rows_in_the_order_of_the_file(tmp_path: Path) -> None:
     assert LocalRows(str(path)).examples() == examples
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"from": "human", "value": "And 3 + 3?"},
+    {"role": "assistant", "content": [{"type": "text", "text": "six"}]},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+def test_a_conversation_is_its_last_answer_after_what_came_before(tmp_path: Path) -> None:
+    """In JSONL and Parquet, by the column's own name or by another, with a system prompt of the row's own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    before = ({"role": "system", "content": "Be brief."}, *TURNS[1:3])
+    expected = Example("0", "And 3 + 3?", "six", before=before)
+    path = written(tmp_path / "rows.jsonl", {"messages": TURNS}, ROW)
+    assert LocalRows(path).examples() == [expected, Example("1", ROW["prompt"], ROW["reference"])]
+    named = written(
+        tmp_path / "named.jsonl", {"talk": TURNS[1:], "how": "Be brief."}, {"talk": TURNS[3:5], "how": None}
+    )
+    examples = LocalRows(named, fields={"messages": "talk", "system": "how"}).examples()
+    assert examples == [expected, Example("1", "And 3 + 3?", "six")]
+    prompts = written(tmp_path / "prompts.jsonl", ROW | {"system": "Be brief.", "messages": TURNS})
+    assert LocalRows(prompts).examples()[0].before == ()
+    assert LocalRows(prompts, fields={"system": "system"}).examples()[0].before == before[:1]
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in TURNS[:3]]
+    pq.write_table(pa.Table.from_pylist([{"messages": plain}]), tmp_path / "rows.parquet")
+    assert LocalRows(str(tmp_path / "rows.parquet")).examples() == [Example("0", "2 + 2?", "4", before=before[:1])]
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ("hello", "line 1: the field 'messages' is no list of turns"),
+        ([TURNS[1]], "has no turn of the assistant"),
+        ([TURNS[2]], "no turn of the user comes before"),
+        ([TURNS[1], TURNS[2], TURNS[2]], "no turn of the user comes before"),
+        ([TURNS[1], TURNS[0], TURNS[1], TURNS[2]], "the system's turn is not the first"),
+        ([{"role": "tool", "content": "x"}, *TURNS[1:3]], "turn 1 has the role tool; known are system, user"),
+        ([{"role": "user", "content": ""}, TURNS[2]], "turn 1 has no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}, TURNS[2]], "turn 1 has no text"),
+        (["hello"], "turn 1 is not"),
+    ],
+)
+def test_a_broken_conversation_is_named_by_turn(messages: Any, expected: str, tmp_path: Path) -> None:
+    rows = LocalRows(written(tmp_path / "rows.jsonl", {"messages": messages}), fields={"messages": "messages"})
+    with pytest.raises(UserError) as refusal:
+        rows.examples()
+    assert expected in str(refusal.value)
+
+
 BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "no JSON": (b'{"prompt": "p", "reference": ', "line 3 is not valid JSON"),
     "a list": ([1, 2], "line 3 is not a JSON object"),

@@ -32,7 +32,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     root = tmp_path_factory.mktemp("hub")
     sums = root / "datasets" / "somebody" / "sums"
     rows = [{"question": f"q{n}?", "answer": f"#### {n}"} for n in range(60)]
+    talk = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
     (sums / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"messages": talk}]), sums / "talk.parquet")
     (sums / "README.md").write_text("sums")
     (sums / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number in range(2):
@@ -46,6 +48,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 SCRIPT = """
 import json, sys
 from sdd.data.instruct import GSM8K
+from sdd.data.local import LocalRows
 from sdd.data.texts import CorpusTexts
 from sdd.errors import UserError
 for line in sys.stdin:
@@ -53,6 +56,8 @@ for line in sys.stdin:
     try:
         if case.pop("texts", False):
             found = CorpusTexts(**case).texts()
+        elif case.pop("own", False):
+            found = [[e.id, [turn["content"] for turn in e.before], e.prompt] for e in LocalRows(**case).examples()]
         else:
             found = [[e.id, e.prompt] for e in GSM8K(**case).examples()]
     except UserError as error:
@@ -102,6 +107,8 @@ def answers(hub: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "nowhere stream": {"hub": node("somebody/nowhere", stream=True), "num_rows": 3},
         "no commit": {"hub": node(revision=COMMIT[::-1])},
         "no file": {"hub": node(files=("data/test-*.parquet",))},
+        "own names": {"own": True, "hub": node(), "fields": {"prompt": "question", "reference": "answer"}},
+        "conversations": {"own": True, "hub": node(files=("talk.parquet",))},
         "no column": {"texts": True, "num_texts": 3, "hub": node()},
     }
     home = tmp_path_factory.mktemp("home")
@@ -123,6 +130,8 @@ def answers(hub: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_files_are_fetched_and_read_as_local_ones(answers: dict[str, Any], hub: tuple[str, Path]) -> None:
     whole = [[str(n), f"q{n}?"] for n in range(60)]
     assert answers["parquet"] == answers["jsonl"] == whole
+    assert answers["own names"] == [[id, [], prompt] for id, prompt in whole]
+    assert answers["conversations"] == [["0", ["user 0", "assistant 0"], "user 1"]]
     local = GSM8K(str(hub[1] / "sums" / "rows.jsonl"), num_rows=7, seed=3).examples()
     assert answers["sample"] == [[e.id, e.prompt] for e in local]
     assert answers["offline"] == whole, "what is in the hub's cache needs no network"

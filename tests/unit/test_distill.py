@@ -8,7 +8,15 @@ import pytest
 from sdd.data import Example
 from sdd.models.chats import LEAK_PHRASES
 from sdd.rewriting.engines import Completion, Request
-from sdd.rewriting.selection import Selection, choose_target, rewrite_rows, with_noise
+from sdd.rewriting.selection import (
+    Selection,
+    answer_correct,
+    choose_target,
+    chosen,
+    rewrite_rows,
+    shortest,
+    with_noise,
+)
 
 SELECTION = Selection("anywhere", LEAK_PHRASES)
 PROMPT, REFERENCE = "What is 3 + 4?", "3 + 4 = 7 yeah\n#### 7"
@@ -227,3 +235,47 @@ def test_tries_end_once_every_row_has_passed() -> None:
     engine = FakeEngine({(name, 0): ("The answer is 7.", "stop") for name in "ab"}, tries=5)
     list(rewrite_rows(engine, examples("a", "b"), TEMPLATE, SELECTION))
     assert len(engine.asked) == 2
+
+
+# ---- one of several ---------------------------------------------------------------------------------------------
+
+
+class Tries:
+    """Says what it is told to, a try after another; knows what it was asked."""
+
+    tries = 4
+
+    def __init__(self, *said: tuple[str, str]) -> None:
+        self.said, self.asked = said, list[Request]()
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        for request in requests:
+            self.asked.append(request)
+            yield Completion(request.id, *self.said[request.attempt])
+
+
+SAID = (("Seven it is, I think. The answer is 8.", "stop"), ("3 + 4 makes 7.\nThe answer is 7.", "stop"))
+SAID += (("The answer is 7.", "stop"), ("ans: 7", "length"))
+
+
+def test_without_a_selection_every_try_is_kept() -> None:
+    before = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
+    engine = Tries(*SAID)
+    (written,) = rewrite_rows(engine, [Example("a", PROMPT, REFERENCE, before=before)], "{prompt}", None)
+    assert written["before"] == list(before) and [request.before for request in engine.asked] == [before] * 4
+    assert [(one["rewrite"], one["finish"]) for one in [written, *written["others"]]] == list(SAID)
+    (first,) = rewrite_rows(Tries(*SAID), [Example("a", PROMPT, REFERENCE)], "{prompt}", SELECTION)
+    assert (first["rewrite"], "others" in first, "before" in first) == (SAID[1][0], False, False)
+
+
+def test_a_choice_is_among_the_rewrites_that_pass() -> None:
+    (written,) = rewrite_rows(Tries(*SAID), [Example("a", PROMPT, REFERENCE)], "{prompt}", None)
+    assert chosen(written, SELECTION, shortest)["rewrite"] == "The answer is 7."
+    assert chosen(written, None, shortest)["rewrite"] == "ans: 7", "cut, but without selection any text will do"
+    assert chosen(written, None, answer_correct(SELECTION, REFERENCE))["rewrite"] == SAID[1][0]
+    target = choose_target(chosen(written, SELECTION, shortest), SELECTION, 0.0)
+    assert (target["target"], target["source"], "others" in target) == ("The answer is 7.", "rewrite", False)
+    none = choose_target(chosen(written, Selection("anywhere", ("the answer",)), shortest), SELECTION, 0.0)
+    assert none["reason"] == "answer", "no try passes: the first one's reason stands"
+    repeated = chosen(written | {"others": []}, None, shortest)
+    assert repeated["rewrite"] == SAID[0][0]

@@ -98,6 +98,35 @@ def test_rows_over_the_limit_are_left_out_whole_and_counted(tokenizer: Any) -> N
     assert len(tokenized(tokenizer, rows, None, limit - 1)[0]) == 1
 
 
+def test_arms_with_other_targets_keep_the_same_rows(tokenizer: Any) -> None:
+    """A row goes by its reference; where only the target is too long, the reference stands in its place."""
+
+    def arm(*lengths: int) -> list[dict[str, Any]]:
+        references = [{"prompt": "p", "reference": "word " * n} for n in (1, 5, 50, 1)]
+        return [row | {"target": "word " * n} for row, n in zip(references, lengths, strict=True)]
+
+    references, rewrites = arm(1, 5, 50, 1), arm(5, 1, 1, 50)
+    limit = len(tokenized(tokenizer, references, None, 256)[0][1].ids)
+    found = [tokenized(tokenizer, rows, None, limit, same_rows=True) for rows in (references, rewrites)]
+    assert [len(row.ids) <= limit for kept, _ in found for row in kept] == [True] * 6
+    assert [left_out for _, left_out in found] == [1, 1]
+    assert found[1][0][2] == found[0][0][2] == found[0][0][0], "the long rewrite gives way"
+    assert tokenized(tokenizer, rewrites, None, limit)[1] == 1
+    assert len(tokenized(tokenizer, rewrites, None, limit)[0]) == 3, "by targets, another row is left out"
+
+
+def test_a_row_is_trained_on_after_the_turns_before_it(tokenizer: Any) -> None:
+    before = [{"role": "system", "content": "Be brief."}]
+    before += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello<|end|>"}]
+    (row,), _ = tokenized(tokenizer, [{"prompt": "p", "target": "t", "before": before}], "Be long.", 256)
+    whole = tokenizer.decode(row.ids)
+    assert whole.endswith("<|user|>Hi<|end|><|assistant|>Hello<|end|><|end|><|user|>p<|end|><|assistant|>t<|end|>")
+    assert "Be brief." in whole and "Be long." not in whole
+    ending = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert row.ids.count(ending) == whole.count("<|end|>") - 1, "words of an earlier answer end no turn"
+    assert tokenizer.decode(row.ids[row.prompt_length :]) == "t<|end|>"
+
+
 # ---- runs -------------------------------------------------------------------------------------------------------
 
 RUNTIME = Runtime(micro_batch_tokens=300, checkpoint_every=2)
