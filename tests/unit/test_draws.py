@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sdd.stages import damaged, draws, surprisals
 from sdd.stages.runtime import Runtime
 from sdd.stages.tuned import tokenized
 from sdd.store import Recipe
-from sdd.store.files import read_jsonl, write_jsonl
+from sdd.store.files import Lines, read_jsonl, write_jsonl
 from sdd.tiny.tasks import instances
 
 IDS = [f"r{number}" for number in range(60)]
@@ -130,8 +131,11 @@ def of_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ids_of(settings: Mapping[str, Any], seed: int, damaged: Path | None) -> tuple[list[str], list[str]]:
-    drawn, held_out = draws.drawn({**SETTINGS, **settings}, seed, ROWS, damaged, DOMAINS)
-    return [row["id"] for row in drawn], [row["id"] for row in held_out]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "train.jsonl"
+        write_jsonl(path, ROWS)
+        drawn, held_out = draws.drawn({**SETTINGS, **settings}, seed, Lines(path), damaged, DOMAINS)
+        return [row["id"] for row in drawn], [row["id"] for row in held_out]
 
 
 @pytest.mark.parametrize(
