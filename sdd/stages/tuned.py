@@ -588,6 +588,7 @@ def _fit(
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),
             max_epochs=-1,
+            log_every_n_steps=1,
             logger=_logger(recipe, runtime) if ranks.rank() == 0 else False,
             callbacks=[keeping],
             # Slurm's environment would write on a signal, and load, checkpoints that are not this run's.
