@@ -61,17 +61,21 @@ def check_domains(finetune: Mapping[str, Any], examples: list[Example]) -> None:
 
 
 def drawn(
-    settings: dict[str, Any], seed: int, lines: Lines, damaged: Path | None, domains: Mapping[str, str]
+    settings: dict[str, Any],
+    seed: int,
+    rows: list[dict[str, Any]] | Lines,
+    damaged: Path | None,
+    domains: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]] | Lines, list[dict[str, Any]] | Lines]:
     """(rows to train on, held-out rows), the first in the order of which `num_tokens` is yet to take the first.
 
     The held-out rows are the same whatever is drawn. `damaged` is the artifact of that name, `domains` names the domain
-    of every row. Rows that nothing but the seed chooses are not read before they are gone through.
+    of every row. Lines of a file that nothing but the seed chooses are not read before they are gone through.
     """
-    if damaged is None and settings.get("deduplicate") is None:
-        places = split_rows(range(len(lines)), settings["validation_rows"], settings["num_rows"], seed)
-        return lines.at(places[0]), lines.at(places[1])
-    rows = list(lines)
+    if isinstance(rows, Lines) and damaged is None and settings.get("deduplicate") is None:
+        places = split_rows(range(len(rows)), settings["validation_rows"], settings["num_rows"], seed)
+        return rows.at(places[0]), rows.at(places[1])
+    rows = list(rows)
     pool, held_out = split_rows(rows, settings["validation_rows"], None, seed)
     if settings.get("deduplicate") is not None:
         pool = _deduplicated(rows, pool, held_out, settings)
