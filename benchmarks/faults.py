@@ -46,6 +46,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "system"))
 
+import launching
 from filelock import FileLock, Timeout
 from launching import LIBRARIES, Outcome, Running, artifacts_of, files_of, spawn
 from tqdm import tqdm
@@ -99,10 +100,11 @@ OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "ranks": 1}
 """How often a kind comes, relative to the others: processes that import the libraries anew take ten times as long."""
 IN_A_ROW = 10
 """Kills of one command before it may end."""
-PATIENCE = 60.0
-"""Seconds for a process to end that was asked to, and for what it started to notice."""
-MOMENT = 15.0
+PATIENCE = 600.0
+"""Seconds for a process to end that was asked to, on a machine that may have much else to do."""
+MOMENT = 60.0
 """Seconds that what a killed process started may take to notice."""
+launching.PATIENCE = 6 * PATIENCE
 
 
 @contextlib.contextmanager
@@ -339,6 +341,7 @@ class Campaign:
         return [script, *flags, *SMALL, *self.more, *rest[len(flags) :]]
 
     def trial(self, kind: str, name: str) -> Trial:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         return Trial(self.folder / name, self.words(kind), self.beside)
 
     def reference(self, kind: str) -> tuple[Path, set[str], float]:
@@ -357,7 +360,6 @@ class Campaign:
         first = Trial(self.study.parent, self.words("tuned" if kind == "ranks" else kind), self.beside)
         outcome = first.start().outcome()
         assert outcome.code == 0, outcome.stderr
-        shutil.rmtree(self.folder / f"undisturbed-{kind}", ignore_errors=True)
         trial = self.trial(kind, f"undisturbed-{kind}")
         composed = [Composed(words, trial.folder) for words in self.jobs(kind)]
         wanted = set[str]().union(*(one.wanted for one in composed))
