@@ -155,10 +155,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
 
 def _in_order(chunks: list[list[int]], rows: list[Example], scratch: Path, path: Path) -> None:
     """Write what all chunks hold in the dataset's order and with its references, and never hold all of it."""
-    files = (scratch / f"{number:06d}.jsonl" for number in range(len(chunks)))
-    write_jsonl(scratch / "chunks.jsonl", (row for file in files for row in read_jsonl(file)))
-    at = array("q", bytes(8 * sum(map(len, chunks))))
+    lines = Lines(*(scratch / f"{number:06d}.jsonl" for number in range(len(chunks))))
+    at = array("q", bytes(8 * len(lines)))
     for line, place in enumerate(place for chunk in chunks for place in chunk):
         at[place] = line
-    made = zip(Lines(scratch / "chunks.jsonl").at(at), rows, strict=True)
+    made = zip(lines.at(at), rows, strict=True)
     write_jsonl(path, (line | {"reference": row.reference} for line, row in made))

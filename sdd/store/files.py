@@ -4,6 +4,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Lines(Iterable[dict[str, Any]]):
-    """The objects of such a file, read as they are gone through: of a million of them sixteen megabytes are held.
+    """The objects of such files, one after another, read as they are gone through: of a million, 24 MB are held.
 
-    With `placed`, each has its place in the file as `place`.
+    With `placed`, each has its place among all as `place`.
     """
 
-    def __init__(self, path: Path, placed: bool = False) -> None:
-        self.path, self.placed = path, placed
-        self.starts = array("q", (start for start, _, _ in read_lines(path, f"{path}")))
+    def __init__(self, *paths: Path, placed: bool = False) -> None:
+        self.paths, self.placed = paths, placed
+        self.files, self.starts, self.firsts = array("q"), array("q"), array("q")
+        for number, path in enumerate(paths):
+            self.firsts.append(len(self.starts))
+            self.starts.extend(start for start, _, _ in read_lines(path, f"{path}"))
+            self.files.extend([number] * (len(self.starts) - len(self.files)))
         self.order: Sequence[int] = range(len(self.starts))
 
     def at(self, places: Iterable[int]) -> "Lines":
@@ -60,11 +65,13 @@ class Lines(Iterable[dict[str, Any]]):
         return self.at(range(len(self))[some])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            for place in self.order:
-                file.seek(self.starts[place])
-                row = row_of(file.readline().decode(), f"{self.path}, row {place + 1}")
-                yield row | {"place": place} if self.placed else row
+        for number, places in groupby(self.order, self.files.__getitem__):
+            with self.paths[number].open("rb") as file:
+                for place in places:
+                    file.seek(self.starts[place])
+                    where = f"{self.paths[number]}, row {place - self.firsts[number] + 1}"
+                    row = row_of(file.readline().decode(), where)
+                    yield row | {"place": place} if self.placed else row
 
 
 def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
