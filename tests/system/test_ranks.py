@@ -150,7 +150,11 @@ def test_two_processes_build_what_one_does(small: list[str], tmp_path: Path) -> 
     stages = set()
     for devices in (1, 2):
         cwd, shared = tmp_path / str(devices), [*small, "finetune=none", f"trainer.devices={devices}"]
-        for words in (["metric=perplexity"], ["pruning=mlp20"], ["analysis=shift", "analysis.embedder=null"]):
+        for words in (
+            ["metric=perplexity"],
+            ["metric=taylor_width", "pruning=mlp20"],
+            ["analysis=shift", "analysis.embedder=null"],
+        ):
             assert run("evaluate", *shared, *words, cwd=cwd).code == 0
         assert run("generate", *small, f"trainer.devices={devices}", cwd=cwd).code == 0
         stages |= {name.split("/")[0] for name in files_of(cwd / "artifacts")}
