@@ -158,10 +158,11 @@ def own(bench: Bench) -> Losses:
     bench.reset("eager")
     spec = {"adapter": bench.case.adapter, "base_quantisation": None, "precision": "32", "system_prompt": None}
     finetune = OPTIMISATION | {"batch_size": bench.case.batch, "epochs": bench.case.epochs}
+    finetune |= {"max_length": bench.block}
     spec |= {"finetune": finetune, "seed": SEED}
     recipe = Recipe("tuned", 1, spec, {"targets": Recipe("targets", 1, {"mode": "sft"})})
     with tempfile.TemporaryDirectory() as scratch:
-        history = _fit(bench.student, None, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
+        history, _ = _fit(bench.student, None, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
     return [row["loss"] for row in history]
 
 
