@@ -14,7 +14,7 @@ WORKERS ?= 2
 # Compiled once, read ever after: a process that imports torch, transformers and peft anew takes twice as long without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo curve more merged analysed criteria test lint clean
+.PHONY: env demo curve bound more merged analysed criteria test lint clean
 
 env: .venv/.made
 
@@ -30,7 +30,7 @@ define BEFORE
 What happens now, on a language model of 2.5 million parameters that comes with this project:
   1. Its blocks are scored, and the ones that change its states least are cut out.
   2. The unpruned model rewrites the training answers in its own words.
-  3. The pruned model is fine-tuned on those, on the original answers and on ideal ones, once for every seed.
+  3. The pruned model is fine-tuned on those and on the original answers, once for every seed.
   4. All of them answer the same test questions, and the report compares them.
 The whole takes about ten minutes on two cores. What is interrupted goes on where it stopped, and what is there already
 is not made again. Lines with [INFO] say what is being built; they need no reading.
@@ -47,7 +47,7 @@ endef
 export BEFORE AFTER
 
 # The question on the embedded model: does the pruned student get more back from the model's own rewrites than from the
-# references? The unpruned model, the cut at several sizes, every way of fine-tuning at its tuned rate over five seeds.
+# references? The unpruned model, the cut at several sizes, both ways of fine-tuning at their tuned rates over five seeds.
 # Everything is cached in artifacts/.
 demo: env
 	@echo "$$BEFORE" >&2
@@ -61,9 +61,13 @@ demo: env
 curve: env
 	$(EVALUATE) pruning=n2,n4 finetune=sft,self_distill seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/curve $(ARGS)
 
-# What comes after: SFT and self-distillation at other sizes, two students merged, how far each moved the student, how well
-# it drafts for its teacher. The last two sweeps run side by side: each waits for one answerer at a time.
-more: demo curve
+# Right answers in the unpruned model's own style, which only a made-up task has: an upper bound.
+bound: env
+	$(EVALUATE) finetune=gold seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/bound $(ARGS)
+
+# What comes after: an upper bound, SFT and self-distillation at other sizes, two students merged, how far each moved the
+# student, how well it drafts for its teacher. The last two sweeps run side by side: each waits for one answerer at a time.
+more: demo bound curve
 	$(MAKE) --jobs 2 merged analysed
 	$(REPORT)
 
