@@ -47,10 +47,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 SCRIPT = """
 import json, sys
+import datasets.config
 from sdd.data.instruct import GSM8K
 from sdd.data.local import LocalRows
 from sdd.data.texts import CorpusTexts
 from sdd.errors import UserError
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # of the 5 s that it idles after every stream
 for line in sys.stdin:
     case = json.loads(line)
     try:
