@@ -1,7 +1,7 @@
 """Look into a folder of artifacts.
 
 python -m sdd.store --artifacts artifacts list
-python -m sdd.store verify                 # every file against its recorded digest
+python -m sdd.store verify                 # every file against its recorded digest, and manifests against their own
 python -m sdd.store explain A B            # why two addresses differ
 python -m sdd.store prune [--yes]          # what no result needs; deletes only with --yes
 """

@@ -7,6 +7,7 @@ builder is a function of a recipe, the folders of its inputs, and the folder to 
 """
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -63,8 +64,9 @@ FIELDS = {
     "versions?": {str: str},
     "command?": str,
     "config?": {str: ANY},
+    "digest?": str,
 }
-"""What a manifest of a store's holds."""
+"""What a manifest of a store's holds; `digest` is of all else that it says, which older ones have not."""
 LINKED = {
     key if key.endswith("?") or key in ("stage", "address", "inputs") else f"{key}?": FIELDS[key] for key in FIELDS
 }
@@ -187,7 +189,7 @@ class Store:
         try:
             build(recipe, inputs, partial)
             manifest = self._manifest(recipe, partial, time.time() - started)
-            write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(partial / MANIFEST, manifest_text(manifest))
         except BaseException:
             nothing_kept = not resumable or not any((partial / SCRATCH).glob("*"))
             if nothing_kept:
@@ -260,6 +262,10 @@ class Store:
             return ["changed manifest.json: it cannot be read"]
         if (folder.parent.name, folder.name) != (manifest["stage"], address):
             return [f"changed manifest.json: its recipe is {manifest['stage']}/{address}"]
+        if unknown := manifest.keys() - {key.removesuffix("?") for key in FIELDS}:
+            return [printable(f"changed manifest.json: it holds {min(unknown)!r}")]
+        if manifest.pop("digest", None) and (folder / MANIFEST).read_bytes() != manifest_text(manifest).encode():
+            return ["changed manifest.json: it has another digest"]
         present = {str(path.relative_to(folder)) for path in _leaves(folder)} - {MANIFEST}
         problems = [f"missing {name}" for name in sorted(set(recorded) - present)]
         problems += [f"not in the manifest: {name}" for name in sorted(present - set(recorded))]
@@ -284,6 +290,12 @@ def _warn_of_locks(root: Path) -> None:
             root,
             mount,
         )
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The file of a manifest: what it says, and the sha256 of that."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "digest": digest}, indent=1) + "\n"
 
 
 def is_complete(folder: Path) -> bool:

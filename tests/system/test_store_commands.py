@@ -90,6 +90,27 @@ def test_verify_reads_manifests_with_care(damage: Callable, said: str, copied: P
     assert said in found[0]
 
 
+def test_verify_finds_every_flipped_byte_of_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fields that decide nothing too; a manifest without a digest, as they once were, is whole."""
+    monkeypatch.setattr("sdd.store.store.installed_versions", lambda: {"torch": "2.8"})  # a hundred bytes a package
+
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        (folder / "scores.json").write_text("{}")
+
+    words = {"command": "python prune.py metric=last", "config": {"seed": 0, "names": {2: "é", 10: 1e-05}}}
+    store = Store(tmp_path, lambda: words)
+    folder = store.ensure(RECIPE, build)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        assert store.verify(folder), f"byte {at} of {whole.decode()}"
+    old = json.loads(whole)
+    assert old.pop("digest")
+    path.write_text(json.dumps(old))
+    assert store.verify(folder) == []
+
+
 def test_damaged_manifest_is_one_line_elsewhere(copied: Path, command: Command) -> None:
     (only(copied, "pruned") / "manifest.json").write_text("{")
     code, out, err = command(copied, "list")
