@@ -11,10 +11,11 @@ doubled, no process and no lock that outlives the one that was killed. Only that
 started has to notice. Then come a disk that is full at a drawn size, a folder that can only be read, a bit flipped in
 a file, a manifest cut short.
 
-What is killed is forked from a process that has composed the command, up to where the store is asked: a kill costs what
-is built, and not imports. Sweeps are killed as whole commands. A trial is a function of (seed, its number), but for
-what else the machine does. Counts by what was being built when the signal came go to --out after every trial, where a
-later call with the same arguments goes on, and as a table to stdout. Exit code 1 where anything was not as it must be.
+What is killed is forked from a process that has composed the command, up to where the store is asked, and builds the
+stage alone: a kill costs what that takes, no imports and nothing downstream. Sweeps are killed as whole commands. A
+trial is a function of (seed, its number), but for what else the machine does. Counts by what was being built when the
+signal came go to --out after every trial, where a later call with the same arguments goes on, and as a table to stdout.
+Exit code 1 where anything was not as it must be.
 """
 
 import argparse
@@ -98,7 +99,7 @@ LIBRARIES += ["sdd.api", *(f"sdd.stages.{stage}" for stage in ASKED_BY)]
 FROM_NOTHING = ("sweep", "pair", "joblib")
 OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "ranks": 1}
 """How often a kind comes, relative to the others: processes that import the libraries anew take ten times as long."""
-IN_A_ROW = 10
+IN_A_ROW = 20
 """Kills of one command before it may end."""
 PATIENCE = 600.0
 """Seconds for a process to end that was asked to, on a machine that may have much else to do."""
@@ -184,14 +185,14 @@ class Forked:
 
 
 class Composed:
-    """A process that has composed a command, and forks itself to build what that asks for."""
+    """A process that has composed a command to be run in a folder, and forks itself to build a stage of it there."""
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, stage: str) -> None:
         server = multiprocessing.get_context("forkserver")
         folder.mkdir(parents=True, exist_ok=True)
         self.pipe, other = server.Pipe()
         self.folder, self.forks = folder, 0
-        self.process = server.Process(target=_compose, args=(list(words), folder, other))
+        self.process = server.Process(target=_compose, args=(list(words), folder, stage, other))
         self.process.start()
         other.close()  # so that its end is noticed here
         self.wanted: set[str] = self.pipe.recv()
@@ -207,7 +208,7 @@ class Composed:
         self.process.join()
 
 
-def _compose(words: list[str], folder: Path, pipe: Any) -> None:
+def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
     from sdd.api import compose
 
     os.chdir(folder)
@@ -215,7 +216,8 @@ def _compose(words: list[str], folder: Path, pipe: Any) -> None:
     job = compose(*overrides)
     wanted = job.wanted(script)
     assert wanted is not None
-    pipe.send({f"{recipe.stage}/{recipe.address}" for recipe in wanted.walk()})
+    recipes = list(wanted.walk())
+    pipe.send({f"{recipe.stage}/{recipe.address}" for recipe in recipes})
     while name := pipe.recv():
         if pid := os.fork():
             pipe.send(pid)
@@ -223,11 +225,15 @@ def _compose(words: list[str], folder: Path, pipe: Any) -> None:
             continue
         code = 1
         try:
+            os.chdir(folder)
             for number, stream in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
             os.setpgid(0, 0)
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-            print(job.build(wanted, script), flush=True)
+            for recipe in recipes:
+                if recipe.stage == stage:
+                    print(job.build(recipe, script), flush=True)
+            Path(f"{name}.seconds").write_text(f"{time.thread_time()}")
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -260,9 +266,9 @@ class Trial:
 
     def kill(self, running: Running, after: float, number: signal.Signals) -> bool:
         """Whether the process was there to be killed after so many seconds."""
-        forked, deadline = isinstance(running.process, Forked), time.monotonic() + after
-        while (running.process.seconds() < after) if forked else (time.monotonic() < deadline):
-            running.process.join(0.002)
+        forked, began = isinstance(running.process, Forked), time.monotonic()
+        while (left := after - (running.process.seconds() if forked else time.monotonic() - began)) > 0:
+            running.process.join(max(0.002, left))  # so long at least, since no processor is faster than the clock
             if running.process.exitcode is not None:
                 if running.process.exitcode != 0:
                     self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
@@ -330,6 +336,7 @@ class Campaign:
         self.folder, self.seed, self.more = folder, seed, more
         self.study = folder / "study" / "artifacts"
         self.kept: dict[str, tuple[Path, set[str], float]] = {}
+        self.composed: dict[str, Composed] = {}
         multiprocessing.set_forkserver_preload(LIBRARIES)
         forkserver.ensure_running()
         self.beside = set(descendants())
@@ -361,20 +368,22 @@ class Campaign:
         outcome = first.start().outcome()
         assert outcome.code == 0, outcome.stderr
         trial = self.trial(kind, f"undisturbed-{kind}")
-        composed = [Composed(words, trial.folder) for words in self.jobs(kind)]
+        composed = [Composed(words, trial.folder, kind) for words in self.jobs(kind)]
         wanted = set[str]().union(*(one.wanted for one in composed))
         self.kept[kind] = self.study, wanted, 0.0
         self.fill(kind, trial)
-        is_fork, began, seconds = kind in ASKED_BY, time.monotonic(), 0.0
-        running = composed[0].start() if is_fork else trial.start()
-        while running.process.exitcode is None:
-            now = running.process.seconds() if is_fork else time.monotonic() - began
-            seconds = max(seconds, now if now < float("inf") else 0.0)
-            running.process.join(0.002)
+        if kind in ASKED_BY:
+            outcome = composed[0].start().outcome()
+            assert outcome.code == 0, outcome.stderr
+            seconds = float((trial.folder / "fork1.seconds").read_text())
+        began = time.monotonic()
+        outcome = trial.start().outcome()
+        if kind not in ASKED_BY:
+            seconds = time.monotonic() - began
         for one in composed:
             one.end()
         place = trial.artifacts if kind == "ranks" else self.study
-        trial.compare(running.outcome(), place, wanted)
+        trial.compare(outcome, place, wanted)
         assert not trial.problems, trial.problems
         self.kept[kind] = place, wanted, seconds
         write_atomically(note, json.dumps([str(place), sorted(wanted), seconds]))
@@ -404,26 +413,31 @@ class Campaign:
         """A command killed several times, and then let go on."""
         reference, wanted, seconds = self.reference(kind)
         draw = random.Random(f"{self.seed} {kind} {number}")
-        trial = self.trial(kind, f"{kind}-{number}")
+        trial = self.trial(kind, kind)
         self.fill(kind, trial)
         trial.whole |= set(Store(trial.artifacts).folders())
-        composed = Composed(trial.words, trial.folder) if kind in ASKED_BY else None
+        if kind in ASKED_BY and kind not in self.composed:
+            self.composed[kind] = Composed(trial.words, trial.folder, kind)
+            self.beside.add(self.composed[kind].process.pid)
+        composed = self.composed.get(kind)
         for _ in range(draw.randint(1, IN_A_ROW)):
             after, sent = draw.uniform(0, seconds), draw.choice([signal.SIGKILL, signal.SIGTERM])
             other = trial.start() if kind == "pair" else None
-            trial.beside = self.beside | {one.process.pid for one in (other, composed) if one}
+            trial.beside = self.beside | ({other.process.pid} if other else set())
             killed = trial.kill(composed.start() if composed else trial.start(), after, sent)
             if other and other.outcome().code != 0:
                 trial.problems.append(f"beside a killed one: {other.stream('stderr')[-500:]}")
             if not killed:
                 break
-        if composed:
-            composed.end()
         trial.beside = self.beside
         trial.compare(trial.start().outcome(), reference, wanted)
-        if not trial.problems:
-            shutil.rmtree(trial.folder)
+        if trial.problems:
+            trial.folder.rename(self.folder / f"{kind}-{number}")
         return trial
+
+    def close(self) -> None:
+        for one in self.composed.values():
+            one.end()
 
 
 # ---- disks and bits -----------------------------------------------------------------------------------------------
@@ -484,7 +498,7 @@ def read_only(campaign: Campaign, number: int) -> Trial:
 
 
 def damage(campaign: Campaign, number: int) -> Trial:
-    """A bit flipped in a file, or a manifest cut short: found, and built again."""
+    """A bit flipped in a file or a manifest, or that cut short: found, and built again."""
     kind = list(ASKED_BY)[number % len(ASKED_BY)]
     reference, wanted, _ = campaign.reference(kind)
     draw = random.Random(f"{campaign.seed} damage {number}")
@@ -493,10 +507,11 @@ def damage(campaign: Campaign, number: int) -> Trial:
         shutil.copytree(reference / name, trial.artifacts / name)
     hit = draw.choice(sorted(name for name in wanted if name.startswith(f"{kind}/")))
     manifest = trial.artifacts / hit / MANIFEST
-    if cut := draw.random() < 0.5:
+    if (what := draw.choice(["cut", "file", "manifest"])) == "cut":
         manifest.write_bytes(manifest.read_bytes()[: draw.randrange(manifest.stat().st_size - 1)])
     else:
-        path = trial.artifacts / hit / draw.choice(sorted(json.loads(manifest.read_text())["files"]))
+        files = sorted(json.loads(manifest.read_text())["files"]) if what == "file" else [MANIFEST]
+        path = trial.artifacts / hit / draw.choice(files)
         data = bytearray(path.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
@@ -508,7 +523,7 @@ def damage(campaign: Campaign, number: int) -> Trial:
     shutil.rmtree(trial.artifacts)
     campaign.fill(kind, trial)
     trial.compare(trial.start().outcome(), reference, wanted)
-    trial.kills[f"{kind} {'cut' if cut else 'bit'}"] += 1
+    trial.kills[f"{kind} {what}"] += 1
     return trial
 
 
@@ -562,8 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in trial.problems:
             tqdm.write(f"{name}: {problem}", file=sys.stderr)
 
-    with adopting():
-        campaign = Campaign(folder, given.seed)
+    with adopting(), contextlib.closing(Campaign(folder, given.seed)) as campaign:
         with tqdm(total=given.kills if killing else 0, initial=sent(), desc="kills") as progress:
             number = 0
             while killing and sent() < given.kills and time.monotonic() < deadline:

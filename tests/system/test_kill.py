@@ -1,5 +1,6 @@
 """Processes that are killed, and processes that ask for the same: nothing is half there, nothing is made twice."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,9 @@ def test_killed_at_random(checkpoint: Path, tmp_path: Path) -> None:
     """The short form of `python -m benchmarks.faults`, which kills all stages a thousand times."""
     from benchmarks import faults
 
-    with faults.adopting():
-        campaign = faults.Campaign(tmp_path, 1, ["model=local", f"model.path={checkpoint}", "model.dtype=float32"])
-        trial = campaign.run("drafted", 0)
+    words = ["model=local", f"model.path={checkpoint}", "model.dtype=float32"]
+    with faults.adopting(), contextlib.closing(faults.Campaign(tmp_path, 1, words)) as campaign:
+        trial = campaign.run("drafted", 10)
     assert trial.problems == []
     assert trial.kills.total() >= 2
 
