@@ -85,13 +85,17 @@ def _name(word: str) -> str:
 
 def targets_lines(folder: Path, are_rewritten: bool) -> list[str]:
     """How many rows there are, and how many of them the unpruned model rewrote."""
-    summary = read_facts(folder / "summary.json", SUMMARY | {"rows": int})
+    summary = read_facts(folder / "summary.json", SUMMARY | {"rows": int, "judged?": {"asked": int, "unread": int}})
     reasons = summary.get("reasons", {})
     if not are_rewritten:
         return [f"{summary['rows']:,} rows, as they are"]
     others = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in reasons.items() if name != "ok")
     kept = f"{reasons.get('ok', 0):,} of {summary['rows']:,} rewrites kept"
-    return [f"{kept}; the reference stayed in the others: {others}" if others else kept]
+    lines = [f"{kept}; the reference stayed in the others: {others}" if others else kept]
+    if judged := summary.get("judged"):
+        unread = f"; {judged['unread']:,} answers were no choice, and the first try stands" if judged["unread"] else ""
+        lines.append(f"a judge was asked to choose in {judged['asked']:,} rows{unread}")
+    return lines
 
 
 def training_lines(folder: Path) -> list[str]:

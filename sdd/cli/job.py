@@ -127,12 +127,15 @@ class Job:
 
     def _builder(self, wanted: Recipe, missing: list[Recipe]) -> Builder:
         """What builds them, after all that would stop it has been looked at."""
-        from sdd.stages import builder, evaluated, graph
+        from sdd.stages import builder, evaluated, graph, targets
 
         graph.read_data(self.study, missing)
         stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
         if "rewrites" in stages:
             build_part(self.config.engine).check(runtime.place)
+        for recipe in missing:
+            if recipe.stage == "targets":
+                targets.check(runtime, recipe)
         if wanted.stage == "evaluated":
             evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
         if "tuned" in stages:

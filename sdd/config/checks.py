@@ -24,7 +24,7 @@ CHOICES = {
     "repair.method": ("none", "ridge"),
     "finetune.mode": (*MODES, "none"),
     "finetune.request": tuple(REQUESTS),
-    "finetune.choice": ("first", "answer_correct", "shortest", "most_likely"),
+    "finetune.choice": ("first", "answer_correct", "shortest", "most_likely", "judge"),
     "finetune.precision": ("32", "bf16"),
     "finetune.choose": ("random", "damage"),
     "finetune.keep": ("last", "best"),
@@ -64,6 +64,9 @@ AT_LEAST = {
     "evaluation.max_new_tokens": 1,
     "evaluation.concurrency": 1,
     "evaluation.retries": 0,
+    "judge.max_new_tokens": 1,
+    "judge.concurrency": 1,
+    "judge.retries": 0,
     "analysis.num_prompts": 1,
     "analysis.max_new_tokens": 1,
     "analysis.timed_prompts": 1,
@@ -97,6 +100,7 @@ AT_MOST = {
     "trainer.threads": 1_024,
     "engine.concurrency": 10_000,
     "evaluation.concurrency": 10_000,
+    "judge.concurrency": 10_000,
 }
 """Where less than `LARGEST` is too much for any machine."""
 WITHIN = {
@@ -121,6 +125,7 @@ WITHIN = {
     "engine.top_p": (1e-6, 1.0),
     "engine.timeout": (1e-3, 1e6),
     "evaluation.timeout": (1.0, 1e6),
+    "judge.timeout": (1e-3, 1e6),
     **{
         f"{metric}.{key}": limits
         for metric in ("metric", "width_metric")
@@ -233,6 +238,10 @@ def check_values(config: DictConfig) -> None:
     if config.finetune.choice != "first" and engine.get("tries", 1) < 2:
         choice = f"finetune.choice={config.finetune.choice}"
         raise UserError(f"{choice} chooses among several rewrites; add engine.tries=4 engine.temperature=0.7")
+    if config.finetune.choice == "judge" and not config.judge.model:
+        raise UserError("finetune.choice=judge needs the name that the server gives the judge; add judge.model=NAME")
+    if lacking := [place for place in ("{prompt}", "{answers}") if place not in (config.judge.template or place)]:
+        raise UserError(f"judge.template lacks {lacking[0]}; it shows the task, and the answers by their numbers")
     if config.finetune.same_rows and config.finetune.cached is not None:
         raise UserError(
             "finetune.same_rows=true may put references where finetune.cached keeps what the teacher says of targets; "

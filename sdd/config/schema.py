@@ -179,6 +179,21 @@ class Finetune:
 
 
 @dataclass
+class Judge:
+    """Who chooses among a row's rewrites with finetune.choice=judge: a model behind a server."""
+
+    base_url: str | None = described("where the server answers, http://HOST/v1; of the command line alone", None)
+    model: str | None = described("the name by which the server knows it", None)
+    template: str | None = described(
+        "the question, with {prompt}, {answers} and if need be {reference}; null is the project's own", None
+    )
+    max_new_tokens: int = described("tokens of its answer; one that is cut there is not read", 256)
+    concurrency: int = described("requests that are on their way to the server at once", 16)
+    retries: int = described("how often a request is sent again, after waits of up to 8 seconds", 12)
+    timeout: float = described("seconds that an answer may take", 300.0)
+
+
+@dataclass
 class Adapter:
     """What is trained of the student."""
 
@@ -292,6 +307,7 @@ class Config:
     repair: Repair = described("what is done at the cut without training", Repair)
     dataset: Dataset = described("the rows that are rewritten and trained on", Dataset)
     finetune: Finetune = described("whose answers are the targets, and how long and hard is trained", Finetune)
+    judge: Judge = described("who chooses among rewrites with finetune.choice=judge", Judge)
     adapter: Adapter = described("what is trained of the student", Adapter)
     engine: dict[str, Any] = described("how rewrites are generated", {})
     merge: Merge = described("how several students become one", Merge)

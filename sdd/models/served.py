@@ -13,8 +13,8 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.untrusted import printable
 
-KEY = "OPENAI_API_KEY"
-"""The environment variable with the server's key, if it wants one."""
+KEY, JUDGES_KEY = "OPENAI_API_KEY", "JUDGE_API_KEY"
+"""The environment variables with the server's key, if it wants one; a judge's server is not shown another's."""
 LONGEST = 300
 """Characters of what a server says that are shown."""
 
@@ -33,6 +33,11 @@ class Server:
     group: str = "engine"
 
     @property
+    def key(self) -> str:
+        """The environment variable with its key."""
+        return JUDGES_KEY if self.group == "judge" else KEY
+
+    @property
     def where(self) -> str:
         return f"{self.group}.base_url={self.url}"
 
@@ -45,7 +50,7 @@ def client_of(server: Server, retries: int | None = None) -> Any:
 
     return OpenAI(
         base_url=server.url,
-        api_key=os.environ.get(KEY) or "none",
+        api_key=os.environ.get(server.key) or "none",
         max_retries=server.retries if retries is None else retries,
         timeout=server.timeout,
     )
@@ -58,7 +63,7 @@ def refusal(error: Exception, server: Server, model: str | None, client: Any, ki
     where, said = server.where, said_by(error)
     again = "finished rows are kept, run the same command again"
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        return UserError(f"{where}: the server refuses the key ({said}); set {KEY} in the environment")
+        return UserError(f"{where}: the server refuses the key ({said}); set {server.key} in the environment")
     if isinstance(error, openai.APITimeoutError):
         return UserError(f"{where}: no answer within {server.group}.timeout={server.timeout:g} seconds; {again}")
     if isinstance(error, openai.APIConnectionError):

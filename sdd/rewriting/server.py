@@ -5,10 +5,11 @@ How it is reached, and what is tried again, is `sdd.models.served`'s business.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.models.chats import Turns, chat_messages, chat_prompt_ids, completion_prompt, task_text
+from sdd.models.chats import chat_messages, chat_prompt_ids, completion_prompt, task_text
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.served import Server, client_of, refusal, said_by
 from sdd.rewriting.engines import Completion, Place, Request, sampling, seed_of
@@ -27,6 +28,7 @@ class OpenAIEngine:
 
     kind = "openai"
     asks_alone = True
+    asked_by, group = "engine=openai", "engine"
 
     def __init__(
         self,
@@ -75,40 +77,38 @@ class OpenAIEngine:
     def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None:
         """Only the teacher's tokenizer is loaded here; in which dtype it computes is its server's business."""
         self.tokenizer, self.system_prompt, self.place = checkpoint.tokenizer(), system_prompt, place
-        self.client = self._client(place)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions as they come; prompts that begin alike are asked one after another, which caches like."""
         asked = []
         for request in requests:
-            if len(chat_prompt_ids(self.tokenizer, *self._words(request))) > self.max_prompt_tokens:
+            if (prompt := self._prompt(request)) is None:
                 yield Completion(request.id, "", "too_long")
             else:
-                asked.append((request, self._prompt(request)))  # here: a tokenizer serves one thread at a time
+                asked.append((request, prompt))  # made here: a tokenizer serves one thread at a time
         asked.sort(key=lambda pair: task_text(pair[0].prompt, pair[0].before))
-        assert self.place.server is not None, "open() comes first"
-        pool = ThreadPoolExecutor(self.place.server.concurrency, thread_name_prefix="server")
+        client = self.client
+        pool = ThreadPoolExecutor(self.place.at_once, thread_name_prefix="server")
         try:
-            for future in as_completed([pool.submit(self._completed, *pair) for pair in asked]):
+            for future in as_completed([pool.submit(self._completed, client, *pair) for pair in asked]):
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _prompt(self, request: Request) -> Any:
-        """Messages, or for the endpoint "completions" a text."""
-        words = self.tokenizer, *self._words(request)
+        """Messages, or for the endpoint "completions" a text; None where it has too many tokens."""
+        words = self.tokenizer, request.prompt, self.system_prompt, request.before
+        if len(chat_prompt_ids(*words)) > self.max_prompt_tokens:
+            return None
         return chat_messages(*words) if self.endpoint == "chat" else completion_prompt(*words)
 
-    def _words(self, request: Request) -> tuple[str, str | None, Turns]:
-        return request.prompt, self.system_prompt, request.before
-
-    def _completed(self, request: Request, prompt: Any) -> Completion:
+    def _completed(self, client: Any, request: Request, prompt: Any) -> Completion:
         try:
-            text, finish = self._answer(self.client, prompt, self.max_new_tokens, seed_of(self.seed, request))
+            text, finish = self._answer(client, prompt, self.max_new_tokens, seed_of(self.seed, request))
         except Exception as error:
             if getattr(error, "status_code", None) == 400 and any(words in said_by(error) for words in TOO_LONG):
                 return Completion(request.id, "", "too_long")
-            raise self._refusal(error, self.place, self.client) from None
+            raise self._refusal(error, self.place, client) from None
         return Completion(request.id, text, finish)
 
     def _answer(self, client: Any, prompt: Any, limit: int, seed: int) -> tuple[str, str]:
@@ -130,10 +130,14 @@ class OpenAIEngine:
         whole = (text or "").encode("utf-8", "replace").decode()  # half a character is none
         return whole.strip(), "stop" if finish == "stop" else "length"
 
+    @cached_property
+    def client(self) -> Any:
+        return self._client(self.place)
+
     def _client(self, place: Place, retries: int | None = None) -> Any:
         if place.server is None:
             raise UserError(
-                "engine=openai asks a server; say where on the command line: engine.base_url=http://HOST/v1"
+                f"{self.asked_by} asks a server; say where on the command line: {self.group}.base_url=http://HOST/v1"
             )
         return client_of(place.server, retries)
 

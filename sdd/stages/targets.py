@@ -1,9 +1,11 @@
 """Stage `targets`: the answers that a student is trained on, each with where it came from and why."""
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,14 +18,26 @@ from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
-from sdd.rewriting.selection import Selection, answer_correct, choose_target, chosen, eligible, shortest, with_noise
+from sdd.rewriting.engines import Request, chunk_rows
+from sdd.rewriting.journal import Journal
+from sdd.rewriting.judging import TEMPLATE, UNAIDED_TEMPLATE, Judge, question, verdict
+from sdd.rewriting.selection import (
+    Selection,
+    answer_correct,
+    choose_target,
+    chosen,
+    eligible,
+    shortest,
+    task_of,
+    with_noise,
+)
 from sdd.stages import rewrites
 from sdd.stages.datasets import read_examples, selection_for
 from sdd.stages.rewrites import Rewrites
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.store import Recipe
+from sdd.store import SCRATCH, Recipe
 from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
@@ -33,7 +47,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Targets(Spec):
     """`dataset` where answers of the dataset are the targets; where rewrites are, how they are chosen, which of several
-    by `choice`, and whether refused ones are kept beside the targets."""
+    by `choice` (and by which `judge`), and whether refused ones are kept beside the targets."""
 
     mode: str
     dataset: dict[str, Any] | None = None
@@ -44,6 +58,7 @@ class Targets(Spec):
     noise_share: float = 0.0
     rejected: bool = False
     choice: str = "first"
+    judge: dict[str, Any] | None = None
 
 
 def recipe(study: Study) -> Recipe:
@@ -59,10 +74,25 @@ def recipe(study: Study) -> Recipe:
     shares = {"gold_share": finetune.gold_share, "noise_share": finetune.noise_share}
     rejected = "rejected rows" in needed(study.losses)
     selection, choice = rewrites.selection_of(study), finetune.choice
-    spec = Targets(mode.name, **selection, select=finetune.select, **shares, rejected=rejected, choice=choice)
+    how = {"rejected": rejected, "choice": choice, "judge": _judge_of(study) if choice == "judge" else None}
+    spec = Targets(mode.name, **selection, select=finetune.select, **shares, **how)
     by_answer = finetune.select or finetune.noise_share or choice == "answer_correct"
     raised = REQUESTS[finetune.request] is None and rows.judged_anew and bool(by_answer)
     return study.recipe("targets", spec, {"rewrites": rewrites.recipe(study)}, rows.labels, raised)
+
+
+def _judge_of(study: Study) -> dict[str, Any]:
+    """Who judges and what it is asked, which is shown a reference where the teacher was."""
+    judge = study.config.judge
+    own = TEMPLATE if REQUESTS[study.config.finetune.request] is None else UNAIDED_TEMPLATE
+    return {"model": judge.model, "template": judge.template or own, "max_new_tokens": judge.max_new_tokens}
+
+
+def check(runtime: Runtime, recipe: Recipe) -> None:
+    """Have a judge say one word, so that a wrong address, key or name is known before any work."""
+    if judge := recipe.spec.get("judge"):
+        asking = _asking(runtime, judge)
+        asking.check(asking.place)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
@@ -70,16 +100,20 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
-    """`train.jsonl` with a reason for every row, and `summary.json` with the count of each."""
+    """`train.jsonl` with a reason for every row, and `summary.json` with the count of each; every answer of a judge
+    survives a kill."""
     spec = Targets.read(recipe.spec)
     dataset = recipe.inputs["rewrites"].spec["dataset"] if "rewrites" in inputs else spec.dataset
     assert dataset is not None, "targets are made of rewrites or of a dataset"
     examples, reasons = read_examples(runtime, dataset), Counter[str]()
     groups = Counter(e.group for e in examples if e.group is not None)
     rows: Iterable[dict[str, Any]]
+    verdicts: Mapping[str, int | None] = {}
     if "rewrites" in inputs:
         del examples
-        rows = _chosen(runtime, spec, Rewrites.read(recipe.inputs["rewrites"].spec), inputs["rewrites"])
+        if spec.judge:
+            verdicts = _verdicts(runtime, spec.judge, _tries(spec, inputs["rewrites"]), folder / SCRATCH)
+        rows = _chosen(runtime, spec, Rewrites.read(recipe.inputs["rewrites"].spec), inputs["rewrites"], verdicts)
     else:
         is_gold = MODES[spec.mode].targets == "gold"
         rows = (
@@ -104,33 +138,73 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if "rewrites" in inputs:
         log.info("targets: %s", ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()))
     facts = {"rows": reasons.total(), "reasons": dict(reasons), "groups": dict(groups)}
+    if spec.judge:
+        facts["judged"] = {"asked": len(verdicts), "unread": sum(place is None for place in verdicts.values())}
+        log.info("judge: %(asked)d rows asked about, %(unread)d answers not to be read", facts["judged"])
     write_json(folder / "summary.json", facts)
 
 
-def _chosen(runtime: Runtime, spec: Targets, asked: Rewrites, rewrites: Path) -> Iterable[dict[str, Any]]:
+def _selection(spec: Targets, row: Mapping[str, Any]) -> Selection:
+    return selection_for(spec.rule, spec.leak_phrases, row["id"])
+
+
+def _judged(spec: Targets, row: Mapping[str, Any]) -> Selection | None:
+    return _selection(spec, row) if spec.select else None
+
+
+def _tries(spec: Targets, rewrites: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Every row, and its rewrites that may be the target."""
+    for row in read_jsonl(rewrites / "rewrites.jsonl"):
+        yield row, eligible(row, _judged(spec, row))
+
+
+def _chosen(
+    runtime: Runtime, spec: Targets, asked: Rewrites, rewrites: Path, verdicts: Mapping[str, int | None]
+) -> Iterable[dict[str, Any]]:
     """Of every row the rewrite, or the reference where that is not good enough; noise needs all of them at once."""
-
-    def selection(row: dict[str, Any]) -> Selection:
-        return selection_for(spec.rule, spec.leak_phrases, row["id"])
-
-    def judged(row: dict[str, Any]) -> Selection | None:
-        return selection(row) if spec.select else None
 
     def choice(row: dict[str, Any]) -> Callable[[list[str]], str]:
         if spec.choice == "most_likely":
             return lambda texts: max(texts, key=lambda text: likely.get((row["id"], text), 0.0))
-        return shortest if spec.choice == "shortest" else answer_correct(selection(row), row["reference"])
+        if spec.choice == "judge":
+            return lambda texts: texts[verdicts.get(row["id"]) or 0]
+        return shortest if spec.choice == "shortest" else answer_correct(_selection(spec, row), row["reference"])
 
     def written() -> Iterator[dict[str, Any]]:
         for row in read_jsonl(rewrites / "rewrites.jsonl"):
-            yield row if spec.choice == "first" else chosen(row, judged(row), choice(row))
+            yield row if spec.choice == "first" else chosen(row, _judged(spec, row), choice(row))
 
     likely: dict[tuple[str, str], float] = {}
     if spec.choice == "most_likely":
-        several = ((row, eligible(row, judged(row))) for row in read_jsonl(rewrites / "rewrites.jsonl"))
-        likely = _likelihoods(runtime, asked, several)
-    rows = (choose_target(row, judged(row), spec.gold_share or 0.0, keep_rejected=spec.rejected) for row in written())
-    return with_noise(list(rows), spec.noise_share, selection) if spec.noise_share else rows
+        likely = _likelihoods(runtime, asked, _tries(spec, rewrites))
+    rows = (
+        choose_target(row, _judged(spec, row), spec.gold_share or 0.0, keep_rejected=spec.rejected) for row in written()
+    )
+    return with_noise(list(rows), spec.noise_share, partial(_selection, spec)) if spec.noise_share else rows
+
+
+def _verdicts(
+    runtime: Runtime, judge: dict[str, Any], rows: Iterable[tuple[dict[str, Any], list[str]]], scratch: Path
+) -> dict[str, int | None]:
+    """By row with several rewrites to choose among, the place of the one that the judge says, or None where it says
+    none; answers are kept in `scratch` as they come."""
+    asking, several = _asking(runtime, judge), ((row, texts) for row, texts in rows if len(texts) > 1)
+    scratch.mkdir(exist_ok=True)
+    verdicts: dict[str, int | None] = {}
+    chunks = iter(lambda: list(itertools.islice(several, chunk_rows(asking.place.at_once))), [])
+    for number, chunk in enumerate(chunks):
+        questions = [
+            Request(row["id"], question(judge["template"], task_of(row), row["reference"], texts, row["id"]))
+            for row, texts in chunk
+        ]
+        numbers = {row["id"]: len(texts) for row, texts in chunk}
+        for completion in Journal(asking, scratch / f"{number:06d}.answers.jsonl").complete(questions):
+            verdicts[completion.id] = verdict(completion, numbers[completion.id])
+    return verdicts
+
+
+def _asking(runtime: Runtime, judge: dict[str, Any]) -> Judge:
+    return Judge(judge["model"], judge["max_new_tokens"], runtime.servers.get("judge"))
 
 
 def _likelihoods(

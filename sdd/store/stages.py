@@ -30,7 +30,7 @@ STAGES = {
         Stage("scores", "prune", resumable=True),
         Stage("pruned", "prune", is_model=True),
         Stage("rewrites", "generate", resumable=True),
-        Stage("targets", "generate"),
+        Stage("targets", "generate", resumable=True),
         Stage("surprisals", "evaluate"),
         Stage("damaged", "train"),
         Stage("taught", "train", resumable=True),

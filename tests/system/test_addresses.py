@@ -61,6 +61,7 @@ def changed(a: dict[str, str], b: dict[str, str]) -> set[str]:
 
 SAMPLING = {"engine.temperature": 0.7}
 SEVERAL = {**SAMPLING, "engine.tries": 2}
+JUDGED = {**SEVERAL, "finetune.choice": "judge", "judge.model": "m"}
 RANDOM = ["metric=random"]
 BY_TASK = {"metric.by": "task"}
 REPAIRED = ["repair=ridge"]
@@ -195,6 +196,11 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.same_rows", True, {"tuned"}, [], {}),
     ("finetune.choice", "shortest", {"rewrites"}, [], SEVERAL),
     ("finetune.choice", "most_likely", {"targets"}, [], {**SEVERAL, "finetune.choice": "shortest"}),
+    ("finetune.choice", "judge", {"targets"}, [], {**JUDGED, "finetune.choice": "shortest"}),
+    ("finetune.request", "alone", {"rewrites"}, [], JUDGED),
+    ("judge.model", "another", {"targets"}, [], JUDGED),
+    ("judge.template", "{prompt} {answers}", {"targets"}, [], JUDGED),
+    ("judge.max_new_tokens", 5, {"targets"}, [], JUDGED),
     ("evaluation.backend", "vllm", {"evaluated"}, [], {}),
     ("evaluation.backend", "server", {"evaluated"}, [], {"evaluation.model": "m"}),
     ("evaluation.model", "another", {"evaluated"}, [], SERVED),
@@ -221,6 +227,11 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("adapter.rank", 3, ["adapter=full"], {}),
     ("engine.batch_size", 3, [], {}),
     ("evaluation.batch_size", 3, [], {}),
+    ("judge.base_url", "http://b/v1", [], JUDGED),
+    ("judge.concurrency", 3, [], JUDGED),
+    ("judge.retries", 3, [], JUDGED),
+    ("judge.timeout", 3.0, [], JUDGED),
+    ("judge.model", "another", [], {**JUDGED, "finetune.choice": "shortest"}),
     ("evaluation.base_url", "http://b/v1", [], SERVED),
     ("evaluation.concurrency", 3, [], SERVED),
     ("evaluation.retries", 3, [], SERVED),

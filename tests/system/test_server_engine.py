@@ -11,16 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launching import PATIENCE, Running, run, spawn
+from model_server import Answer, ModelServer, refused, said
 
 import sdd
 from sdd.cli.program import main
@@ -189,69 +188,49 @@ def test_a_model_that_the_server_has_not(serving: Serving, tmp_path: Path) -> No
     assert not outcome.built
 
 
+def test_a_server_judges(serving: Serving, tmp_path: Path) -> None:
+    """The teacher, which knows numbers and no judging; where its server is stays nowhere."""
+    words = ["engine.tries=2", "engine.temperature=1.5", "dataset.num_rows=8", "engine.max_new_tokens=24"]
+    words += ["finetune.choice=judge", f"judge.model={TEACHER}", "judge.max_new_tokens=24", "finetune.select=false"]
+    (nameless,) = run("generate", *ROWS, *words, "judge.model=null", cwd=tmp_path).errors
+    assert "add judge.model=NAME" in nameless
+    lacking = run("generate", *ROWS, *words, cwd=tmp_path)
+    assert (lacking.code, lacking.built) == (2, []) and "judge.base_url=http://HOST/v1" in lacking.errors[0]
+    serving.wait()
+    folder = run("generate", *ROWS, *words, f"judge.base_url={serving.url}", cwd=tmp_path).path
+    facts, rows = json.loads((folder / "summary.json").read_text()), read_jsonl(folder / "train.jsonl")
+    tries = {row["id"]: {row["rewrite"], row["others"][0]["rewrite"]} for row in rewrites_of(tmp_path)}
+    assert facts["judged"]["asked"] == sum(len(texts) == 2 for texts in tries.values()) > 0
+    assert facts["judged"]["unread"] <= facts["judged"]["asked"] and facts["rows"] == 8
+    assert all(row["target"] in tries[row["id"]] for row in rows if row["source"] == "rewrite")
+    assert serving.url not in (folder / "manifest.json").read_text()
+    nobody = "judge.base_url=http://127.0.0.1:9/v1"
+    assert run("generate", *ROWS, *words, nobody, cwd=tmp_path).path == folder
+
+
 # ---- servers that misbehave ---------------------------------------------------------------------------------------
 
 
-class Standing(ThreadingHTTPServer):
-    """Answers from a list, the last one again and again: (status, headers, body); `asked` are the requests."""
-
-    daemon_threads = True
-
-    def __init__(self, answers: list[tuple[int, dict[str, str], bytes]]) -> None:
-        super().__init__(("127.0.0.1", 0), StandIn)
-        self.answers, self.asked = answers, list[tuple[str | None, dict[str, Any]]]()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+def standing(*answers: Answer) -> ModelServer:
+    """Answers from a list, the last one again and again."""
+    left = list(answers)
+    return ModelServer(lambda *_: left.pop(0) if len(left) > 1 else left[0])
 
 
-class StandIn(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server: Any = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.asked.append((self.headers["Authorization"], body))
-        status, headers, content = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.send_error(404)
-
-    def log_message(self, *words: Any) -> None:
-        pass
-
-
-def answer(text: Any, finish: str = "stop") -> bytes:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return json.dumps(
-        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-    ).encode()
-
-
-def refused(message: str, **more: str) -> bytes:
-    return json.dumps({"error": {"message": message, "type": "invalid_request_error", **more}}).encode()
-
-
-def asking(server: Standing, **settings: Any) -> OpenAIEngine:
+def asking(server: ModelServer, **settings: Any) -> OpenAIEngine:
     engine = OpenAIEngine("m", **settings)
     engine.open(Checkpoint(TEACHER), "float32", None, Place(server=Server(server.url, 1, 2, 5.0)))
     return engine
 
 
-OK: tuple[int, dict[str, str], bytes] = (200, {}, answer("fine"))
+OK: Answer = (200, {}, said("fine"))
 MISTAKES = {
     "wrong key": ([(401, {}, refused("Incorrect API key"))], "set OPENAI_API_KEY"),
     "unknown model": ([(404, {}, refused("no such model"))], "engine.model=m (404: "),
     "page": ([(200, {"Content-Type": "text/html"}, b"<html>It works!</html>")], "no chat completion"),
     "torn": ([(200, {}, b'{"id": "1", "choi')], "no chat completion"),
     "no choices": ([(200, {}, b'{"choices": []}')], "no chat completion"),
-    "a number": ([(200, {}, answer(17))], "no chat completion"),
+    "a number": ([(200, {}, said(17))], "no chat completion"),
     "always busy": ([(503, {"Retry-After": "0"}, b"{}")], "the server gives up"),
 }
 
@@ -259,7 +238,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_is_no_answer_costs_one_line(mistake: str) -> None:
     answers, expected = MISTAKES[mistake]
-    engine = asking(Standing(list(answers)))
+    engine = asking(standing(*answers))
     for refuse in (lambda: list(engine.complete([Request("a", "b")])), lambda: engine.check(engine.place)):
         with pytest.raises(UserError) as refusal:
             refuse()
@@ -278,7 +257,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 def test_busy_servers_are_asked_again_and_long_prompts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "of-a-test")
     long = (400, {}, refused("This model's maximum context length is 8 tokens", code="context_length_exceeded"))
-    server = Standing([(429, {"Retry-After": "0"}, b"{}"), (500, {"Retry-After": "0"}, b"{}"), OK, long, OK])
+    server = standing((429, {"Retry-After": "0"}, b"{}"), (500, {"Retry-After": "0"}, b"{}"), OK, long, OK)
     engine = asking(server, temperature=0.7, top_p=0.9, tries=2, seed=5)
     found = {one.id: one for one in engine.complete([Request("a", "first"), Request("b", "second")])}
     assert [(found[id].text, found[id].finish) for id in "ab"] == [("fine", "stop"), ("", "too_long")]
@@ -291,7 +270,7 @@ def test_busy_servers_are_asked_again_and_long_prompts_are_told(monkeypatch: pyt
 
 
 def test_a_journal_asks_for_what_it_lacks(tmp_path: Path) -> None:
-    server = Standing([OK])
+    server = standing(OK)
     engine = asking(server)
     path = tmp_path / "answers.jsonl"
     first = list(Journal(engine, path).complete([Request("a", "x"), Request("b", "y")]))
@@ -318,6 +297,7 @@ FILES = {
     "a setting": "defaults: [override /engine: openai]\nengine: {base_url: %s, model: m}",
     "a sweep": "defaults: [override /engine: openai]\nhydra: {sweeper: {params: {engine.base_url: '%s'}}}",
     "by a reference": "defaults: [override /engine: openai]\nstudy: {url: %s}\nengine: {base_url: '${study.url}'}",
+    "a judge's": "judge: {base_url: %s, model: m}\nfinetune: {choice: judge}\nengine: {tries: 2, temperature: 0.7}",
     "an evaluation's": "evaluation: {backend: server, base_url: %s, model: m}",
     "a student": "defaults: [override /merge: linear, override /engine: openai]\nengine: {model: m}\n"
     "merge: {students: [['engine.base_url=%s'], [seed=1]]}",
@@ -331,7 +311,7 @@ def test_a_file_names_no_server(way: str, tmp_path: Path) -> None:
     words = ["--config-dir=given", "experiment=theirs", *(["-m"] if way == "a sweep" else []), "dry_run=true"]
     outcome = run("evaluate" if way == "a student" else "generate", *words, cwd=tmp_path)
     assert outcome.code == 2
-    setting = "evaluation.base_url" if way == "an evaluation's" else "engine.base_url"
+    setting = {"an evaluation's": "evaluation.base_url", "a judge's": "judge.base_url"}.get(way, "engine.base_url")
     assert setting in outcome.stderr and not outcome.built
 
 

@@ -7,15 +7,14 @@ that answers `echo` and `logprobs` as vLLM's server does. It can also be made to
 import ast
 import importlib.util
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import run
+from model_server import Answer, ModelServer, refused
 
 from sdd.architectures.configs import stock_config
 from sdd.errors import UserError
@@ -30,31 +29,24 @@ KEY = "of-a-test"
 NEW = 8
 
 
-class Serving(ThreadingHTTPServer):
+class Serving(ModelServer):
     """A model behind `/v1/completions`, by the name of its folder; `lacks` is what it does not do."""
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Asked)
         checkpoint = Checkpoint(folder)
         self.name, self.model, self.tokenizer = str(folder), checkpoint.model("float32"), checkpoint.tokenizer()
         self.lacks: set[str] = set()
-        self.asked: list[dict[str, Any]] = []
-        self.one = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        super().__init__(self.answered)
 
     @torch.no_grad()
-    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def answered(self, authorization: str | None, body: dict[str, Any]) -> Answer:
         prompt = body["prompt"]
+        if authorization != f"Bearer {KEY}":
+            return 401, {}, refused("Incorrect API key")
         if body["model"] != self.name:
-            return 404, {"error": {"message": "no such model"}}
+            return 404, {}, refused("no such model")
         if "ids" in self.lacks and not isinstance(prompt, str):
-            return 400, {"detail": "prompt must be a string."}
+            return 400, {}, json.dumps({"detail": "prompt must be a string."}).encode()
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt[0]
         output = self.model.generate(torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False)[0]
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
@@ -67,31 +59,8 @@ class Serving(ThreadingHTTPServer):
             best = [None, *({str(int(row.argmax())): float(row.max())} for row in scores[:-1])]
             choice["logprobs"] = {"token_logprobs": own, "top_logprobs": best}
         usage = {"prompt_tokens": len(ids) + ("first" in self.lacks), "completion_tokens": 1, "total_tokens": 1}
-        return 200, {"id": "1", "object": "text_completion", "model": self.name, "choices": [choice], "usage": usage}
-
-
-class Asked(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        serving: Any = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        serving.asked.append(body)
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            status, answer = 401, {"error": {"message": "Incorrect API key"}}
-        else:
-            with serving.one:
-                status, answer = serving.answer(body)
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.send_error(404)
-
-    def log_message(self, *words: Any) -> None:
-        pass
+        answer = {"id": "1", "object": "text_completion", "model": self.name, "choices": [choice], "usage": usage}
+        return 200, {}, json.dumps(answer).encode()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +95,7 @@ def test_records_are_those_of_this_process(prompt_ids: bool, serving: Serving, c
             for key, value in expected.items():
                 close = key.startswith("log_likelihood")
                 assert record[key] == (pytest.approx(value, abs=1e-4) if close else value), (name, key)
-    assert all(isinstance(body["prompt"], str) is not prompt_ids for body in serving.asked)
+    assert all(isinstance(body["prompt"], str) is not prompt_ids for _, body in serving.asked)
 
 
 NOBODY = Server("http://127.0.0.1:9/v1", group="evaluation")

@@ -62,6 +62,10 @@ def test_training_and_rewriting_in_a_line(tmp_path):
     nothing = {"rows": 9, "reasons": {"leak": 9}}
     (line,) = targets_lines(write(tmp_path, "summary.json", nothing), True)
     assert line == "0 of 9 rewrites kept; the reference stayed in the others: leak 9"
+    judged = nothing | {"judged": {"asked": 1200, "unread": 3}}
+    assert targets_lines(write(tmp_path, "summary.json", judged), True)[1:] == [
+        "a judge was asked to choose in 1,200 rows; 3 answers were no choice, and the first try stands"
+    ]
     assert targets_lines(write(tmp_path, "summary.json", nothing), False) == ["9 rows, as they are"]
 
 
