@@ -5,11 +5,11 @@
 Kinds are the stages, and `sweep`, `joblib`, `pair` (two sweeps on one folder), `ranks` (two processes that train
 together). A trial takes what a stage needs from a study on the embedded model that nothing disturbed, has the stage
 built, and kills that at a moment drawn uniformly over the time that it takes, by SIGKILL or SIGTERM; then again, up to
-`IN_A_ROW` times; then the command that asks for the stage goes on. In the end everything must be there, byte for byte
-as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at any time, no row lost or
-doubled, no process and no lock that outlives the one that was killed. Only that process gets the signal: what it
-started has to notice. Then come a disk that is full at a drawn size, a folder that can only be read, a bit flipped in
-a file, a manifest cut short.
+`IN_A_ROW` times; then it is let go on, now and then by the whole command that asks for the stage. In the end everything
+must be there, byte for byte as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at
+any time, no row lost or doubled, no process and no lock that outlives the one that was killed. Only that process gets
+the signal: what it started has to notice. Then come a disk that is full at a drawn size, a folder that can only be
+read, a bit flipped in a file or a manifest, a manifest cut short.
 
 What is killed is forked from a process that has composed the command, up to where the store is asked, and builds the
 stage alone: a kill costs what that takes, no imports and nothing downstream. Sweeps are killed as whole commands. A
@@ -101,6 +101,8 @@ OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "ranks": 1}
 """How often a kind comes, relative to the others: processes that import the libraries anew take ten times as long."""
 IN_A_ROW = 20
 """Kills of one command before it may end."""
+WHOLE = 0.1
+"""Share of a stage's trials that the whole command ends, with all that it builds downstream."""
 PATIENCE = 600.0
 """Seconds for a process to end that was asked to, on a machine that may have much else to do."""
 MOMENT = 60.0
@@ -354,7 +356,7 @@ class Campaign:
     def reference(self, kind: str) -> tuple[Path, set[str], float]:
         """Artifacts to compare with; which of them the kind's command asks for, inputs included; its seconds.
 
-        The study grows by what the command makes of nothing. Then the command is run on what it needs, and makes the
+        The study grows by what the command makes of nothing. Then the stage is built of what it needs, and has the
         same bytes. Several ranks round sums otherwise, and are compared with themselves. Seconds are a fork's of the
         processor, a whole command's on the clock.
         """
@@ -367,23 +369,22 @@ class Campaign:
         first = Trial(self.study.parent, self.words("tuned" if kind == "ranks" else kind), self.beside)
         outcome = first.start().outcome()
         assert outcome.code == 0, outcome.stderr
-        trial = self.trial(kind, f"undisturbed-{kind}")
-        composed = [Composed(words, trial.folder, kind) for words in self.jobs(kind)]
-        wanted = set[str]().union(*(one.wanted for one in composed))
-        self.kept[kind] = self.study, wanted, 0.0
-        self.fill(kind, trial)
+        trial = self.trial(kind, kind if kind in ASKED_BY else f"undisturbed-{kind}")
         if kind in ASKED_BY:
-            outcome = composed[0].start().outcome()
-            assert outcome.code == 0, outcome.stderr
-            seconds = float((trial.folder / "fork1.seconds").read_text())
-        began = time.monotonic()
-        outcome = trial.start().outcome()
-        if kind not in ASKED_BY:
-            seconds = time.monotonic() - began
-        for one in composed:
-            one.end()
+            wanted = self.composing(kind, trial).wanted
+        else:
+            composed = [Composed(words, trial.folder, kind) for words in self.jobs(kind)]
+            wanted = set[str]().union(*(one.wanted for one in composed))
+            for one in composed:
+                one.end()
+        self.kept[kind] = self.study, wanted, 0.0
+        expected, began = self.fill(kind, trial), time.monotonic()
+        running = self.composed[kind].start() if kind in ASKED_BY else trial.start()
+        outcome, seconds = running.outcome(), time.monotonic() - began
+        if kind in ASKED_BY and outcome.code == 0:
+            seconds = float((trial.folder / f"{running.name}.seconds").read_text())
         place = trial.artifacts if kind == "ranks" else self.study
-        trial.compare(outcome, place, wanted)
+        trial.compare(outcome, place, expected if kind in ASKED_BY else wanted)
         assert not trial.problems, trial.problems
         self.kept[kind] = place, wanted, seconds
         write_atomically(note, json.dumps([str(place), sorted(wanted), seconds]))
@@ -397,8 +398,18 @@ class Campaign:
         rest = [word for word in words[2:] if not word.startswith(("pruning=", "hydra"))]
         return [[words[0], *rest, f"pruning={size}"] for size in SIZES]
 
-    def fill(self, kind: str, trial: Trial) -> None:
-        """Give a trial all that its command needs but the stage, and what is made of it; a sweep begins at nothing."""
+    def composing(self, kind: str, trial: Trial) -> Composed:
+        """The process that builds the stage in all trials of a kind."""
+        if kind not in self.composed:
+            self.composed[kind] = Composed(trial.words, trial.folder, kind)
+            self.beside.add(self.composed[kind].process.pid)
+        return self.composed[kind]
+
+    def fill(self, kind: str, trial: Trial) -> set[str]:
+        """Give a trial all that its command needs but the stage, and what is made of it; a sweep begins at nothing.
+
+        Returns what is there once the stage is built.
+        """
         reference, wanted, _ = self.kept[kind]
         first = "tuned" if kind == "ranks" else kind
         inputs = {name: set(manifest["inputs"].values()) for name, manifest in artifacts_of(reference).items()}
@@ -408,18 +419,16 @@ class Campaign:
         trial.folder.mkdir(parents=True, exist_ok=True)
         for name in wanted - gone:
             shutil.copytree(reference / name, trial.artifacts / name)
+        return wanted - gone | {name for name in wanted if name.split("/")[0] == first}
 
     def run(self, kind: str, number: int) -> Trial:
         """A command killed several times, and then let go on."""
         reference, wanted, seconds = self.reference(kind)
         draw = random.Random(f"{self.seed} {kind} {number}")
         trial = self.trial(kind, kind)
-        self.fill(kind, trial)
+        expected = self.fill(kind, trial)
         trial.whole |= set(Store(trial.artifacts).folders())
-        if kind in ASKED_BY and kind not in self.composed:
-            self.composed[kind] = Composed(trial.words, trial.folder, kind)
-            self.beside.add(self.composed[kind].process.pid)
-        composed = self.composed.get(kind)
+        composed = self.composing(kind, trial) if kind in ASKED_BY else None
         for _ in range(draw.randint(1, IN_A_ROW)):
             after, sent = draw.uniform(0, seconds), draw.choice([signal.SIGKILL, signal.SIGTERM])
             other = trial.start() if kind == "pair" else None
@@ -430,7 +439,10 @@ class Campaign:
             if not killed:
                 break
         trial.beside = self.beside
-        trial.compare(trial.start().outcome(), reference, wanted)
+        if composed and draw.random() >= WHOLE:
+            trial.compare(composed.start().outcome(), reference, expected)
+        else:
+            trial.compare(trial.start().outcome(), reference, wanted)
         if trial.problems:
             trial.folder.rename(self.folder / f"{kind}-{number}")
         return trial
