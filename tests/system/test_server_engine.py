@@ -190,8 +190,8 @@ def test_a_model_that_the_server_has_not(serving: Serving, tmp_path: Path) -> No
 
 def test_a_server_judges(serving: Serving, tmp_path: Path) -> None:
     """The teacher, which knows numbers and no judging; where its server is stays nowhere."""
-    words = ["engine.tries=2", "engine.temperature=1.5", "dataset.num_rows=8", "engine.max_new_tokens=24"]
-    words += ["finetune.choice=judge", f"judge.model={TEACHER}", "judge.max_new_tokens=24", "finetune.select=false"]
+    words = ["engine.tries=2", "engine.temperature=1.5", "dataset.num_rows=4", "engine.max_new_tokens=16"]
+    words += ["finetune.choice=judge", f"judge.model={TEACHER}", "judge.max_new_tokens=8", "finetune.select=false"]
     (nameless,) = run("generate", *ROWS, *words, "judge.model=null", cwd=tmp_path).errors
     assert "add judge.model=NAME" in nameless
     lacking = run("generate", *ROWS, *words, cwd=tmp_path)
@@ -201,7 +201,7 @@ def test_a_server_judges(serving: Serving, tmp_path: Path) -> None:
     facts, rows = json.loads((folder / "summary.json").read_text()), read_jsonl(folder / "train.jsonl")
     tries = {row["id"]: {row["rewrite"], row["others"][0]["rewrite"]} for row in rewrites_of(tmp_path)}
     assert facts["judged"]["asked"] == sum(len(texts) == 2 for texts in tries.values()) > 0
-    assert facts["judged"]["unread"] <= facts["judged"]["asked"] and facts["rows"] == 8
+    assert facts["judged"]["unread"] <= facts["judged"]["asked"] and facts["rows"] == 4
     assert all(row["target"] in tries[row["id"]] for row in rows if row["source"] == "rewrite")
     assert serving.url not in (folder / "manifest.json").read_text()
     nobody = "judge.base_url=http://127.0.0.1:9/v1"
