@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -155,6 +156,18 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) 
         ) from None
 
 
+def end_with_launcher() -> None:
+    """In a rank, end as soon as the process that began it is gone: one that waits for another heeds no signal."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None, "ranks are begun by multiprocessing"
+
+    def watch() -> None:
+        launcher.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
+
+
 def _rank(
     place: int,
     work: Callable[..., None],
@@ -167,6 +180,7 @@ def _rank(
 ) -> None:
     import torch
 
+    end_with_launcher()
     os.environ |= environment
     os.chdir(folder)
     os.environ |= {"LOCAL_RANK": str(place), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}

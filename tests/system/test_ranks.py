@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from launching import files_of, run, spawn
+from launching import PATIENCE, REPOSITORY, files_of, run, spawn
 
 from sdd.analysis.shift import token_nll
 from sdd.errors import UserError
@@ -172,3 +175,33 @@ def _fails(out: Path) -> None:
 def test_a_rank_that_waits_for_another_leaves_the_reason_to_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^no room$"):
         ranks.launch(_fails, (tmp_path,), 2)
+
+
+LAUNCHER = """
+import multiprocessing, os, pathlib, time
+from sdd.forward import ranks
+
+def waits():
+    ranks.end_with_launcher()
+    pathlib.Path("waits").write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    waiting = multiprocessing.get_context("forkserver").Process(target=waits)
+    waiting.start()
+    waiting.join()
+"""
+
+
+def test_a_rank_ends_with_the_process_that_began_it(tmp_path: Path) -> None:
+    """Killed by SIGKILL, that sends no signal on; a rank that waits for another would stay for half an hour."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    launcher = subprocess.Popen([sys.executable, "launcher.py"], cwd=tmp_path, env=path)
+    deadline, begun = time.monotonic() + PATIENCE, tmp_path / "waits"
+    while not (begun.exists() and begun.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    waiting = psutil.Process(int(begun.read_text()))
+    launcher.kill()
+    launcher.wait()
+    waiting.wait(60)
