@@ -274,11 +274,12 @@ def limit(bench: Bench) -> None:
     targets = round(statistics.mean(len(row.ids) - row.prompt_length for row in bench.rows))
     rows, together = [[1] * length for _ in bench.rows], max(1, 512 // length)
     with tempfile.TemporaryDirectory() as folder:
-        frozen = frozen_states(model, rows, Path(folder), 512) if bench.case.epochs > 1 else None
+        lengths = [length] * len(rows)
+        frozen = frozen_states(model, lengths, rows.__getitem__, Path(folder), 512) if bench.case.epochs > 1 else None
         for _ in range(bench.case.epochs):
             for at in range(0, len(rows), together):
                 shown = rows[at : at + together]
-                with frozen.standing_in(shown, "cpu") if frozen else nullcontext():
+                with frozen.standing_in(range(at, at + len(shown)), "cpu") if frozen else nullcontext():
                     states = decoder(model)(input_ids=torch.tensor(shown), use_cache=False).last_hidden_state
                 logits = head_logits(model, states[:, -targets:].flatten(0, 1))
                 target_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
@@ -301,8 +302,9 @@ def padding(bench: Bench) -> dict[str, float]:
         rows = [bench.rows[index] for index in step]
         passed["padded"] += len(rows) * max(len(row.ids) for row in rows)
         passed["packed"] += sum(len(row.ids) for row in rows)
+        lengths = [len(row.ids) for row in rows]
         passed["sdd"] += sum(
-            len(micro) * len(micro[-1].ids) for micro in micro_batches(rows, Runtime().micro_batch_tokens)
+            len(micro) * lengths[micro[-1]] for micro in micro_batches(lengths, Runtime().micro_batch_tokens)
         )
     shares = {way: tokens / real for way, tokens in passed.items()}
     return shares | {"targets": target_tokens(bench.rows) / sum(len(row.ids) for row in bench.rows)}

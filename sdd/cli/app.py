@@ -30,6 +30,7 @@ from sdd.cli.words import arranged
 from sdd.cli.workers import end_with_sweep
 from sdd.config.nodes import quick_nodes
 from sdd.errors import UserError
+from sdd.forward.memory import is_short
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
 from sdd.store.files import read_facts
@@ -38,8 +39,6 @@ from sdd.untrusted import printable
 log = logging.getLogger(__name__)
 
 USER, FAILURE = 2, 1
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How it shows where it has no class of its own."""
 
 
 def main(script: str) -> None:
@@ -116,7 +115,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         where = f" at {path}" if path else ""
         return USER, f"the disk is full{where}; free space and run the same command again, finished work is kept"
     kind = type(error).__name__
-    if kind in ("MemoryError", "OutOfMemoryError") or any(words in str(error) for words in OUT_OF_MEMORY):
+    if is_short(error):
         return USER, (
             "out of memory; ask for less at once: trainer.micro_batch_tokens or trainer.gradient_checkpointing=true in "
             "fine-tuning, engine.batch_size, evaluation.batch_size or trainer.inference_batch_size elsewhere"

@@ -10,7 +10,7 @@ For others HFLM's own way stands. What is tokenized, cut and summed, and in whic
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sdd.evaluation.prefixes import Node, prefix_tree
 from sdd.forward import ranks
 from sdd.forward.batches import padded
+from sdd.forward.memory import freed, is_short
 
 MOST_TOKENS = 2048
 """Tokens of a pass, unless one row has more; more in a pass make none faster."""
@@ -146,11 +147,35 @@ class _Walk:
         subtrees = [batch for alike in inner.values() for batch in self._batches(alike)]
         here = split and len(subtrees) >= SUBTREES * ranks.number()
         for batch in ranks.own(subtrees) if here else subtrees:
-            grown = self._pass(batch, cache, True)
-            below = [(row, child) for row, (_, node) in enumerate(batch) for child in node.children]
-            self._visit(below, grown, split and not here)
+            self._in_halves(partial(self._subtrees, cache, split and not here), batch, split and not here)
         for batch in ranks.own(self._batches(leaves)) if split else self._batches(leaves):
-            self._pass(batch, cache, False)
+            self._in_halves(partial(self._pass, cache, False), batch)
+
+    def _subtrees(self, cache: Any, split: bool, batch: list[tuple[int, Node]]) -> None:
+        """Nodes of one start, and all that is after them."""
+        grown = self._pass(cache, True, batch)
+        below = [(row, child) for row, (_, node) in enumerate(batch) for child in node.children]
+        self._visit(below, grown, split)
+
+    def _in_halves(self, work: Callable[[list[tuple[int, Node]]], Any], batch: Any, whole: bool = False) -> None:
+        """Have a batch computed, in halves where memory does not last; not where all ranks are to compute the same."""
+        waiting = [batch]
+        while waiting:
+            some, measured = waiting.pop(), len(self._measured)
+            try:
+                work(some)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if len(some) == 1 or whole or not is_short(error):
+                    raise
+            again = sum(len(numbers) for numbers, _, _ in self._measured[measured:])
+            del self._measured[measured:]
+            self.progress.update(-again)
+            half = (len(some) + 1) // 2
+            tokens = max(node.start + len(node.tokens) for _, node in some)
+            self.capacity = min(self.capacity, half * tokens)
+            freed("continuations", len(some), half)
+            waiting += [some[half:], some[:half]]
 
     def _batches(self, nodes: list[tuple[int, Node]]) -> list[list[tuple[int, Node]]]:
         """Nodes of one start, the longest first, so many together as memory takes and little padding allows."""
@@ -166,7 +191,7 @@ class _Walk:
                 batches.append([(row, node)])
         return batches
 
-    def _pass(self, batch: list[tuple[int, Node]], cache: Any, keep: bool) -> Any:
+    def _pass(self, cache: Any, keep: bool, batch: list[tuple[int, Node]]) -> Any:
         """Compute nodes of one start, note what they predict, and give the cache that ends with them."""
         import torch
         from torch.nn.functional import log_softmax

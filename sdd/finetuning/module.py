@@ -9,9 +9,11 @@ all that resuming needs. Knows nothing of the store, Hydra, or where the rows co
 import math
 import random
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -29,6 +31,7 @@ from sdd.finetuning.prefix import FrozenStates, frozen_states
 from sdd.forward import chunks, ranks
 from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
+from sdd.forward.memory import Halving, freed, is_short
 from sdd.models.checkpoints import decoder, head_logits
 
 if TYPE_CHECKING:
@@ -67,22 +70,23 @@ class Optimisation:
 
 def step_rows(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """The rows of every step: each epoch a permutation of all rows, a function of (seed, epoch); none is dropped."""
-    steps = []
+    steps, numbers = [], list(range(num_rows))
     for epoch in range(epochs):
-        order = list(range(num_rows))
+        order = numbers.copy()  # of the same objects: a million rows are 8 MB an epoch
         random.Random(f"order {seed} {epoch}").shuffle(order)
         steps += [order[at : at + batch_size] for at in range(0, num_rows, batch_size)]
     return steps
 
 
-def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
-    """Rows sorted by length and cut so that rows x longest <= `max_tokens` (a single longer row stands alone)."""
-    batches: list[list[TrainingRow]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
-    for row in sorted(rows, key=lambda r: r.longest):
-        if batches and (len(batches[-1]) + 1) * row.longest <= max_tokens:
-            batches[-1].append(row)
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places of rows of these lengths, sorted by length and cut so that rows x longest <= `max_tokens` (a single longer
+    row stands alone)."""
+    batches: list[list[int]] = []  # shortest first, unlike `length_batches`: another order is rounded otherwise
+    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[at] <= max_tokens:
+            batches[-1].append(at)
         else:
-            batches.append([row])
+            batches.append([at])
     return batches
 
 
@@ -151,7 +155,8 @@ class StudentModule(pl.LightningModule):
     epochs. `rollouts` put the student's own answers in place of targets, in training and in validation; beside that
     loss, which a student can lower by what its teacher mistakes, the history then has `golden_loss`: cross-entropy on
     the held-out targets. With `keep_best`, what was trained is kept as it was at the lowest validation loss, the first
-    of equals.
+    of equals. A step that memory does not last for is begun again in smaller passes, unless it is to be `halves=False`,
+    where draws of dropout follow the passes; the gradients are those of the same global batch, added in another order.
     """
 
     def __init__(
@@ -168,6 +173,7 @@ class StudentModule(pl.LightningModule):
         scratch: Path | None = None,
         rollouts: "Rollouts | None" = None,
         keep_best: bool = False,
+        halves: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -175,6 +181,7 @@ class StudentModule(pl.LightningModule):
         self.student = student
         self.rows, self.plan, self.validation = rows, plan, validation
         self.optimisation, self.micro_batch_tokens = optimisation, micro_batch_tokens
+        self.halves, self.fitting = halves, micro_batch_tokens
         self.history: list[dict[str, Any]] = []
         self.on_step, self.loss, self.run = on_step, loss, run
         self.scratch, self.rollouts = scratch, rollouts
@@ -212,20 +219,25 @@ class StudentModule(pl.LightningModule):
         self.began = True
         again = self.rollouts is None and sum(map(len, self.plan)) > len(self.rows)
         if self.scratch is not None and self.trainer.world_size == 1 and again:
-            rows = [row.ids for row in (*self.rows, *self.validation)]
+            lengths = array("i", (len(row.ids) for row in chain(self.rows, self.validation)))
+            where = self.scratch, self.micro_batch_tokens, self.device
             with self.trainer.precision_plugin.train_step_context():
-                self.frozen = frozen_states(self.causal_lm, rows, self.scratch, self.micro_batch_tokens, self.device)
+                self.frozen = frozen_states(self.causal_lm, lengths, self._ids_of, *where)
+
+    def _ids_of(self, number: int) -> list[int]:
+        """Of a row to train on, or behind all of these, of a held-out one."""
+        trained = len(self.rows)
+        return (self.rows[number] if number < trained else self.validation[number - trained]).ids
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
         torch.manual_seed(_seed_of(self.optimisation.seed, step) + self.trainer.global_rank)
         rows, started = self._step_rows(step), time.perf_counter()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        tokens, total = self.count(rows), 0.0
-        for micro in ranks.own(micro_batches(rows, self.micro_batch_tokens)):
-            summed, _ = self._loss_of(micro, self.loss)
-            self.manual_backward(summed / max(tokens, 1))
-            total += float(summed.detach())
+        tokens = self.count(rows)
+        while (total := self._summed_gradients(rows, self.plan[step], max(tokens, 1))) is None:
+            for parameter in self.trained().values():
+                parameter.grad = None
         if self.trainer.world_size > 1:
             ranks.sum_gradients(self.trained().values())
             (total,) = ranks.summed([total], self.device)
@@ -242,14 +254,53 @@ class StudentModule(pl.LightningModule):
             self.loss.stepped(loss, (step + 1) / len(self.plan))
         self._record(step + 1, loss, rate)
 
+    def _summed_gradients(self, rows: Sequence[TrainingRow], numbers: Sequence[int], count: int) -> float | None:
+        """The summed loss of this rank's passes, their gradients of it / `count` added up; None where memory did not
+        last, and smaller passes are to be tried."""
+        total, micro = 0.0, list[int]()
+        try:
+            for micro in self._passes(rows):
+                summed, _ = self._loss_of([rows[at] for at in micro], [numbers[at] for at in micro], self.loss)
+                self.manual_backward(summed / count)
+                total += float(summed.detach())
+            return total
+        except (RuntimeError, MemoryError) as error:
+            if len(micro) == 1 or not self.halves or not is_short(error):
+                raise
+        self._halve(rows, micro)
+        return None
+
+    def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
+        """The places of the rows of each of this rank's passes: its micro-batches, cut again where they did not fit.
+
+        Each rank cuts its own alone, so that all know whose are whose.
+        """
+        lengths = [row.longest for row in rows]
+        own = ranks.own(micro_batches(lengths, self.micro_batch_tokens))
+        if self.fitting == self.micro_batch_tokens:
+            return list(own)
+        return [
+            [micro[at] for at in part]
+            for micro in own
+            for part in micro_batches([lengths[at] for at in micro], self.fitting)
+        ]
+
+    def _halve(self, rows: Sequence[TrainingRow], micro: Sequence[int]) -> None:
+        """From now on passes are half as large as this one."""
+        tokens = len(micro) * max(rows[at].longest for at in micro)
+        self.fitting = tokens // 2
+        freed("padded tokens", tokens, self.fitting)
+
     def _step_rows(self, step: int) -> list[TrainingRow]:
         if self.rollouts is not None:
             return self.rollouts.step_rows(self.causal_lm, step)
         return [self.rows[index] for index in self.plan[step]]
 
-    def _loss_of(self, rows: Sequence[TrainingRow], loss: Callable[..., tuple[Tensor, int]]) -> tuple[Tensor, int]:
-        frozen = self.frozen.standing_in([row.ids for row in rows], self.device) if self.frozen else nullcontext()
-        with frozen:
+    def _loss_of(
+        self, rows: Sequence[TrainingRow], numbers: Sequence[int], loss: Callable[..., tuple[Tensor, int]]
+    ) -> tuple[Tensor, int]:
+        """The loss of rows, which have these numbers among those whose states may be kept."""
+        with self.frozen.standing_in(numbers, self.device) if self.frozen else nullcontext():
             return loss(self.causal_lm, rows, self.device)
 
     def _record(self, step: int, loss: float, rate: float) -> None:
@@ -296,9 +347,15 @@ class StudentModule(pl.LightningModule):
     def _mean_loss(self, rows: Sequence[TrainingRow], loss_of: Callable[..., tuple[Tensor, int]]) -> float:
         self.student.eval()
         total, tokens = 0.0, 0.0
-        for micro in ranks.own(micro_batches(rows, self.micro_batch_tokens)):
-            loss, count = self._loss_of(micro, loss_of)
-            total, tokens = total + float(loss), tokens + count
+        trained, halving = len(self.rows), Halving("held-out rows", lambda some: len(some) * rows[some[-1]].longest)
+
+        def passed(micro: Sequence[int]) -> tuple[float, int]:
+            loss, count = self._loss_of([rows[at] for at in micro], [trained + at for at in micro], loss_of)
+            return float(loss), count
+
+        for micro in self._passes(rows):
+            for _, (loss, count) in halving(passed, micro):
+                total, tokens = total + loss, tokens + count
         if self.trainer.world_size > 1:
             total, tokens = ranks.summed([total, tokens], self.device)
         self.student.train()
@@ -331,6 +388,8 @@ class StudentModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint.pop("callbacks", None)  # paths of files that go as new ones come
         checkpoint |= {"history": self.history, "run": self.run, "best": self.best}
+        if self.fitting < self.micro_batch_tokens:  # a resumed run adds in the same order
+            checkpoint["fitting"] = self.fitting
         if state := self.loss_state():
             checkpoint["loss"] = state
         if self.rollouts is not None:
@@ -340,6 +399,7 @@ class StudentModule(pl.LightningModule):
         checkpoint.pop("callbacks", None)
         self.history = list(checkpoint["history"])
         self.best = checkpoint.get("best") if self.keep_best else None
+        self.fitting = min(self.micro_batch_tokens, checkpoint.get("fitting", self.micro_batch_tokens))
         if state := checkpoint.get("loss"):
             self.loss.restore(state)  # type: ignore[attr-defined]
         if self.rollouts is not None:
@@ -385,6 +445,7 @@ def read_checkpoint(path: Path, module: StudentModule) -> dict[str, Any] | None:
         fits = module.rollouts is None or module.rollouts.fits(
             checkpoint["rollouts"], step, module.causal_lm.config.vocab_size
         )
+        fits = fits and int(checkpoint.get("fitting", 1)) >= 1
         best = checkpoint.get("best")
         kept = best and {name: tensor.shape for name, tensor in best["state"].items()}
     except UnpicklingError:

@@ -9,8 +9,10 @@ size do: not at all in the same shape, else by rounding. Knows nothing of what i
 import logging
 import mmap
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from sdd.forward import chunks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.bypass import Bypass
+from sdd.forward.memory import Halving
 from sdd.models.checkpoints import blocks, decoder
 
 log = logging.getLogger(__name__)
@@ -36,27 +39,38 @@ def frozen_blocks(model: Any) -> int:
 
 
 class FrozenStates:
-    """The states of rows of token ids as they enter a block: (T, hidden) each, by the identity of the row."""
+    """The states of rows as they enter a block, one behind the other: (all tokens, hidden); where each row's begin, by
+    its number, and how many they are."""
 
-    def __init__(self, bypass: Bypass, first: int, states: dict[int, Tensor]) -> None:
-        self.bypass, self.first, self.states = bypass, first, states
+    def __init__(
+        self, bypass: Bypass, first: int, states: Tensor, starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.bypass, self.first, self.states, self.starts, self.lengths = bypass, first, states, starts, lengths
 
     @contextmanager
-    def standing_in(self, rows: Sequence[list[int]], device: Any) -> Iterator[None]:
-        """While open, the model that is shown just these rows, padded on the right, begins at that block.
+    def standing_in(self, numbers: Sequence[int], device: Any) -> Iterator[None]:
+        """While open, the model that is shown just the rows of these numbers, padded on the right, begins at that
+        block.
 
         The states of pads are zeros: no token sees them.
         """
-        states = torch.nn.utils.rnn.pad_sequence([self.states[id(row)] for row in rows], batch_first=True)
+        of_rows = [self.states[self.starts[n] : self.starts[n] + self.lengths[n]] for n in numbers]
+        states = torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
         below: dict[int, Tensor | None] = dict.fromkeys(range(self.first))
         with self.bypass.letting_through(below | {self.first - 1: states.to(device)}):
             yield
 
 
 def frozen_states(
-    model: Any, rows: Sequence[list[int]], folder: Path, max_tokens: int, device: Any = "cpu"
+    model: Any,
+    lengths: Sequence[int],
+    ids_of: Callable[[int], list[int]],
+    folder: Path,
+    max_tokens: int,
+    device: Any = "cpu",
 ) -> FrozenStates | None:
-    """The states that enter the lowest trained block, made in passes of at most `max_tokens` padded tokens.
+    """The states that enter the lowest trained block, made in passes of at most `max_tokens` padded tokens; of rows of
+    these lengths, whose token ids are read by their numbers.
 
     None where that is the first block, where something below it draws random numbers in training, as dropout does, and
     where the states would take more than `chunks.KEPT_STATES` or more than the disk of `folder` has left.
@@ -66,36 +80,47 @@ def frozen_states(
         return None
     bypass = Bypass(model)
     try:
-        states = _kept(bypass, first, model, rows, folder, max_tokens, device)
+        return _kept(bypass, first, model, lengths, ids_of, folder, max_tokens, device)
     except OSError as error:
         log.warning("%s: %s; what is frozen is passed in every step", folder, error.strerror)
         return None
-    return None if states is None else FrozenStates(bypass, first, states)
 
 
 def _kept(
-    bypass: Bypass, first: int, model: Any, rows: Sequence[list[int]], folder: Path, max_tokens: int, device: Any
-) -> dict[int, Tensor] | None:
+    bypass: Bypass,
+    first: int,
+    model: Any,
+    lengths: Sequence[int],
+    ids_of: Callable[[int], list[int]],
+    folder: Path,
+    max_tokens: int,
+    device: Any,
+) -> FrozenStates | None:
     above: dict[int, Tensor | None] = dict.fromkeys(range(first, len(bypass.layers)))
-    order, tokens = [], sum(map(len, rows))
-    with tempfile.TemporaryFile(dir=folder) as file, tqdm(total=len(rows), desc="frozen", unit="row") as progress:
-        for batch in length_batches([len(row) for row in rows], len(rows), max_tokens):
-            ids, mask = padded([rows[index] for index in batch], device)
-            drawn = _random_state(ids.device)
+    starts, end, tokens = array("q", lengths), 0, sum(lengths)
+    with tempfile.TemporaryFile(dir=folder) as file, tqdm(total=len(lengths), desc="frozen", unit="row") as progress:
+
+        def passed(batch: Sequence[int]) -> Tensor:
+            ids, mask = padded([ids_of(number) for number in batch], device)
             with torch.no_grad(), bypass.letting_through(above), bypass.catching([first]) as caught:
                 decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            states = caught[first].cpu()
+            return caught[first].cpu()
+
+        drawn = _random_state(model.device)
+        halving = Halving("rows below what is trained", lambda batch: len(batch) * lengths[batch[0]])
+        batches = length_batches(lengths, len(lengths), max_tokens)
+        for some, states in chain.from_iterable(halving(passed, batch) for batch in batches):
             size = tokens * states.shape[-1] * states.element_size()
-            if size > chunks.KEPT_STATES or not torch.equal(drawn, _random_state(ids.device)):
+            if size > chunks.KEPT_STATES or not torch.equal(drawn, _random_state(model.device)):
                 return None
-            for index, state in zip(batch, states, strict=True):
-                file.write(state[: len(rows[index])].contiguous().view(torch.uint8).numpy())
-                order.append(rows[index])
-            progress.update(len(batch))
+            for number, state in zip(some, states, strict=True):
+                file.write(state[: lengths[number]].contiguous().view(torch.uint8).numpy())
+                starts[number], end = end, end + lengths[number]
+            progress.update(len(some))
         file.flush()
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     whole = torch.frombuffer(mapped, dtype=states.dtype).view(tokens, -1)
-    return dict(zip(map(id, order), whole.split([len(row) for row in order]), strict=True))
+    return FrozenStates(bypass, first, whole, starts, lengths)
 
 
 def _random_state(device: torch.device) -> Tensor:

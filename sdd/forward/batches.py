@@ -26,7 +26,7 @@ def tokenize_texts(tokenizer: Any, texts: list[str], max_length: int) -> list[li
     return rows
 
 
-def length_batches(lengths: list[int], batch_size: int, max_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_size: int, max_tokens: int) -> list[list[int]]:
     """Indices grouped by similar length, longest first; at most `batch_size` rows and `max_tokens` padded tokens."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -56,7 +56,8 @@ class Observer(Protocol):
     """What is told of every block's states.
 
     One that keeps nothing but sums from batch to batch may have them as `sums`, float64 tensors by name: they are set
-    to zero before a batch, and to the sums over all batches after the last.
+    to zero before a batch, and to the sums over all batches after the last. A batch that memory did not last for is
+    then shown again from its first block, in halves.
     """
 
     def observe(self, block: int, entering: Any, leaving: Any, mask: Any) -> None:
@@ -98,7 +99,7 @@ def show_texts(
 
     own: sums.Sums | None = getattr(criterion, "sums", None)
 
-    def show(batch: list[int]) -> sums.Sums:
+    def show(batch: Sequence[int]) -> sums.Sums:
         nonlocal mask
         for total in (own or {}).values():
             total.zero_()
@@ -113,7 +114,7 @@ def show_texts(
     batches = length_batches([len(row) for row in rows], batch_size, max_tokens)
     try:
         with torch.no_grad(), tqdm(total=len(rows), desc="scores", unit="text") as progress:
-            whole = sums.over(batches, show, progress, kept if own else None, what)
+            whole = sums.over(batches, show, progress, kept if own else None, what, again=bool(own))
         for name, total in whole.items():
             (own or {})[name].copy_(total)
     finally:

@@ -10,7 +10,7 @@ Knows nothing of text, and not of caches other than one key and one value a toke
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -18,6 +18,7 @@ from typing import Any
 
 from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
+from sdd.forward.memory import freed, is_short
 from sdd.forward.teacher_forcing import MAX_TOKENS
 from sdd.models import checkpoints
 
@@ -71,7 +72,8 @@ def decode(
 ) -> Iterator[tuple[int, list[int]]]:
     """(index of a prompt, its new tokens), as the rows end: with a token of `stops`, by `ending`, or at the limit.
 
-    Of several ranks, each answers its share of the prompts, and all have all answers after the last one.
+    Of several ranks, each answers its share of the prompts, and all have all answers after the last one. Where memory
+    does not last, the batch is halved, and its rows go on from the tokens they have.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     answers = _decoded(model, prompts, ranks.own(order), max_new_tokens, frozenset(stops), batch_size, choose, ending)
@@ -91,24 +93,49 @@ def _decoded(
     """The same for the prompts that are named, in that order."""
     if not order:
         return
-    longest, waiting = len(prompts[order[0]]), deque(order)
-    batch = _Batch(model, min(batch_size, len(order)), longest + max_new_tokens, _shared(prompts))
+    waiting = deque(order)
+    begun: dict[int, _Row] = {}
+    places, columns, shared = batch_size, len(prompts[order[0]]) + max_new_tokens, _shared(prompts)
+    batch: _Batch | None = None
     rows: list[_Row] = []
     while waiting or rows:
-        free = batch_size - len(rows)
-        if waiting and free >= min(max(1, batch_size // REFILL), len(waiting)):
-            new = [_Row(index, prompts[index]) for index in (waiting.popleft() for _ in range(min(free, len(waiting))))]
-            batch.read(len(rows), [row.tokens for row in new])
-            rows += new
-        most = max(0, min(DRAFT, DRAFT_PASS // len(rows) - 1))
-        for row in rows:
-            row.draft(min(most, max_new_tokens - row.new - 1))
-        choices = batch.step(rows, choose)
+        choices: list[list[int]] = []
+        try:
+            if batch is None:
+                batch = _Batch(model, min(places, len(order)), columns, shared)
+                batch.read(0, [row.tokens for row in rows])
+            free = places - len(rows)
+            if waiting and free >= min(max(1, places // REFILL), len(waiting)):
+                taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                new = _sorted(begun.pop(index) if index in begun else _Row(index, prompts[index]) for index in taken)
+                rows += new
+                batch.read(len(rows) - len(new), [row.tokens for row in new])
+            most = max(0, min(DRAFT, DRAFT_PASS // len(rows) - 1))
+            for row in rows:
+                row.draft(min(most, max_new_tokens - row.new - 1))
+            choices = batch.step(rows, choose)
+        except (RuntimeError, MemoryError) as error:
+            if (len(rows) or min(places, len(order))) == 1 or not is_short(error):
+                raise
+        if not choices or batch is None:  # half of the rows go on from what they have, the others wait with theirs
+            batch, together = None, len(rows) or min(places, len(order))
+            places = (together + 1) // 2
+            freed("answers", together, places)
+            rows = _sorted(rows)
+            begun |= {row.index: row for row in rows[places:]}
+            waiting.extendleft(row.index for row in reversed(rows[places:]))
+            rows = rows[:places]
+            continue
         ended = [row.take(chosen, max_new_tokens, stops, ending) for row, chosen in zip(rows, choices, strict=True)]
         if any(ended):
             finished = [row for row, end in zip(rows, ended, strict=True) if end]
             rows = batch.leave(rows, ended)
             yield from ((row.index, row.answer) for row in finished)
+
+
+def _sorted(rows: "Iterable[_Row]") -> "list[_Row]":
+    """The longest first, as they are read."""
+    return sorted(rows, key=lambda row: -len(row.tokens))
 
 
 def _shared(prompts: Sequence[list[int]]) -> list[int]:

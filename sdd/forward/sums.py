@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd.forward import ranks
+from sdd.forward.memory import Halving
 from sdd.store import digest_of
 
 if TYPE_CHECKING:
@@ -24,16 +25,19 @@ Sums = dict[str, "Tensor"]
 
 def over(
     batches: Sequence[list[int]],
-    of: Callable[[list[int]], Sums],
+    of: Callable[[Sequence[int]], Sums],
     progress: Any,
     kept: Path | None = None,
     what: Any = None,
+    again: bool = True,
 ) -> Sums:
     """The sums of what `of` says of each batch, by name, in float64 on the CPU.
 
     They are kept in the file `kept`, and taken from there if it says that they are of these batches and of `what`.
-    `progress` counts how often a row is passed; `of` moves it, and what is taken from the file is left out of it.
+    `progress` counts how often a row is passed; `of` moves it, and what is taken from the file is left out of it. A
+    batch that memory does not last for is begun `again` in halves, whose sums are added.
     """
+    halving = Halving("texts")
     asked = digest_of([what, batches])
     done, total = _read(kept, asked)
     whole, left = (sum(map(len, some)) for some in (batches, ranks.own(batches[done:])))
@@ -41,9 +45,12 @@ def over(
     written = time.monotonic()
     while done < len(batches):
         batch = ranks.own(batches[done : done + ranks.number()])
-        for part in _of_all(of(batch[0]) if batch else {}):
-            for name, value in part.items():
-                total[name] = total[name] + value if name in total else value
+        own: Sums = {}
+        for one in batch:
+            for _, part in halving(of, one) if again else [(one, of(one))]:
+                _add(own, _doubled(part))
+        for part in _of_all(own):
+            _add(total, part)
         done = min(len(batches), done + ranks.number())
         if kept and ranks.rank() == 0 and (done == len(batches) or time.monotonic() - written >= EVERY):
             _write(kept, total, {"of": asked, "batches": str(done)})
@@ -51,11 +58,20 @@ def over(
     return total
 
 
+def _add(total: Sums, part: Sums) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _doubled(part: Sums) -> Sums:
+    """In float64 on the CPU."""
+    return {name: value.double().cpu().contiguous() for name, value in part.items()}
+
+
 def _of_all(own: Sums) -> list[Sums]:
-    """What each rank says of its batch, in float64 on the CPU; nothing where it has none."""
+    """What each rank says of its batch; nothing where it has none."""
     from safetensors.torch import load, save
 
-    own = {name: part.double().cpu().contiguous() for name, part in own.items()}
     return list(map(load, ranks.told(save(own)))) if ranks.is_rank() else [own]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
+from sdd.forward.memory import Halving
 from sdd.models import checkpoints
 
 MAX_TOKENS = 16_384
@@ -23,18 +24,25 @@ Row = tuple[list[int], list[int]]
 def answer_states(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Any]]:
     """(index of a row, states (N, hidden) that predict its N answer tokens), batched by length, longest first.
 
-    Two models that are shown the same rows yield them in the same order. Of several ranks, each has its own batches.
+    Two models that are shown the same rows yield them in the same order. Of several ranks, each has its own batches. A
+    batch that memory does not last for is passed in halves.
     """
     import torch
 
     body, device = checkpoints.decoder(model), model.device
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    for batch in ranks.own(length_batches(lengths, batch_size, MAX_TOKENS)):
+
+    def passed(batch: Sequence[int]) -> Any:
         ids, mask = padded([[*rows[index][0], *rows[index][1]] for index in batch], device)
         with torch.no_grad():
-            states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        for at, index in enumerate(batch):
-            yield index, states[at, len(rows[index][0]) - 1 : lengths[index] - 1]
+            return body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    halving = Halving("given answers", lambda batch: len(batch) * lengths[batch[0]])
+    for batch in ranks.own(length_batches(lengths, batch_size, MAX_TOKENS)):
+        for some, states in halving(passed, batch):
+            for at, index in enumerate(some):
+                yield index, states[at, len(rows[index][0]) - 1 : lengths[index] - 1]
+            del states
 
 
 def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int, *students: Any) -> list[list[float]]:

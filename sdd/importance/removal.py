@@ -70,7 +70,7 @@ def without_each(
     kept = [block for block in range(len(checkpoints.blocks(model))) if block not in removed]
     device = next(model.parameters()).device
 
-    def of(batch: list[int]) -> sums.Sums:
+    def of(batch: Sequence[int]) -> sums.Sums:
         batch_rows = [rows[index] for index in batch]
         ids, mask = padded([row.ids for row in batch_rows], device)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

@@ -75,9 +75,11 @@ def channel_importance(
     recorders = [_Recorder(block, layout) for block in blocks(model)]
     teacher = None if distillation is None else distillation.teacher or model
 
-    def of(batch: list[int]) -> sums.Sums:
+    def of(batch: Sequence[int]) -> sums.Sums:
         ids, _ = padded([rows[index] for index in batch], model.device)
         lengths = [len(rows[index]) for index in batch]
+        for recorder in recorders:
+            recorder.rest()  # of a pass that memory did not last for
         teacher_states = None if teacher is None else _states(teacher, ids)
         for index, recorder in enumerate(recorders):
             recorder.begin(lengths, None if distillation is None else distillation.masked[index])
@@ -166,7 +168,7 @@ class _Recorder:
         self.stacks = layout.stacks
         self.width = layout.width
         self.keep: Tensor | None = None
-        self.recording = False
+        self.rest()
         self.handles = [self.out.register_forward_pre_hook(self._mask)]
         for index, layer in enumerate([*self.into, self.out]):
             self.handles.append(layer.register_forward_hook(self._saw(index)))
@@ -175,15 +177,19 @@ class _Recorder:
         """What follows is the student's forward pass on rows of these lengths."""
         self.lengths, self.recording = lengths, True
         self.total = torch.zeros(self.width, dtype=torch.float64, device=self.out.weight.device)
-        self.entering: dict[int, Tensor] = {}
-        self.slopes: dict[int, Tensor] = {}
         self.keep = None if masked is None else (~masked).to(self.out.weight)
 
     def end(self) -> Tensor:
         """The pass is over: its total is given, and nothing else of it is left here."""
         assert not self.slopes, "gradients arrived that were not used"
-        self.entering, self.recording, self.keep = {}, False, None
+        self.rest()
         return self.total
+
+    def rest(self) -> None:
+        """Look at nothing, and keep nothing of what was seen."""
+        self.entering: dict[int, Tensor] = {}
+        self.slopes: dict[int, Tensor] = {}
+        self.keep, self.recording = None, False
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -236,7 +242,7 @@ def activation_norms(model: Any, rows: Sequence[list[int]], max_tokens: int, kep
         means = [row[:length].abs().double().mean(dim=0) for row, length in zip(states, lengths, strict=True)]
         squares.append(activation_norm(torch.stack(means)).square())
 
-    def of(batch: list[int]) -> sums.Sums:
+    def of(batch: Sequence[int]) -> sums.Sums:
         lengths[:], squares[:] = [len(rows[index]) for index in batch], []
         ids, _ = padded([rows[index] for index in batch], model.device)
         _states(model, ids)

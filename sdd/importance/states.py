@@ -70,6 +70,8 @@ class Angular(StateCriterion):
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
 
     def observe(self, block: int, entering: Tensor, leaving: Tensor, mask: Tensor) -> None:
+        if block == 0:
+            self.states = []  # what a pass that memory did not last for has left
         assert block == len(self.states), f"block {block} seen after {len(self.states)} states"
         self.states.append(last_real(entering, mask).double().cpu())
         if block == self.num_blocks - 1:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from sdd.forward import ranks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.decoding import Choose, Ending, decode, keeps_all, most_likely
+from sdd.forward.memory import Halving
 from sdd.models.chats import Turns, chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
@@ -223,7 +224,8 @@ class HFEngine:
 
         assert self.batch_size is not None, "open() comes first"
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        for batch in ranks.own(length_batches([len(row) for row in rows], self.batch_size, max_tokens=1 << 30)):
+
+        def generated(batch: Sequence[int]) -> list[list[int]]:
             ids, mask = padded([rows[index] for index in batch], self.model.device, left=pad)
             processors = LogitsProcessorList()
             if self.temperature > 0:
@@ -242,7 +244,12 @@ class HFEngine:
                     eos_token_id=stops,
                     logits_processor=processors,
                 )
-            yield from zip(batch, output[:, ids.shape[1] :].tolist(), strict=True)
+            return output[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+        halving = Halving("prompts", lambda batch: len(batch) * len(rows[batch[0]]))
+        for batch in ranks.own(length_batches([len(row) for row in rows], self.batch_size, max_tokens=1 << 30)):
+            for some, answers in halving(generated, batch):
+                yield from zip(some, answers, strict=True)
 
 
 def seed_of(seed: int, request: Request) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from sdd.store import Recipe
 from sdd.store.files import Lines, read_jsonl
 
 if TYPE_CHECKING:
-    from sdd.finetuning.module import TrainingRow
+    from sdd.finetuning.rows import KeptRows
 
 log = logging.getLogger(__name__)
 
@@ -61,33 +61,32 @@ def check_domains(finetune: Mapping[str, Any], examples: list[Example]) -> None:
 
 
 def drawn(
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     seed: int,
-    rows: list[dict[str, Any]] | Lines,
+    rows: Lines,
     damaged: Path | None,
     domains: Mapping[str, str],
-) -> tuple[list[dict[str, Any]] | Lines, list[dict[str, Any]] | Lines]:
+) -> tuple[Lines, Lines]:
     """(rows to train on, held-out rows), the first in the order of which `num_tokens` is yet to take the first.
 
     The held-out rows are the same whatever is drawn. `damaged` is the artifact of that name, `domains` names the domain
-    of every row. Lines of a file that nothing but the seed chooses are not read before they are gone through.
+    of every row. Where nothing but the seed chooses, no row is read before they are gone through.
     """
-    if isinstance(rows, Lines) and damaged is None and settings.get("deduplicate") is None:
-        places = split_rows(range(len(rows)), settings["validation_rows"], settings["num_rows"], seed)
-        return rows.at(places[0]), rows.at(places[1])
-    rows = list(rows)
-    pool, held_out = split_rows(rows, settings["validation_rows"], None, seed)
+    pool, held_out = split_rows(range(len(rows)), settings["validation_rows"], None, seed)
     if settings.get("deduplicate") is not None:
         pool = _deduplicated(rows, pool, held_out, settings)
     number = settings["num_rows"]
     if damaged is None:
-        return pool[:number], held_out
-    by_id, ids = {row["id"]: row for row in pool}, [row["id"] for row in pool]
-    damages = {
-        row["id"]: Damage(row["damage"], row["tokens"])
-        for row in read_jsonl(damaged / "rows.jsonl")
-        if row["id"] in by_id
-    }
+        return rows.at(pool[:number]), rows.at(held_out)
+    places = {row["id"]: place for row, place in zip(rows.at(pool), pool, strict=True)}
+    ids, damages = (
+        list(places),
+        {
+            row["id"]: Damage(row["damage"], row["tokens"])
+            for row in read_jsonl(damaged / "rows.jsonl")
+            if row["id"] in places
+        },
+    )
     if settings.get("choose") == "damage":
         ids = by_damage(ids, damages, settings["choose_temperature"], seed)
     if settings.get("domains"):
@@ -96,24 +95,22 @@ def drawn(
         log.info("shares: %s", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
         ids = interleaved(ids, domains, shares, damages)
     ids = ids[:number]
+    chosen = rows.at(places[id] for id in ids)
     if settings.get("weights"):
-        weights = weights_by_damage(ids, damages)
-        by_id = {id: by_id[id] | {"weight": weights[id]} for id in ids}
-    return [by_id[id] for id in ids], held_out
+        chosen = chosen.having("weight", {places[id]: w for id, w in weights_by_damage(ids, damages).items()})
+    return chosen, rows.at(held_out)
 
 
-def _deduplicated(
-    rows: list[dict[str, Any]], pool: list[dict[str, Any]], held_out: list[dict[str, Any]], settings: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _deduplicated(rows: Lines, pool: list[int], held_out: list[int], settings: Mapping[str, Any]) -> list[int]:
     """The pool without rows that say what a held-out or an earlier one says; the same for every seed and every arm.
 
-    What is compared are prompt and reference, which arms share.
+    Rows are named by their places. What is compared are prompt and reference, which arms share.
     """
-    threshold, kept_out = settings["deduplicate"], {row["id"] for row in held_out}
-    ordered = held_out + [row for row in rows if row["id"] not in kept_out]
-    texts = [f"{task_of(row)}\n{row['reference']}" for row in ordered]
-    kept = {ordered[at]["id"] for at in distinct(texts, threshold)}
-    left = [row for row in pool if row["id"] in kept]
+    threshold, kept_out = settings["deduplicate"], set(held_out)
+    ordered = held_out + [place for place in range(len(rows)) if place not in kept_out]
+    texts = [f"{task_of(row)}\n{row['reference']}" for row in rows.at(ordered)]
+    kept = {ordered[at] for at in distinct(texts, threshold)}
+    left = [place for place in pool if place in kept]
     log.info("finetune.deduplicate: %d of %d rows are like another and left out", len(pool) - len(left), len(pool))
     if (settings["num_rows"] or 1) > len(left):
         raise UserError(
@@ -123,11 +120,11 @@ def _deduplicated(
     return left
 
 
-def balanced(rows: list[TrainingRow]) -> list[TrainingRow]:
-    """The rows with weights that are 1 on average over their target tokens; all 1 where none has any."""
-    tokens = [len(row.ids) - row.prompt_length for row in rows]
-    total = math.fsum(row.weight * count for row, count in zip(rows, tokens, strict=True))
-    return [replace(row, weight=row.weight * sum(tokens) / total if total else 1.0) for row in rows]
+def balance(rows: KeptRows) -> None:
+    """Make the rows' weights 1 on average over their target tokens; all 1 where none has any."""
+    total = math.fsum(weight * count for weight, count in zip(rows.weights, rows.targets, strict=True))
+    tokens = sum(rows.targets)
+    rows.weights = array("d", (weight * tokens / total if total else 1.0 for weight in rows.weights))
 
 
 def domains_of(runtime: Runtime, targets: Recipe) -> dict[str, str]:

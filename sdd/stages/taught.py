@@ -22,7 +22,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
-from sdd.store.files import read_jsonl
+from sdd.store.files import Lines
 from sdd.study import Study
 
 
@@ -91,13 +91,13 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     spec = Taught.read(recipe.spec)
     source = runtime.checkpoint(spec.model, "teacher")
     tokenizer, vocabulary = source.tokenizer(), int(source.config["vocab_size"])
-    rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
+    rows = Lines(inputs["targets"] / "train.jsonl")
     scratch, model = folder / SCRATCH, None
     scratch.mkdir(exist_ok=True)
     (scratch / "begun").touch()
     with tqdm(total=len(rows), desc="taught", unit="row") as progress:
         for number in range(-(-len(rows) // ROWS)):
-            chosen = rows[number * ROWS : (number + 1) * ROWS]
+            chosen = list(rows[number * ROWS : (number + 1) * ROWS])
             shown = [
                 training_ids(tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ()))
                 for row in chosen

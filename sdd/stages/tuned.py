@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -321,19 +321,21 @@ def tokenized(
     max_length: int,
     num_tokens: int | None = None,
     same_rows: bool = False,
-) -> tuple[list[Any], int]:
-    """Training rows as token ids, and how many were over `max_length`; the first with `num_tokens` target tokens. A
-    rejected answer that is too long is none.
+    folder: Path | None = None,
+) -> tuple[Any, int]:
+    """Training rows as token ids (`KeptRows`, in `folder`), and how many were over `max_length`; the first with
+    `num_tokens` target tokens. A rejected answer that is too long is none.
 
     With `same_rows`, those are over the limit whose references are, whatever their targets: a target that alone is too
     long gives way to its reference, so that arms with other targets keep the same rows.
     """
     from sdd.finetuning.module import TrainingRow
+    from sdd.finetuning.rows import KeptRows
 
     def ids_of(row: dict[str, Any], text: str) -> tuple[list[int], int]:
         return training_ids(tokenizer, row["prompt"], text, system_prompt, row.get("before", ()))
 
-    kept: list[TrainingRow] = []
+    kept = KeptRows(folder=folder)
     too_long, tokens, replaced = 0, 0, 0
     for row in rows:
         ids, prompt_length = ids_of(row, row["target"])
@@ -381,10 +383,11 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     domains = draws.domains_of(runtime, recipe.inputs["targets"]) if settings.get("domains") else {}
     drawn, held_out = draws.drawn(settings, spec.seed, rows, inputs.get("damaged"), domains)
     shown, same_rows = (spec.system_prompt, settings["max_length"]), settings.get("same_rows", False)
-    training, too_long = tokenized(tokenizer, drawn, *shown, settings.get("num_tokens"), same_rows)
-    validation, held_out_too_long = tokenized(tokenizer, held_out, *shown, None, same_rows)
+    scratch = _scratch(folder)
+    training, too_long = tokenized(tokenizer, drawn, *shown, settings.get("num_tokens"), same_rows, scratch)
+    validation, held_out_too_long = tokenized(tokenizer, held_out, *shown, None, same_rows, scratch)
     if recipe.inputs["targets"].spec.get("rejected"):
-        refused = sum(bool(row.rejected) for row in training)
+        refused = sum(map(bool, training.rejected))
         log.log(logging.INFO if refused else logging.WARNING, "%d training rows have a rejected rewrite", refused)
     if not training and too_long < len(drawn):
         raise UserError(f"finetune.num_tokens={settings['num_tokens']} is less than the first row has; raise it")
@@ -392,7 +395,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         raise UserError(f"finetune.max_length={settings['max_length']} is shorter than every training row")
     drawn = drawn[: len(training) + too_long]
     if settings.get("weights"):
-        training = draws.balanced(training)
+        draws.balance(training)
     if too_long:
         log.warning("%d of %d rows are over finetune.max_length and left out", too_long, len(drawn))
     if held_out_too_long:
@@ -408,9 +411,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         checkpoints.recompute_activations(model)
     loss = _loss(spec, runtime, model, inputs)
     if cache := getattr(loss, "cache", None):
-        _check_places(cache, [*training, *validation])
+        _check_places(cache, training, validation)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
-    history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, folder / SCRATCH)
+    history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, scratch)
     if ranks.rank() > 0:
         return
     save_student(student, folder, base, base_name)
@@ -425,7 +428,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             "ids": [row["id"] for row in drawn],
             "trained": len(training),
             "over_max_length": too_long,
-            "target_tokens": sum(len(row.ids) - row.prompt_length for row in training),
+            "target_tokens": sum(training.targets),
             "validation": len(validation),
             "validation_over_max_length": held_out_too_long,
             **({} if kept is None else {"kept_step": kept}),
@@ -433,9 +436,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     )
 
 
-def _check_places(cache: Any, rows: list[Any]) -> None:
+def _check_places(cache: Any, *parts: Any) -> None:
     """What is kept of the teacher is of these rows' tokens."""
-    if any(cache.count(row.place) != len(row.ids) - row.prompt_length for row in rows):
+    placed = ((place, tokens) for rows in parts for place, tokens in zip(rows.places, rows.targets, strict=True))
+    if any(cache.count(place) != tokens for place, tokens in placed):
         raise UserError(
             "the teacher's probabilities (stage taught) are of other tokens than the student's; its "
             "tokenizer or chat template is another: leave finetune.cached out, or build taught again"
@@ -484,6 +488,15 @@ def _places(adapter: dict[str, Any], model: Any, pruned: Path | None) -> list[in
     return beside_cut(cut["kept_blocks"], cut["removed_blocks"], adapter["blocks"])
 
 
+def _scratch(folder: Path) -> Path:
+    """The folder of what is there while it is tuned, and of no link's; a folder may have come from elsewhere."""
+    scratch = folder / SCRATCH
+    if scratch.is_symlink():
+        scratch.unlink()
+    scratch.mkdir(exist_ok=True)
+    return scratch
+
+
 def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any] | None]:
     """The latest checkpoint of the module's own run in its scratch folder, and what it holds; all else is removed.
 
@@ -492,9 +505,6 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
     from sdd.finetuning.module import read_checkpoint
 
     first = ranks.rank() == 0  # the others look at the same files, and leave them alone
-    if scratch.is_symlink():
-        scratch.unlink()
-    scratch.mkdir(exist_ok=True)
     kept: tuple[Path | None, dict[str, Any] | None] = None, None
     for path in sorted(scratch.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True):
         if kept[1] is None and path.suffix == ".ckpt":
@@ -517,8 +527,8 @@ def _fit(
     student: Any,
     tokenizer: Any,
     loss: Any,
-    training: list[Any],
-    validation: list[Any],
+    training: Sequence[Any],
+    validation: Sequence[Any],
     recipe: Recipe,
     runtime: Runtime,
     scratch: Path,
@@ -577,6 +587,7 @@ def _fit(
                 runtime,
             ),
             keep_best=settings.get("keep") == "best",
+            halves=spec.micro_batch_tokens is None,
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)

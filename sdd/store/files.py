@@ -2,9 +2,9 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,26 @@ class Lines(Iterable[dict[str, Any]]):
     """
 
     def __init__(self, *paths: Path, placed: bool = False) -> None:
-        self.paths, self.placed = paths, placed
+        self.paths = paths
         self.files, self.starts, self.firsts = array("q"), array("q"), array("q")
         for number, path in enumerate(paths):
             self.firsts.append(len(self.starts))
             self.starts.extend(start for start, _, _ in read_lines(path, f"{path}"))
             self.files.extend([number] * (len(self.starts) - len(self.files)))
         self.order: Sequence[int] = range(len(self.starts))
+        self.beside: dict[str, Sequence[Any]] = {"place": self.order} if placed else {}
 
     def at(self, places: Iterable[int]) -> "Lines":
         """Those at these places, in this order."""
         chosen = copy(self)
         chosen.order = array("q", (self.order[place] for place in places))
         return chosen
+
+    def having(self, name: str, values: Mapping[int, float]) -> "Lines":
+        """The same, each of those at the places of `values` with its value under a name."""
+        more = copy(self)
+        more.beside = self.beside | {name: array("d", (values.get(place, 0.0) for place in range(len(self.starts))))}
+        return more
 
     def __len__(self) -> int:
         return len(self.order)
@@ -71,7 +78,7 @@ class Lines(Iterable[dict[str, Any]]):
                     file.seek(self.starts[place])
                     where = f"{self.paths[number]}, row {place - self.firsts[number] + 1}"
                     row = row_of(file.readline().decode(), where)
-                    yield row | {"place": place} if self.placed else row
+                    yield row | {name: values[place] for name, values in self.beside.items()}
 
 
 def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
@@ -82,7 +89,8 @@ def read_facts(path: Path, shape: Any = ANY) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(value)
+    write_atomically(path, chain(pieces, ["\n"]))
 
 
 def shown_json(path: Path, shape: Any = ANY) -> Any:

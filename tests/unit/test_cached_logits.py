@@ -16,6 +16,7 @@ from sdd.finetuning.losses.cached import Cache, coded, decoded, drawn, from_draw
 from sdd.finetuning.losses.forward_kl import ForwardKL
 from sdd.finetuning.losses.weighted import built
 from sdd.finetuning.module import TrainingRow
+from sdd.finetuning.rows import KeptRows
 from sdd.models.checkpoints import Checkpoint
 from sdd.stages import taught, tuned
 from sdd.stages.runtime import Runtime
@@ -183,7 +184,7 @@ def test_a_student_learns_from_files_what_it_learns_beside_its_teacher(
         assert torch.allclose(one, other, atol=1e-6 * float(other.abs().max()) + 1e-5)
     tuned._check_places(Cache(folder), rows)
     with pytest.raises(UserError, match="are of other tokens than the student's"):
-        tuned._check_places(Cache(folder), [TrainingRow([1, 2, 3], 1, place=0)])
+        tuned._check_places(Cache(folder), KeptRows([TrainingRow([1, 2, 3], 1, place=0)]))
 
 
 @pytest.mark.usefixtures("few_rows_a_shard")

@@ -16,6 +16,7 @@ from sdd.data.draws import Damage, by_damage, interleaved, shares_by_damage, spl
 from sdd.data.duplicates import distinct, grams, similarity
 from sdd.errors import UserError
 from sdd.finetuning.module import TrainingRow, loss_sum
+from sdd.finetuning.rows import KeptRows
 from sdd.models.checkpoints import Checkpoint
 from sdd.stages import damaged, draws, surprisals
 from sdd.stages.runtime import Runtime
@@ -81,9 +82,12 @@ def test_weights_are_damage_and_1_on_average_over_tokens() -> None:
     damages = {"a": Damage(1.0, 2), "b": Damage(3.0, 2), "c": Damage(-1.0, 4)}
     assert weights_by_damage(["a", "b", "c", "long"], damages) == {"a": 1.0, "b": 3.0, "c": 0.0, "long": 1.0}
     shapes = ((5, 3, 1.0), (9, 3, 0.0), (3, 1, 3.0))
-    rows = draws.balanced([TrainingRow([0] * length, prompt, weight=weight) for length, prompt, weight in shapes])
+    rows = KeptRows(TrainingRow([0] * length, prompt, weight=weight) for length, prompt, weight in shapes)
+    harmless = KeptRows([TrainingRow([0, 0], 1, weight=0.0)])
+    draws.balance(rows)
+    draws.balance(harmless)
     assert [row.weight for row in rows] == pytest.approx([1.25, 0.0, 3.75])
-    assert [row.weight for row in draws.balanced([TrainingRow([0, 0], 1, weight=0.0)])] == [1.0]
+    assert [row.weight for row in harmless] == [1.0]
 
 
 # ---- duplicates -------------------------------------------------------------------------------------------------
@@ -131,9 +135,15 @@ def of_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ids_of(settings: Mapping[str, Any], seed: int, damaged: Path | None) -> tuple[list[str], list[str]]:
+    return drawn_of(ROWS, settings, seed, damaged)
+
+
+def drawn_of(
+    rows: list[dict[str, Any]], settings: Mapping[str, Any], seed: int, damaged: Path | None
+) -> tuple[list[str], list[str]]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "train.jsonl"
-        write_jsonl(path, ROWS)
+        write_jsonl(path, rows)
         drawn, held_out = draws.drawn({**SETTINGS, **settings}, seed, Lines(path), damaged, DOMAINS)
         return [row["id"] for row in drawn], [row["id"] for row in held_out]
 
@@ -164,7 +174,7 @@ def test_duplicates_go_for_an_earlier_or_a_held_out_row(of_rows: Path, monkeypat
     free = next(row for row in ROWS if row["id"] in drawn)
     out = next(row for row in ROWS if row["id"] in held_out)
     rows = [*ROWS, *({**row, "id": f"again-{row['id']}", "target": "another arm's"} for row in (free, out))]
-    kept = {row["id"] for row in draws.drawn({**SETTINGS, "deduplicate": 1.0}, 0, rows, None, {})[0]}
+    kept = set(drawn_of(rows, {"deduplicate": 1.0}, 0, None)[0])
     first = {row["id"] for row in split_rows(rows, 10, None, 0)[1]}
     twins = [{row["id"], f"again-{row['id']}"} for row in (free, out)]
     assert all(len(twin & (kept | first)) == 1 or twin <= first for twin in twins)
@@ -176,9 +186,9 @@ def test_a_number_of_target_tokens_bounds_a_draw(tokenizer: Any) -> None:
     rows = ROWS[:6]
     whole, _ = tokenized(tokenizer, rows, None, 256)
     tokens = [len(row.ids) - row.prompt_length for row in whole]
-    assert tokenized(tokenizer, rows, None, 256, sum(tokens[:3]))[0] == whole[:3]
-    assert tokenized(tokenizer, rows, None, 256, sum(tokens[:4]) - 1)[0] == whole[:3]
-    assert tokenized(tokenizer, rows, None, 256, sum(tokens))[0] == whole
+    assert list(tokenized(tokenizer, rows, None, 256, sum(tokens[:3]))[0]) == whole[:3]
+    assert list(tokenized(tokenizer, rows, None, 256, sum(tokens[:4]) - 1)[0]) == whole[:3]
+    assert list(tokenized(tokenizer, rows, None, 256, sum(tokens))[0]) == list(whole)
     with pytest.raises(UserError, match=f"the 6 rows beside the held-out ones have {sum(tokens)} target tokens"):
         tokenized(tokenizer, rows, None, 256, sum(tokens) + 1)
 

@@ -17,6 +17,8 @@ from sdd.models.checkpoints import Checkpoint
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
 ROWS = [TrainingRow([1, *range(6, 6 + length)], 3) for length in (9, 23, 5, 17)]
+SHOWN = [len(row.ids) for row in ROWS], lambda number: ROWS[number].ids
+ALONE = SHOWN[0][:1], SHOWN[1]
 
 
 def student(folder: Path, places: list[int] | None, adapter: dict[str, Any] = LORA) -> Any:
@@ -42,7 +44,7 @@ def test_loss_and_gradients_from_kept_states_are_those_of_the_whole_pass(
     made = student(tiny_llama, places)
     model = causal_lm(made)
     assert frozen_blocks(model) == places[0]
-    alone, together = (frozen_states(model, [row.ids for row in ROWS], tmp_path, tokens) for tokens in (1, 60))
+    alone, together = (frozen_states(model, *SHOWN, tmp_path, tokens) for tokens in (1, 60))
     assert alone is not None
     assert together is not None
     assert list(tmp_path.iterdir()) == [], "the file has no name"
@@ -52,7 +54,7 @@ def test_loss_and_gradients_from_kept_states_are_those_of_the_whole_pass(
     for states, rows in ((alone, ROWS[:1]), (alone, ROWS[1:2]), (alone, ROWS), (together, ROWS[1:]), (together, ROWS)):
         expected = gradients(made, rows)
         passed.clear()
-        with states.standing_in([row.ids for row in rows], "cpu"):
+        with states.standing_in([ROWS.index(row) for row in rows], "cpu"):
             loss, found = gradients(made, rows)
         assert passed == list(range(places[0], 4))
         assert loss == pytest.approx(expected[0], rel=1e-6)
@@ -70,7 +72,7 @@ def test_with_the_first_block_or_anything_outside_of_blocks_trained_nothing_is_k
     for folder in (tiny_llama, sharded_llama):
         model = causal_lm(student(folder, [0, 3] if method == "lora" else None, LORA | {"method": method}))
         assert frozen_blocks(model) == 0
-        assert frozen_states(model, [ROWS[0].ids], tmp_path, 100) is None
+        assert frozen_states(model, *ALONE, tmp_path, 100) is None
     above = causal_lm(student(sharded_llama, [2]))
     above.get_output_embeddings().requires_grad_(True)
     assert frozen_blocks(above) == 0
@@ -78,24 +80,24 @@ def test_with_the_first_block_or_anything_outside_of_blocks_trained_nothing_is_k
 
 def test_no_states_are_kept_that_dropout_below_would_change(tiny_llama: Path, tmp_path: Path) -> None:
     dropping = student(tiny_llama, [2], LORA | {"dropout": 0.5})
-    assert frozen_states(causal_lm(dropping), [ROWS[0].ids], tmp_path, 100) is not None, "only above"
+    assert frozen_states(causal_lm(dropping), *ALONE, tmp_path, 100) is not None, "only above"
     causal_lm(dropping).get_decoder().layers[1].self_attn.attention_dropout = 0.5
-    assert frozen_states(causal_lm(dropping), [ROWS[0].ids], tmp_path, 100) is None
+    assert frozen_states(causal_lm(dropping), *ALONE, tmp_path, 100) is None
 
 
 def test_states_that_are_too_many_or_do_not_fit_are_not_kept(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, rows = causal_lm(student(tiny_llama, [2])), [row.ids for row in ROWS]
-    size = 4 * 32 * sum(map(len, rows))
+    model = causal_lm(student(tiny_llama, [2]))
+    size = 4 * 32 * sum(SHOWN[0])
     monkeypatch.setattr(chunks, "KEPT_STATES", size - 1)
-    assert frozen_states(model, rows, tmp_path, 100) is None
+    assert frozen_states(model, *SHOWN, tmp_path, 100) is None
     monkeypatch.setattr(chunks, "KEPT_STATES", size)
-    assert frozen_states(model, rows, tmp_path, 100) is not None
+    assert frozen_states(model, *SHOWN, tmp_path, 100) is not None
 
     def full(**named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    assert frozen_states(model, rows, tmp_path, 100) is None
+    assert frozen_states(model, *SHOWN, tmp_path, 100) is None
     assert "No space left on device; what is frozen is passed in every step" in caplog.text
