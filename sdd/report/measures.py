@@ -188,7 +188,9 @@ class Measures:
 
 def _chosen(arm: Arm, table: Array, seeds: Sequence[int]) -> Array:
     """The rows of these seeds; all, or the one of an arm without seeds."""
-    return table[[arm.seeds.index(seed) for seed in seeds]] if seeds and arm.seeds else table
+    own = arm.seeds
+    places = {seed: place for place, seed in enumerate(own)}
+    return table[[places[seed] for seed in seeds]] if seeds and own else table
 
 
 def share_of(estimate: Estimate | None) -> dict[str, float] | None:
