@@ -316,7 +316,8 @@ What only a GPU shows is not measured: kernels and their workspaces, bandwidth, 
 bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
 bases were not traced. What does not fit takes less with `trainer.gradient_checkpointing=true`, a smaller
 `trainer.micro_batch_tokens`, or `adapter=qlora`; scores and answers with a smaller `trainer.inference_batch_size` or
-`evaluation.batch_size`.
+`evaluation.batch_size`. Each of these three, and `engine.batch_size`, may be `auto`: the largest power of two that the
+estimates let into 80% of what is free. What does not fit after all is passed in halves, which a line in the log tells.
 """
 
 Record = dict[str, Any]

@@ -135,6 +135,7 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     job = Job(config, typed(), run_folder)
     wanted = job.wanted(script)
     if config.dry_run:
+        job.fit(job.store(script).missing(wanted) if wanted else [])
         return {"dry_run": True, "plan": print_plan(wanted, job.study, job.store(script))}
     if config.fetch:
         job.fetch(wanted)

@@ -88,6 +88,20 @@ class Job:
             f"which {self.config.model.path} is not; you probably meant: {command(script, words)}"
         )
 
+    def fit(self, missing: Sequence[Recipe]) -> None:
+        """Put numbers in the place of settings that are `auto`, by what the artifacts to build take."""
+        from sdd.stages import fitting
+
+        configs = [self.config, self.study.config, *(study.config for study in self.study.others)]
+        if not any(map(fitting.is_asked, configs)):
+            return
+        from sdd.stages.dry_run import estimator
+
+        estimate = estimator(self.study)
+        accelerator = self.config.trainer.accelerator
+        memory = lambda: max((estimate(recipe).memory for recipe in missing), default=0.0)  # noqa: E731
+        fitting.fit(configs, memory, lambda: fitting.free_memory(accelerator))
+
     def store(self, script: str) -> Store:
         """The store, in which what is new is said to be asked for by a script."""
         return self._store(script, self.overrides, self.study.config)
@@ -130,6 +144,7 @@ class Job:
         from sdd.stages import builder, evaluated, graph, targets
 
         graph.read_data(self.study, missing)
+        self.fit(missing)
         stages, runtime = {recipe.stage for recipe in missing}, self._runtime()
         if "rewrites" in stages:
             build_part(self.config.engine).check(runtime.place)

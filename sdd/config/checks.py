@@ -91,6 +91,8 @@ AT_LEAST = {
     "metric.num_texts": 1,
     "width_metric.seed": 0,
 }
+AUTO = ("trainer.micro_batch_tokens", "trainer.inference_batch_size", "engine.batch_size", "evaluation.batch_size")
+"""Where `auto` stands for what free memory allows (`sdd.stages.fitting`)."""
 LARGEST = (1 << 31) - 1
 """Of whole numbers: what libraries take as a seed, a size or a count."""
 AT_MOST = {
@@ -163,9 +165,11 @@ def check_values(config: DictConfig) -> None:
         if (value := _at(values, key)) not in choices:
             raise UserError(f"{key}={value} is unknown; choose one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
-        value = _at(values, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise UserError(f"{key}={value} must be an integer of at least {least}")
+        value, by_memory = _at(values, key), key in AUTO
+        if value is None or (by_memory and value == "auto"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{key}={value} must be an integer of at least {least}{', or auto' if by_memory else ''}")
     for key, most in AT_MOST.items():
         value = _at(values, key)
         if value is not None and value > most:
@@ -232,6 +236,11 @@ def check_values(config: DictConfig) -> None:
     if adapter.method != "lora" and (adapter.quantisation is not None or adapter.scope != "all"):
         key = "scope" if adapter.quantisation is None else "quantisation"
         raise UserError(f"adapter.{key}={adapter[key]} goes with LoRA; leave it out, or choose adapter.method=lora")
+    if adapter.method == "lora" and adapter.dropout > 0 and config.trainer.micro_batch_tokens == "auto":
+        raise UserError(
+            f"trainer.micro_batch_tokens=auto: with adapter.dropout={adapter.dropout:g} draws follow the passes, whose "
+            "size is then a part of the result; give a number"
+        )
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")

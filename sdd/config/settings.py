@@ -12,10 +12,11 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 @dataclass(frozen=True)
 class Setting:
-    """The type of a setting, and whether it may be null."""
+    """The type of a setting, and whether it may be null, or the word auto."""
 
     type: Any
     optional: bool
+    auto: bool = False
 
     @property
     def is_group(self) -> bool:
@@ -31,7 +32,7 @@ class Setting:
             words = {"whole": "a list of whole numbers", "number": "a list of numbers", "text": "a list of words"}.get(
                 items, "a list"
             )
-        return f"{words}, or null" if self.optional else words
+        return words + (", or null" if self.optional else "") + (", or auto" if self.auto else "")
 
 
 def setting(key: str) -> Setting | None:
@@ -63,8 +64,9 @@ def descriptions(kind: Any = Config, before: str = "") -> dict[str, str]:
 
 def _of(hint: Any) -> Setting:
     if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(hint) if choice is not type(None))
-        return Setting(inner, True)
+        kinds = get_args(hint)
+        inner, *word = (kind for kind in kinds if kind is not type(None))
+        return Setting(inner, type(None) in kinds, word == [str])
     return Setting(hint, False)
 
 

@@ -172,6 +172,8 @@ def described(study: Study, jobs: Sequence[Repeated]) -> tuple[list[str], bool]:
     settings = [f"{k}: {_short(a)} | {_short(b)}" for job in jobs for k, (a, b) in job.settings.items()]
     unknown = [job for job in jobs if is_provisional(job.wanted)]
     other = [job for job in jobs if not job.is_same and not is_provisional(job.wanted)]
+    for job in jobs:
+        job.job.fit(job.job.store(job.script).missing(job.wanted))
     records = [p.record() for job in jobs for p in planned(job.wanted, job.job.study, job.job.store(job.script))]
     lines = [f"{len(jobs)} jobs, {len(study.manifests)} artifacts"]
     lines += _lines("packages", packages) + _lines("stages", versions) + _lines("settings", settings)

@@ -3,6 +3,7 @@
 Builds and fetches nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -39,18 +40,24 @@ def named(recipe: Recipe, provisional: bool) -> str:
 
 def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
     """All that `wanted` stands on and itself, inputs first."""
+    estimate_of = estimator(study)
+    steps = []
+    for recipe in wanted.walk():
+        provisional = is_provisional(recipe)
+        exists = not provisional and store.has(recipe)
+        steps.append(Planned(recipe, exists, provisional, estimate_of(recipe)))
+    return steps
+
+
+def estimator(study: Study) -> Callable[[Recipe], Estimate]:
+    """What building each artifact of a study takes, by the sizes of the student that it belongs to."""
     whole = Sizes(study)
     of_student: dict[str, Sizes] = {}
     for other in study.others:
         made = graph.student(other)
         addresses = [recipe.address for recipe in made.walk()] if made else []
         of_student = dict.fromkeys(addresses, Sizes(other)) | of_student
-    steps = []
-    for recipe in wanted.walk():
-        provisional = is_provisional(recipe)
-        exists = not provisional and store.has(recipe)
-        steps.append(Planned(recipe, exists, provisional, estimate(of_student.get(recipe.address, whole), recipe)))
-    return steps
+    return lambda recipe: estimate(of_student.get(recipe.address, whole), recipe)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:

@@ -83,6 +83,16 @@ BAD = {
         ["repair=ridge", "pruning.start=0"],
         "nothing is before block 0; choose a cut that begins later",
     ),
+    "neither a number nor auto": (
+        "train",
+        ["trainer.micro_batch_tokens=most"],
+        "trainer.micro_batch_tokens=most must be an integer of at least 1, or auto",
+    ),
+    "draws that follow the passes": (
+        "train",
+        ["trainer.micro_batch_tokens=auto", "adapter.dropout=0.1"],
+        "trainer.micro_batch_tokens=auto: with adapter.dropout=0.1 draws follow the passes",
+    ),
     "rank": ("train", ["adapter.rank=0"], "adapter.rank=0 must be an integer of at least 1"),
     "tries without sampling": ("generate", ["engine.tries=3"], "engine.tries > 1 needs sampling"),
     "negative temperature": ("generate", ["engine.temperature=-1"], "engine.temperature=-1 must"),

@@ -235,3 +235,27 @@ def test_one_that_keeps_no_sums_is_shown_no_text_twice(model: Any) -> None:
 
     with room_for(model, 2), pytest.raises(torch.OutOfMemoryError):
         show_texts(model, Noting(), IDS, 6)
+
+
+# ---- what is let into free memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(1e12, (512, 64)), (1250.0, (512, 4)), (250.0, (128, 1)), (0.0, (1, 1))]
+)
+def test_auto_is_the_largest_power_of_two_that_the_estimates_allow(free: float, expected: tuple[int, int]) -> None:
+    from omegaconf import OmegaConf
+
+    from sdd.stages import fitting
+
+    settings = {"accelerator": "cpu", "micro_batch_tokens": "auto", "inference_batch_size": "auto"}
+    configs = [OmegaConf.create({"trainer": dict(settings), "evaluation": {"batch_size": 7}}) for _ in range(2)]
+
+    def memory() -> float:
+        trainer = configs[0].trainer
+        return float(max(trainer.micro_batch_tokens, 200 * trainer.inference_batch_size))
+
+    fitting.fit(configs, memory, lambda: free)
+    for config in configs:
+        assert (config.trainer.micro_batch_tokens, config.trainer.inference_batch_size) == expected
+        assert config.evaluation.batch_size == 7, "a number stays"
