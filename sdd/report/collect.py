@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.planning.price import Price
 from sdd.report.library import Artifact, Library, read_artifact
+from sdd.report.price import Prices
 from sdd.store import STAGES
 from sdd.store.files import AGAIN, shown_json
 from sdd.untrusted import check_shape
@@ -71,6 +73,7 @@ class Run:
     results: dict[str, Any]
     histories: list[Path] = field(default_factory=list)
     checkpoint: Path | None = None  # of the pruned model, with the tokenizer of all
+    price: Price | None = None  # of what recovered it
 
 
 def _digest(value: Any) -> str:
@@ -278,13 +281,17 @@ def collect(evaluated: list[Path], library: Library) -> tuple[list[Run], list[st
     """Runs of the given folders, joined by the unpruned model's where it lies in the same artifacts; and notes."""
     runs: dict[str, Run] = {}
     notes: list[str] = []
+    prices = Prices(library)
     for path in evaluated:
         try:
-            run = read_run(read_artifact(path), library)
+            artifact = read_artifact(path)
+            run = read_run(artifact, library)
         except LookupError as error:
             notes.append(f"left out: {error}.")
             continue
-        runs.setdefault(run.address, run)
+        if run.address not in runs:
+            run.price = prices.of(artifact)
+            runs[run.address] = run
     without_teacher = {run.comparison for run in runs.values()} - {
         run.comparison for run in runs.values() if run.kind == "teacher"
     }

@@ -11,6 +11,7 @@ Every value is recomputed from the per-sample records, joined by item id. The st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,14 @@ def share_of(estimate: Estimate | None) -> dict[str, float] | None:
     return share and share | {"low": max(share["low"], 0.0), "high": min(share["high"], 1.0)}
 
 
+def price_of(arm: Arm) -> dict[str, float] | None:
+    """FLOPs of the student and of the unpruned model that recovery took, mean over seeds."""
+    prices = [run.price for run in arm.runs if run.price is not None]
+    if len(prices) < len(arm.runs):
+        return None
+    return {name: fmean(getattr(price, name) for price in prices) for name in ("student", "teacher")}
+
+
 def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
     """One arm as in `table.json`."""
     tasks, run = measures.comparison.tasks, arm.run
@@ -241,6 +250,7 @@ def row_of(arm: Arm, measures: Measures) -> dict[str, Any]:
         "tasks": per_task,
         "parameters": run.parameters,
         "flops_saved": run.flops_saved,
+        "price": price_of(arm),
         "blocks_removed": run.blocks_removed,
         "addresses": [run.address for run in arm.runs],
     }

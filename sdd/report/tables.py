@@ -6,6 +6,7 @@ Scores are shares in [0, 1] in the files for programs and percent in `table.md`.
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,16 @@ METHOD = (
     "Percent; in brackets 95% intervals over seeds and items, from their components of variance (arms without seeds or "
     "with one: items only); differences are paired by seed and item. They do not cover another unpruned or pruned "
     "model or other tasks, and are not corrected for many comparisons. "
-    "Average: unweighted mean over tasks. Retention: average / average of the unpruned model."
+    "Average: unweighted mean over tasks. Retention: average / average of the unpruned model. "
+    "Recovery, FLOPs: of the student, in training and writing, + of the unpruned model, beside it or for its targets."
 )
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 """What a formula begins with in one spreadsheet or another."""
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 SHOWN = ("average", "trained_on", "not_trained_on", "retention", "nll")
 MOST_CONTRASTS = 60
+PRICE = "recovery, FLOPs"
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def percent(value: dict[str, Any] | None, signed: bool = False) -> str:
@@ -45,6 +49,19 @@ def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
         return "-"
     sign = "+" if signed else ""
     return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+
+
+def priced(value: dict[str, float] | None) -> str:
+    """FLOPs of the student and of the unpruned model: '142 G + 244 G'."""
+    if value is None:
+        return "-"
+    return " + ".join(_si(value[name]) for name in ("student", "teacher") if value[name])
+
+
+def _si(number: float) -> str:
+    """Three digits of a number from 1 on, with a prefix of the SI."""
+    power = min(max(0, int(math.log10(number) // 3)), len(PREFIXES) - 1)
+    return f"{number / 1000**power:.3g} {PREFIXES[power]}".rstrip()
 
 
 def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str]]:
@@ -70,7 +87,7 @@ def _seeds(seeds: list[int]) -> str:
 def arm_cells(rows: list[dict[str, Any]], health: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A header, and a line for each arm; the last column names what its average hides."""
     header = ["arm", "seeds", "average", "retention", "mean of ratios", "trained on", "not trained on"]
-    header += ["nll (nats per token)", "parameters", "FLOPs saved", "hidden damage"]
+    header += ["nll (nats per token)", "parameters", "FLOPs saved", PRICE, "hidden damage"]
 
     def cells(row: dict[str, Any]) -> list[str]:
         retention = row["retention"] or {}
@@ -85,6 +102,7 @@ def arm_cells(rows: list[dict[str, Any]], health: Mapping[str, dict[str, Any]]) 
             nats(row["nll"]),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}",
+            priced(row["price"]),
             hidden_damage(health[row["arm"]]),
         ]
 
@@ -202,6 +220,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("trained_on", "not_trained_on", "nll"):
         put(name, row[name])
     flat.update(parameters=row["parameters"], flops_saved=row["flops_saved"])
+    flat |= {f"price_{name}": flops for name, flops in (row["price"] or {}).items()}
     for task, value in row["tasks"].items():
         put(f"task_{task}", value)
     flat["addresses"] = " ".join(row["addresses"])

@@ -10,7 +10,7 @@ from sdd.report.library import Artifact
 from sdd.report.next_steps import next_steps
 from sdd.report.page.cells import cell, columns, line_of, plain, table
 from sdd.report.page.section import Section, Subject, render
-from sdd.report.tables import METHOD, evaluation_of, hidden_damage, own_settings, pairs_of
+from sdd.report.tables import METHOD, PRICE, evaluation_of, hidden_damage, own_settings, pairs_of, priced
 from sdd.store import STAGES
 
 ORDER = list(STAGES)
@@ -112,6 +112,7 @@ def _arm_cells(row: dict[str, Any], record: dict[str, Any]) -> dict[str, dict[st
         "FLOPs saved": plain(
             "–" if row["flops_saved"] is None else f"{100 * row['flops_saved']:.1f}", row["flops_saved"]
         ),
+        PRICE: plain(priced(row["price"]), row["price"] and sum(row["price"].values())),
         "hidden damage": plain(f"⚠ {hidden_damage(record)}" if symptoms else "–", symptoms),
     }
 

@@ -1,0 +1,247 @@
+"""What recovering a student took, in FLOPs, by the formulas of `sdd.planning.price` and the counts that artifacts hold.
+
+A student pays for its training, for the unpruned model's passes beside it, for what it wrote itself, and for its own
+rows' share of what others use too: rewrites, drafts, kept logits. Where damage tells which rows count, it pays for all
+rows, since all of them are looked at. References are free; so are tries of a rewrite that were not kept, which nobody
+recorded.
+
+Lengths of prompts and of texts are means over `SAMPLE` rows, in the tokens of the student's own tokenizer.
+"""
+
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sdd.data.mixture import part_of
+from sdd.errors import UserError
+from sdd.finetuning.losses import LOSSES
+from sdd.models.chats import answer_ids, chat_prompt_ids, rewrite_prompt
+from sdd.models.checkpoints import Checkpoint
+from sdd.planning import price
+from sdd.planning.cost_model import Shape, shape_of
+from sdd.planning.estimates import adapter_parameters
+from sdd.planning.price import Passed, Price
+from sdd.report.library import Artifact, Library
+from sdd.store.files import AGAIN, check_file, shown_json, shown_rows
+from sdd.untrusted import ANY, check_shape, read_text
+
+SAMPLE = 200
+"""Rows, drawn at random, whose tokens are counted."""
+TUNED: dict[str, Any] = {
+    "adapter": {"method?": str, "rank?": int, "targets?": [str], "scope?": str, "blocks?": int},
+    "finetune": {"epochs": int, "choose?": str, "weights?": (str, None), "domains?": (str, None)},
+    "distillation?": ({"teacher?": str, "loss?": {str: float}, "rollouts?": ANY}, None),
+    "system_prompt": (str, None),
+}
+REWRITES: dict[str, Any] = {"teacher": str, "template": (str, {str: str}), "system_prompt": (str, None)}
+ROWS = {"trained": int, "target_tokens": int, "ids": [(str, int)]}
+CUT = {"kept_blocks": [int], "removed_blocks": ([int], None), "parameters_before": int, "ratio?": (float, None)}
+TURNS: dict[str, Any] = {"prompt": str, "before?": [{str: str}]}
+TARGET = TURNS | {"rejected?": (str, None)}
+REWRITE = TURNS | {"id": (str, int), "reference": str, "rewrite": str, "others?": [{"rewrite": str}]}
+ANSWER = {"id": (str, int), "text": str, "tokens": [int]}
+
+
+class UnknownError(LookupError):
+    """Something that the price depends on is not recorded, or not here."""
+
+
+class Prices:
+    """Prices of a library's students; what many of them share is counted once."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.tokenizers: dict[str, Any] = {}
+        self.prompts: dict[str, tuple[float, float]] = {}
+        self.rewritten: dict[str, Rewritten] = {}
+
+    def of(self, evaluated: Artifact) -> Price | None:
+        """Of all recoveries on the way to what was evaluated; None where there is none, or one is not known."""
+        tuned = [artifact for artifact in self.library.upstream(evaluated) if artifact.stage == "tuned"]
+        try:
+            return sum((_Recovery(one, self).price() for one in tuned), Price()) if tuned else None
+        except (UnknownError, UserError, OSError):
+            return None
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Of a row on average: tries that are kept, tokens that the teacher is shown and writes, and that the pruned model
+    wrote before; `tries` counts for the teacher alone."""
+
+    teacher: str
+    tries: float
+    asked: float
+    new: float
+    drafted: float
+
+
+class _Recovery:
+    """One tuned artifact and what it was made from."""
+
+    def __init__(self, tuned: Artifact, prices: Prices) -> None:
+        check_shape(tuned.spec, TUNED, f"{tuned.path}")
+        self.tuned, self.spec, self.prices = tuned, tuned.spec, prices
+        pruned, self.targets = self._input(tuned, "pruned"), self._input(tuned, "targets")
+        self.rows = shown_json(tuned.path / "rows.json", ROWS)
+        self.all_rows = shown_json(self.targets.path / "summary.json", {"rows": int})["rows"]
+        checkpoint = Checkpoint(pruned.path)
+        self.model, self.shape = pruned.spec.get("model"), shape_of(checkpoint.config)
+        self.whole = _unpruned(self.shape, shown_json(pruned.path / "pruning.json", CUT))
+        if pruned.address not in prices.tokenizers:
+            prices.tokenizers[pruned.address] = checkpoint.tokenizer()
+        self.tokenizer = prices.tokenizers[pruned.address]
+        if self.targets.address not in prices.prompts:
+            prices.prompts[self.targets.address] = self._lengths()
+        self.prompt, self.rejected = prices.prompts[self.targets.address]
+        self.target = self.rows["target_tokens"] / max(1, self.rows["trained"])
+
+    def price(self) -> Price:
+        passed = self._passed()
+        total = Price(self._training(passed)) + self._beside(passed) + self._rollouts() + self._shared()
+        if self.rejected:
+            refused = Passed(passed.rows, self.prompt + self.rejected, self.rejected)
+            total += Price(self._training(refused))
+        return total
+
+    def _input(self, artifact: Artifact, name: str) -> Artifact:
+        found = self.prices.library.get(artifact.inputs.get(name, ""))
+        if found is None:
+            raise UnknownError(f"{artifact.address} lacks its {name}")
+        return found
+
+    def _teacher(self, digest: Any) -> Shape:
+        """The unpruned model's shape; that of another teacher is not known."""
+        if digest != self.model:
+            raise UnknownError("another teacher")
+        return self.whole
+
+    def _lengths(self) -> tuple[float, float]:
+        """Tokens on average of a prompt, and of the rejected answers over all rows."""
+        rows = _drawn(self.targets.path / "train.jsonl", self.all_rows, TARGET)
+        system_prompt = self.spec["system_prompt"]
+        prompts = [chat_prompt_ids(self.tokenizer, row["prompt"], system_prompt, row.get("before", ())) for row in rows]
+        rejected = [answer_ids(self.tokenizer, row["rejected"]) if row.get("rejected") else [] for row in rows]
+        return fmean(map(len, prompts)), fmean(map(len, rejected))
+
+    # ---- training, and what runs beside it
+
+    def _passed(self) -> Passed:
+        """The rows of all epochs, with what the student wrote in place of their targets."""
+        epochs = self.spec["finetune"]["epochs"]
+        rows, targets = epochs * self.rows["trained"], epochs * self.rows["target_tokens"]
+        own, new = self._written()
+        mean = (targets + own * (new - self.target)) / max(1, rows)
+        return Passed(rows, self.prompt + mean, mean)
+
+    def _training(self, passed: Passed) -> float:
+        adapter, blocks = self.spec["adapter"], self.shape.blocks
+        if adapter.get("method") == "full":
+            return price.trained_whole(self.shape, blocks, passed)
+        if adapter.get("method") == "head_and_norms":
+            return price.trained_head(self.shape, blocks, passed)
+        scope = adapter.get("scope", "all")
+        if scope == "beside_cut":
+            raise UnknownError("which blocks are beside the cut")
+        reach = adapter["blocks"] if scope == "last" else blocks
+        weights = adapter_parameters(self.shape, reach, adapter["rank"], adapter["targets"])
+        return price.trained(self.shape, blocks, passed, weights, reach)
+
+    def _beside(self, passed: Passed) -> Price:
+        """A pass of the teacher for every pass of the student, with logits where a loss is on these."""
+        distillation = self.spec.get("distillation") or {}
+        if "teacher" not in distillation:
+            return Price()
+        shape, losses = self._teacher(distillation["teacher"]), distillation.get("loss", {"forward_kl": 1.0})
+        head = any(name in LOSSES and LOSSES[name].needs == "teacher logits" for name in losses)
+        return Price(teacher=price.forward(shape, shape.blocks, passed, head))
+
+    def _written(self) -> tuple[float, float]:
+        """How many answers the student wrote, and their tokens on average."""
+        if not (self.spec.get("distillation") or {}).get("rollouts"):
+            return 0.0, 0.0
+        steps = list(_history(self.tuned.path / "history.csv"))
+        rows = sum(count for count, _ in steps)
+        return rows, sum(count * tokens for count, tokens in steps) / max(1.0, rows)
+
+    def _rollouts(self) -> Price:
+        rows, new = self._written()
+        return Price(price.written(self.shape, self.shape.blocks, rows, self.prompt, new))
+
+    # ---- what others use too
+
+    def _shared(self) -> Price:
+        inputs, used, total = self.tuned.inputs, len(set(self.rows["ids"])), Price()
+        if "damaged" in inputs:
+            used = self.all_rows
+            passed = Passed(used, self.prompt + self.target, self.target)
+            own, teacher = (price.forward(one, one.blocks, passed) for one in (self.shape, self.whole))
+            total += Price(own, teacher)
+        if "taught" in inputs:
+            shape = self._teacher(self._input(self.tuned, "taught").spec.get("model"))
+            passed = Passed(used, self.prompt + self.target, self.target)
+            total += Price(teacher=price.forward(shape, shape.blocks, passed))
+        if "rewrites" not in self.targets.inputs:
+            return total
+        made = self._input(self.targets, "rewrites")
+        if made.address not in self.prices.rewritten:
+            self.prices.rewritten[made.address] = self._rewritten(made)
+        row = self.prices.rewritten[made.address]
+        shape = self._teacher(row.teacher)
+        drafted = price.written(self.shape, self.shape.blocks, used, self.prompt, row.drafted) if row.drafted else 0.0
+        return total + Price(drafted, price.written(shape, shape.blocks, row.tries * used, row.asked, row.new))
+
+    def _rewritten(self, made: Artifact) -> Rewritten:
+        check_shape(made.spec, REWRITES, f"{made.path}")
+        system_prompt, template = made.spec["system_prompt"], made.spec["template"]
+        drafts: dict[Any, dict[str, Any]] = {}
+        if "answers" in made.inputs:
+            path = self._input(made, "answers").path / "answers.jsonl"
+            drafts = {row["id"]: row for row in _drawn(path, self.all_rows, ANSWER)}
+        asked, new = [], []
+        rows = _drawn(made.path / "rewrites.jsonl", self.all_rows, REWRITE)
+        for row in rows:
+            words = template if isinstance(template, str) else template.get(part_of(str(row["id"])), "")
+            shown = drafts[row["id"]]["text"] if row["id"] in drafts else row["reference"]
+            prompt = rewrite_prompt(words, row["prompt"], shown)
+            ids = chat_prompt_ids(self.tokenizer, prompt, system_prompt, row.get("before", ()))
+            tries = [row["rewrite"], *(other["rewrite"] for other in row.get("others", ()))]
+            asked += [len(ids)] * len(tries)
+            new += [len(answer_ids(self.tokenizer, text)) for text in tries]
+        drafted = fmean(len(draft["tokens"]) for draft in drafts.values()) if drafts else 0.0
+        return Rewritten(made.spec["teacher"], len(new) / len(rows), fmean(asked), fmean(new), drafted)
+
+
+def _unpruned(student: Shape, cut: dict[str, Any]) -> Shape:
+    """The shape before the cut: all its blocks, and where channels went, MLPs as wide as its parameters say."""
+    whole = replace(student, blocks=len(cut["kept_blocks"]) + len(cut["removed_blocks"] or []))
+    if cut.get("ratio"):
+        channel = whole.blocks * whole.mlp_matrices * whole.hidden * whole.experts
+        missing = cut["parameters_before"] - whole.parameters()
+        whole = replace(whole, intermediate=whole.intermediate + round(missing / channel))
+    return whole
+
+
+def _drawn(path: Path, rows: int, shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """`SAMPLE` rows, or all, of a file that has so many; the same each time, and of files of as many rows."""
+    places = set(random.Random("price").sample(range(rows), min(rows, SAMPLE)))
+    chosen = [row for place, row in enumerate(shown_rows(path, path.parent)) if place in places]
+    for row in chosen:
+        check_shape(row, shape, f"{path} has a broken row; {AGAIN}: row")
+    if not chosen:
+        raise UnknownError(f"{path} is empty")
+    return chosen
+
+
+def _history(path: Path) -> Iterator[tuple[float, float]]:
+    """(answers that the student wrote, their tokens on average) of every step."""
+    check_file(path, path.parent)
+    try:
+        for row in csv.DictReader(read_text(path, f"{path}").splitlines()):
+            yield float(row["rollouts"]), float(row["rollout_tokens"] or 0)
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{path} has a broken row; {AGAIN}") from None
