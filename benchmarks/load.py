@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
 
 from benchmarks.faults import adopting, descendants
 
@@ -71,9 +74,11 @@ def watched(folder: Path, words: Sequence[str], jobs: int) -> tuple[float, list[
     shared = set(Path("/dev/shm").iterdir())
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     seen: list[tuple[int, float, int]] = []
-    process = command(folder, str(REPOSITORY / "prune.py"), *words)
+    process = command(folder, "-m", "sdd", "prune", *words)
+    family = {process.pid}
     while process.poll() is None:
-        with contextlib.suppress(OSError, IndexError):
+        with contextlib.suppress(OSError, IndexError, psutil.Error):
+            family |= {one.pid for one in psutil.Process(process.pid).children(recursive=True)}
             status = Path(f"/proc/{process.pid}/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
             done = len(list((folder / "sweep").glob("*/result.json")))
@@ -88,12 +93,22 @@ def watched(folder: Path, words: Sequence[str], jobs: int) -> tuple[float, list[
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for what, found in {
         "processes": list(left.values()),
-        "temporary files": list((folder / "temporary").iterdir()),
-        "shared memory": sorted(set(Path("/dev/shm").iterdir()) - shared),
+        "temporary files": [path for path in (folder / "temporary").iterdir() if not is_torchs(path)],
+        "shared memory": [path for path in set(Path("/dev/shm").iterdir()) - shared if is_of(path, family)],
         "partial artifacts": [p for p in (folder / "artifacts" / ".partial").glob("*/*") if p.suffix != ".lock"],
     }.items():
         assert not found, f"left by the sweep: {what}: {found}"
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, seen
+
+
+def is_of(path: Path, family: set[int]) -> bool:
+    """Whether one of these processes made it, by the numbers in its name; other programs of this machine do too."""
+    return any(int(number) in family for number in re.findall(r"\d+", path.name))
+
+
+def is_torchs(path: Path) -> bool:
+    """The one folder of a user's that torch makes where it is imported, for kernels; nothing here compiles any."""
+    return path.name.startswith("torchinductor_") and not any(path.iterdir())
 
 
 def measure_jobs(folder: Path, jobs: int) -> list[dict[str, Any]]:
@@ -274,7 +289,7 @@ def multiplied(root: Path, number: int) -> None:
 
 def measure_report(folder: Path, artifacts: int) -> list[dict[str, Any]]:
     for more in (["-m", "pruning=none,n1", "finetune=none"], ["-m", "pruning=n1", "finetune=sft"]):
-        process = command(folder, str(REPOSITORY / "evaluate.py"), *more, *EVALUATED)
+        process = command(folder, "-m", "sdd", "evaluate", *more, *EVALUATED)
         process.communicate()
         assert process.returncode == 0, (folder / "stderr").read_text()[-2000:]
     root = folder / "artifacts"
