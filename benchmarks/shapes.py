@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
@@ -31,25 +32,29 @@ from benchmarks.fake_gpu import CUDA, Trace, on_fake_gpu
 from sdd.architectures import attention_for, stock_config
 from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel, Device, shape_of
-from sdd.planning.estimates import Estimate, Task, Training
+from sdd.planning.estimates import PROCESS, Estimate, Task, Training
+from sdd.planning.fits import GPUS
 
-MODELS = {
-    "llama3.1_8b_instruct": {"model_type": "llama"},
-    "qwen3_8b": {"model_type": "qwen3"},
-    "gemma2_9b_instruct": {"model_type": "gemma2"},
-    "mistral_7b_v0.3_instruct": {"model_type": "mistral", "sliding_window": None},
+MODELS: dict[str, dict[str, Any]] = {
+    "llama3.1_8b_instruct": {},
+    "qwen3_8b": {},
+    "gemma2_9b_instruct": {},
+    "mistral_7b_v0.3_instruct": {"sliding_window": None},
 }
 """What the options' sizes leave to the checkpoint's own config."""
-LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
+LORA_RANK = 16
+LORA = {"rank": LORA_RANK, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
 COUNTING = Device("an operation a second", {2: 1.0, 4: 2.0}, inf, inf, block_seconds=0.0, start_seconds=0.0)
 """Where an estimate's seconds are its FLOPs, and nothing else takes time; those in float64 count as twice 32 bits."""
-MICRO_BATCH, BATCH, TEXTS, TEXT_LENGTH = 4096, 32, 16, 1024
-GPUS = (24, 48, 80)
-"""GB of memory, 1e9 bytes each: what a GiB has more is left for the CUDA context and for fragments."""
+MICRO_BATCH, BATCH, TEXTS, FEW_TEXTS, TEXT_LENGTH = 4096, 32, 16, 4, 1024
 LEFT_OUT = {("rewrites", "gemma2_9b_instruct"), ("repaired, ridge", "gemma2_9b_instruct")}
 """Gemma 2's windows are left to transformers' own generation, and its norm behind the MLP cannot be refitted."""
 ROW, PROMPT = 256, 120
 """Tokens of a fine-tuning row, and of its prompt."""
+REWRITTEN, LONGEST, SAID = 210, 128, 3
+"""Tokens of a prompt of rewriting, that an answer may have, and that it has."""
+QUESTIONS, CHOICES, QUESTION, CHOICE = 8, 4, 1160, 10
+"""Items of an evaluation, choices of each, and the tokens of both."""
 
 
 class FakeGPU(CUDAAccelerator):
@@ -117,7 +122,7 @@ def lengths(count: int, longest: int) -> list[int]:
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 
-def scores(case: Case, trace: Trace, criterion: Any = None) -> Estimate:
+def scores(case: Case, trace: Trace, criterion: Any = None) -> None:
     """States of every block of one batch of calibration texts."""
     from sdd.forward.batches import show_texts
     from sdd.importance.states import Angular
@@ -126,18 +131,15 @@ def scores(case: Case, trace: Trace, criterion: Any = None) -> Estimate:
     criterion.start(model.config.num_hidden_layers)
     show_texts(model, criterion, [[1] * length for length in lengths(TEXTS, TEXT_LENGTH)], TEXTS)
     criterion.scores()
-    return estimates.scores(case.cost_model, TEXTS, TEXT_LENGTH, TEXTS)
 
 
-def influence(case: Case, trace: Trace) -> Estimate:
+def influence(case: Case, trace: Trace) -> None:
     from sdd.importance.states import BlockInfluence
 
-    return scores(case, trace, BlockInfluence())
+    scores(case, trace, BlockInfluence())
 
 
-def tuned(
-    case: Case, trace: Trace, adapter: dict[str, Any], recomputed: bool = False, taught: bool = False
-) -> Estimate:
+def tuned(case: Case, trace: Trace, adapter: dict[str, Any], recomputed: bool = False, taught: bool = False) -> None:
     """Two steps of fine-tuning by the stage's own trainer, so that the second has the optimiser's moments.
 
     Where all is trained a step has two passes, so that the second has the gradients of the first.
@@ -152,7 +154,7 @@ def tuned(
     from sdd.store import Recipe
 
     whole = adapter.get("method") == "full"
-    batch = (2 if whole else 1) * MICRO_BATCH // ROW
+    batch = rows_of_a_step(whole)
     model = case.model(trace, "float32" if whole else "bfloat16")
     check_logits(model)
     with trace.making("trained"):
@@ -180,13 +182,13 @@ def tuned(
     trace.restart()
     with tempfile.TemporaryDirectory() as scratch:
         _fit(student, None, taught_loss or loss, rows, [], recipe, runtime, Path(scratch))
-    cost_model = case.cost_model
-    training = Training(sum(parameter.numel() for parameter in trained), whole=whole, recomputed=recomputed)
-    settings = cost_model, training, len(rows), ROW, batch, MICRO_BATCH, cost_model if taught else None
-    return estimates.tuned(*settings)
 
 
-def perplexity(case: Case, trace: Trace) -> Estimate:
+def rows_of_a_step(whole: bool) -> int:
+    return (2 if whole else 1) * MICRO_BATCH // ROW
+
+
+def perplexity(case: Case, trace: Trace) -> None:
     """Every block left out in turn, on one batch of calibration texts."""
     from sdd.forward.bypass import Row
     from sdd.importance.removal import Perplexity
@@ -194,52 +196,47 @@ def perplexity(case: Case, trace: Trace) -> Estimate:
     model, criterion = case.model(trace), Perplexity()
     blocks = model.config.num_hidden_layers
     criterion.start(blocks)
-    texts = [Row([1] * length) for length in lengths(4, TEXT_LENGTH)]
+    texts = [Row([1] * length) for length in lengths(FEW_TEXTS, TEXT_LENGTH)]
     criterion.measure(model, texts, TEXTS)
-    return estimates.scores(case.cost_model, len(texts), TEXT_LENGTH, TEXTS, *criterion.runs(blocks))
 
 
-def channels(case: Case, trace: Trace) -> Estimate:
+def channels(case: Case, trace: Trace) -> None:
     """Both losses of SDMPrune on one pass of calibration texts."""
     from sdd.importance.sample_gradients import Distillation, channel_importance
 
     model = case.model(trace)
-    texts, width = lengths(4, TEXT_LENGTH), model.config.intermediate_size
+    texts, width = lengths(FEW_TEXTS, TEXT_LENGTH), model.config.intermediate_size
     masked = [torch.arange(width) < width // 40 for _ in range(model.config.num_hidden_layers)]
     channel_importance(model, [[1] * length for length in texts], MICRO_BATCH, Distillation(0.1, 0.2, masked))
-    return estimates.gradient_scores(case.cost_model, len(texts), TEXT_LENGTH, MICRO_BATCH, 2)
 
 
-def rewrites(case: Case, trace: Trace) -> Estimate:
+def rewrites(case: Case, trace: Trace) -> None:
     """A full batch of prompts is read, and some tokens are said to them; room is made for all."""
     from sdd.forward.decoding import decode, keeps_all
 
-    model, prompt, longest, said = case.model(trace), 210, 128, 3
+    model = case.model(trace)
     assert keeps_all(model), "its windows are left to transformers' own generation"
-    prompts = [[2 + index, *[1] * (length - 1)] for index, length in enumerate(lengths(BATCH, prompt))]
+    prompts = [[2 + index, *[1] * (length - 1)] for index, length in enumerate(lengths(BATCH, REWRITTEN))]
 
     def ending(tokens: list[int], new: int) -> int | None:
-        return said if len(tokens) >= said else None
+        return SAID if len(tokens) >= SAID else None
 
-    assert len(list(decode(model, prompts, longest, {1}, BATCH, ending=ending))) == BATCH
-    memory = estimates.rewrites(case.cost_model, BATCH, prompt, longest, longest, BATCH, BATCH).memory
-    return replace(estimates.rewrites(case.cost_model, BATCH, prompt, said, said, BATCH, BATCH), memory=memory)
+    assert len(list(decode(model, prompts, LONGEST, {1}, BATCH, ending=ending))) == BATCH
 
 
-def evaluated(case: Case, trace: Trace) -> Estimate:
+def evaluated(case: Case, trace: Trace) -> None:
     """Likelihoods of four choices to each of some questions, each after examples of its own."""
     from sdd.evaluation.likelihoods import _Walk
     from sdd.evaluation.prefixes import prefix_tree
 
-    model, batch, choice = case.model(trace), 8, 10
-    rows = [(*[20 + question] * 1160, *[2 + answer] * choice) for question in range(batch) for answer in range(4)]
-    walk = _Walk(model, [1] * (choice * len(rows)), None)
+    model, pairs = case.model(trace), [(item, choice) for item in range(QUESTIONS) for choice in range(CHOICES)]
+    rows = [(*[20 + item] * QUESTION, *[2 + choice] * CHOICE) for item, choice in pairs]
+    walk = _Walk(model, [1] * (CHOICE * len(rows)), None)
     with tqdm(disable=True) as progress:
-        walk.run(prefix_tree([row[:-1] for row in rows], [choice] * len(rows)), batch * len(rows[0]), progress)
-    return estimates.evaluated(case.cost_model, [Task(batch, 4, len(rows[0]))], None, batch)
+        walk.run(prefix_tree([row[:-1] for row in rows], [CHOICE] * len(rows)), QUESTIONS * len(rows[0]), progress)
 
 
-def repaired(case: Case, trace: Trace) -> Estimate:
+def repaired(case: Case, trace: Trace) -> None:
     """The projection before a cut, fitted on one pass of texts and looked at on another."""
     from sdd.pruning.repair import Cut, Passes, _refit
 
@@ -249,30 +246,30 @@ def repaired(case: Case, trace: Trace) -> Estimate:
     texts = [[1] * length for length in lengths(TEXTS, TEXT_LENGTH)]
     passes, cut = Passes(model, None, TEXTS), Cut(blocks - 2, blocks - 2, blocks)
     _refit(passes, cut, "mlp.down_proj", [stored], (texts, texts[:3]), 0.01)
-    return estimates.repaired(case.cost_model, case.cost_model, TEXTS, TEXT_LENGTH, TEXTS)
 
 
-def merged(case: Case, trace: Trace) -> Estimate:
-    """The largest matrix that LoRA changes, of two students, on the CPU."""
-    from sdd.merging.streaming import merge_tensor
+def merged(case: Case, trace: Trace) -> None:
+    """The largest matrix that LoRA changes, of two students at a small angle as light adapters have, on the CPU."""
+    from sdd.merging import streaming
     from sdd.merging.students import AdapterStudent
 
     hidden, inner = (case.sizes[key] for key in ("hidden_size", "intermediate_size"))
 
     class File:
         def get_tensor(self, key: str) -> Any:
-            return torch.empty((LORA["rank"], hidden) if ".lora_A." in key else (inner, LORA["rank"]))
+            if key == "up":
+                return torch.empty(inner, hidden, dtype=torch.bfloat16)
+            return torch.empty((LORA_RANK, hidden) if ".lora_A." in key else (inner, LORA_RANK))
 
     student = AdapterStudent.__new__(AdapterStudent)
     student.name, student.scaling, student.file, student.copies = "student", 2.0, File(), {}
     student.factors = {"up": "up.lora_A.weight"}
-    base = torch.empty(inner, hidden, dtype=torch.bfloat16)
     method = {"method": "slerp", "space": "weights"}
-    merge_tensor(base, [student.read("up", base) for _ in range(2)], method, 0.5)
-    return estimates.merged(case.cost_model, case.cost_model, 2, in_full=False)
+    with patch.object(streaming, "angle", lambda *_: 1e-3):
+        streaming._read_and_merged(File(), "up", None, [student, student], method, 0.5)
 
 
-STAGES: dict[str, Callable[[Case, Trace], Estimate]] = {
+STAGES: dict[str, Callable[[Case, Trace], None]] = {
     "scores, angular": scores,
     "scores, block influence": influence,
     "scores, perplexity": perplexity,
@@ -288,10 +285,64 @@ STAGES: dict[str, Callable[[Case, Trace], Estimate]] = {
 }
 
 
-def traced(stage: str, case: Case) -> tuple[Trace, Estimate]:
+def traced(stage: str, case: Case) -> Trace:
     with on_fake_gpu() as trace:
-        estimate = STAGES[stage](case, trace)
-    return trace, estimate
+        STAGES[stage](case, trace)
+    return trace
+
+
+# ---- the same work by the formulas ----------------------------------------------------------------------------------
+
+
+def tuned_by_formula(
+    cost_model: CostModel, whole: bool = False, recomputed: bool = False, taught: bool = False
+) -> Estimate:
+    shape, batch = cost_model.shape, rows_of_a_step(whole)
+    lora = estimates.adapter_parameters(shape, cost_model.blocks, LORA_RANK, ["all-linear"])
+    training = Training(shape.parameters(cost_model.blocks) if whole else lora, whole=whole, recomputed=recomputed)
+    teacher = cost_model if taught else None
+    return estimates.tuned(cost_model, training, 2 * batch, ROW, batch, MICRO_BATCH, teacher)
+
+
+def rewrites_by_formula(cost_model: CostModel) -> Estimate:
+    """Of answers as short as those that were traced, where there is room for longer ones."""
+    said, longest = (
+        estimates.rewrites(cost_model, BATCH, REWRITTEN, new, new, BATCH, BATCH) for new in (SAID, LONGEST)
+    )
+    return replace(said, memory=longest.memory)
+
+
+def evaluated_by_formula(cost_model: CostModel) -> Estimate:
+    task = Task(QUESTIONS, CHOICES, QUESTION + CHOICE, choice=CHOICE)
+    return estimates.evaluated(cost_model, [task], None, QUESTIONS)
+
+
+def perplexity_by_formula(cost_model: CostModel) -> Estimate:
+    from sdd.importance.removal import Perplexity
+
+    runs = Perplexity().runs(cost_model.blocks)
+    return estimates.scores(cost_model, FEW_TEXTS, TEXT_LENGTH, TEXTS, *runs)
+
+
+def scores_by_formula(cost_model: CostModel) -> Estimate:
+    return estimates.scores(cost_model, TEXTS, TEXT_LENGTH, TEXTS)
+
+
+FORMULAS: dict[str, Callable[[CostModel], Estimate]] = {
+    "scores, angular": scores_by_formula,
+    "scores, block influence": scores_by_formula,
+    "scores, perplexity": perplexity_by_formula,
+    "scores, SDM": lambda model: estimates.gradient_scores(model, FEW_TEXTS, TEXT_LENGTH, MICRO_BATCH, 2),
+    "repaired, ridge": lambda model: estimates.repaired(model, model, TEXTS, TEXT_LENGTH, TEXTS),
+    "rewrites": rewrites_by_formula,
+    "tuned, LoRA": tuned_by_formula,
+    "tuned, LoRA, recomputed": lambda model: tuned_by_formula(model, recomputed=True),
+    "tuned, full": lambda model: tuned_by_formula(model, whole=True),
+    "tuned, logit distillation": lambda model: tuned_by_formula(model, taught=True),
+    "evaluated, likelihoods": evaluated_by_formula,
+    "merged, SLERP": lambda model: estimates.merged(model, model, 2, in_full=False, method="slerp"),
+}
+"""Where seconds are operations: see `COUNTING`."""
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -302,37 +353,101 @@ Written by `python -m benchmarks.shapes --out docs/shapes.md`, on a machine with
 on tensors without memory, at the sizes that `conf/model/*.yaml` state, unpruned: two and three blocks were traced,
 and every further one counts as the third. Passes: 16 texts of 1,024 tokens for scores (4 for `perplexity` and `SDM`)
 and repair, 4,096 tokens of rows of 256 for fine-tuning, 32 prompts of 210 tokens and 128 new ones for rewrites, 32
-requests of 1,170 tokens for likelihoods.
+requests of 1,170 tokens for likelihoods: four choices to each of eight questions.
 
 No tensor was on the wrong device, and no frozen 16-bit weight was held in float32; SDM widens one MLP matrix at a
 time. "by formula" is how far the estimate of a dry run (`sdd/planning/estimates.py`) is from the trace: of memory,
 and of matrix products. A GPU of N GB counts as N * 1e9 bytes; what a GiB has more is left to the CUDA context and to
-fragments. A merge is made on the CPU, one matrix of an MLP at a time. Cuts and exports of depth and width copy bytes,
-and make no tensor.
-
-The operations of LoRA count as 1.5 passes back in estimates, a guess of its time; traced are little more than 1.
+fragments. A merge is made on the CPU, one matrix of an MLP at a time, and the 0.3 GB of its process are added to what
+was traced. Not traced are cuts and exports, which copy bytes and make no tensor, but for the repair; exports are no
+stage, and no dry run tells of them.
 
 What only a GPU shows is not measured: kernels and their workspaces, bandwidth, seconds, whether results are right in
 bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
-bases were not traced. What does not fit takes less with `trainer.gradient_checkpointing=true`, a smaller
-`trainer.micro_batch_tokens`, or `adapter=qlora`; scores and answers with a smaller `trainer.inference_batch_size` or
-`evaluation.batch_size`. Each of these three, and `engine.batch_size`, may be `auto`: the largest power of two that the
-estimates let into 80% of what is free. What does not fit after all is passed in halves, which a line in the log tells.
+bases were not traced. `trainer.micro_batch_tokens`, `trainer.inference_batch_size`, `evaluation.batch_size` and
+`engine.batch_size` may be `auto`: the largest power of two that the estimates let into 80% of what is free. What does
+not fit after all is passed in halves, which a line in the log tells.
 """
 
+PLANNED_PAGE = """
+## What a dry run says
+
+Of `experiment=paper/cell` with the model and what the first column adds: 6 of 32 blocks gone, or as large a share,
+GSM8K's rows at up to 1,024 tokens, 4,096 tokens a training pass. "yes": as it is. A setting is the fastest of those
+that fit by the same formulas: `trainer.micro_batch_tokens` and `trainer.gradient_checkpointing` in fine-tuning, sizes
+of batches elsewhere. They change no result beyond rounding, and with dropout its draws. "no": none of them helps;
+where a smaller `finetune.max_length` would, which leaves rows out, it is named. Every dry run with `trainer=gpu` says
+this of its own stages, a sweep of all.
+
+Only the stages above were traced. What `taught`, `surprisals`, `damaged`, `answered`, `drafted`, `shifted` and
+`measured` take follows from the same passes, and was held to no trace of its own; the last four in float32, unless
+`analysis.dtype` says otherwise. A base in 4 bits and training of head and norms were not traced. Stages without a
+model's passes (`pruned` without a repair, `targets`, `merged`) ask for no GPU.
+"""
+PLANNED = {
+    "scores, angular": ("scores", []),
+    "scores, perplexity": ("scores", ["metric=perplexity"]),
+    "scores, SDM": ("scores", ["metric=sdm", "pruning=mlp20", "finetune=none"]),
+    "pruned, ridge": ("pruned", ["repair=ridge", "finetune=none"]),
+    "rewrites": ("rewrites", []),
+    "tuned, LoRA": ("tuned", []),
+    "tuned, LoRA in 4 bits": ("tuned", ["adapter=qlora"]),
+    "tuned, head and norms": ("tuned", ["adapter=head_and_norms"]),
+    "tuned, full": ("tuned", ["adapter=full"]),
+    "tuned, logit distillation": ("tuned", ["finetune=logit_distill"]),
+    "tuned, the same from kept logits": ("tuned", ["finetune=logit_distill", "finetune.cached=top_k"]),
+    "taught": ("taught", ["finetune=logit_distill", "finetune.cached=top_k"]),
+    "evaluated, OpenLLM v1": ("evaluated", []),
+    "drafted": ("drafted", ["analysis=speculative"]),
+    "measured": ("measured", ["analysis=cost"]),
+}
+"""What is asked of the cell besides, and the stage that is meant; of several artifacts the one that takes the most."""
+
+
+def planned() -> list[str]:
+    """A line a stage and model."""
+    from hydra import compose, initialize_config_dir
+
+    from sdd.cli.app import config_folder
+    from sdd.stages import graph
+    from sdd.stages.dry_run import estimate, fitting, written
+    from sdd.stages.sizes import Sizes
+    from sdd.study import Study
+
+    lines = [
+        f"| stage | model | GB | {' | '.join(f'{gpu} GB' for gpu in GPUS)} |",
+        "|---|---|---|" + "---|" * len(GPUS),
+    ]
+    for what, (stage, more) in PLANNED.items():
+        for name in MODELS:
+            if (what, name) == ("pruned, ridge", "gemma2_9b_instruct"):
+                continue
+            with (
+                initialize_config_dir(str(config_folder()), version_base="1.3"),
+                tempfile.TemporaryDirectory() as folder,
+            ):
+                config = compose("config", ["experiment=paper/cell", f"model={name}", "dry_run=true", *more])
+                study = Study(config, Path(folder))
+                wanted, sizes = graph.wanted(study, "evaluate"), Sizes(study)
+                assert wanted is not None
+                recipes = [recipe for recipe in wanted.walk() if recipe.stage == stage]
+                needed, recipe = max(((estimate(sizes, one), one) for one in recipes), key=lambda pair: pair[0].memory)
+                fits = fitting(sizes, recipe, needed)
+            cells = ["no" if fits[gpu] is None else f"`{written(fits[gpu])}`" if fits[gpu] else "yes" for gpu in GPUS]
+            lines.append(f"| {what} | {name} | {needed.memory / 1e9:.1f} | {' | '.join(cells)} |")
+    return lines
+
+
 Record = dict[str, Any]
-"""Bytes at the peak by kind, bytes on the host, FLOPs, what the formulas say, weights widened, bytes computed with on
-the CPU."""
+"""Bytes at the peak by kind, bytes on the host, FLOPs, weights widened, bytes computed with on the CPU."""
 
 
 def record(stage: str, case: Case) -> Record:
-    trace, estimate = traced(stage, case)
+    trace = traced(stage, case)
     return {
         "peak": trace.peak,
         "host": trace.host_peak,
         "flops": trace.flops,
-        "memory": estimate.memory,
-        "operations": estimate.seconds,
         "widened": dict(trace.widened),
         "on_cpu": dict(trace.on_cpu),
     }
@@ -346,7 +461,7 @@ def extended(two: Record, three: Record, blocks: int) -> Record:
 
     kinds = two["peak"].keys() | three["peak"].keys()
     peak = {kind: at(two["peak"].get(kind, 0), three["peak"].get(kind, 0)) for kind in kinds}
-    numbers = {key: at(two[key], three[key]) for key in ("host", "flops", "memory", "operations")}
+    numbers = {key: at(two[key], three[key]) for key in ("host", "flops")}
     return {"peak": peak, **numbers, "widened": three["widened"], "on_cpu": three["on_cpu"]}
 
 
@@ -359,15 +474,17 @@ def table(records: dict[str, Record]) -> list[str]:
             pair = [records.get(f"{name}|{stage}|{blocks}") for blocks in (2, 3)]
             if None in pair:
                 continue
-            one = extended(*pair, Case(name).cost_model.blocks)  # type: ignore[arg-type]
+            cost_model = Case(name).cost_model
+            one = extended(*pair, cost_model.blocks)  # type: ignore[arg-type]
+            formula = FORMULAS[stage](cost_model)
             on_host = stage.startswith("merged")
-            traced_bytes = one["host"] if on_host else sum(one["peak"].values())
+            traced_bytes = one["host"] + PROCESS if on_host else sum(one["peak"].values())
             by_kind = sorted(one["peak"].items(), key=lambda pair: -pair[1])
             parts = "" if on_host else ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in by_kind if size > 5e7)
             sizes = [str(size) for size in GPUS if traced_bytes <= size * 1e9]
             fits = "no GPU needed" if on_host else ", ".join(sizes) or "none"
-            apart, more = one["memory"] / traced_bytes - 1, one["operations"] / max(one["flops"], 1) - 1
-            known = one["flops"] and stage != "scores, perplexity"  # they grow with the square of the blocks
+            apart, more = formula.memory / traced_bytes - 1, formula.seconds / max(one["flops"], 1) - 1
+            known = not on_host and stage != "scores, perplexity"  # they grow with the square of the blocks
             lines.append(
                 f"| {name} | {stage} | {traced_bytes / 1e9:.1f} | {parts} | {apart:+.0%} | "
                 + (f"{one['flops'] / 1e12:.0f} | {more:+.0%} | " if known else "| | ")
@@ -396,7 +513,7 @@ def main() -> int:
                 records[key] = record(stage, Case(name, blocks))
                 given.records.write_text(json.dumps(records, indent=1) + "\n")
                 print(f"{key}: traced", file=sys.stderr, flush=True)
-    lines = table(records)
+    lines = [*table(records), PLANNED_PAGE, *planned()]
     print("\n".join(lines))
     if given.out:
         given.out.write_text("\n".join([PAGE, *lines]) + "\n")

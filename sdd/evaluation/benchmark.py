@@ -94,9 +94,10 @@ class Benchmark:
             for weighted in [self._weight_by_size(entry)]
         }
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Entry -> (tasks in it, examples shown before each item)."""
-        return {entry.name: (len(entry.tasks), self._shots[entry.tasks[0].name]) for entry in self.entries}
+    def sizes(self) -> dict[str, tuple[int, int, bool]]:
+        """Entry -> (tasks in it, examples shown before each item, whether they are the same ones before all)."""
+        first = {entry.name: (len(entry.tasks), entry.tasks[0]) for entry in self.entries}
+        return {name: (count, self._shots[task.name], task.shows_the_same) for name, (count, task) in first.items()}
 
     def _metric(self, entry: Entry) -> str | None:
         return self._asked[entry.name].metric if entry.name in self._asked else None

@@ -57,6 +57,12 @@ class Definition:
             return None
         return str(self.setting("training_split") or self.setting("validation_split") or self.setting("test_split"))
 
+    @property
+    def shows_the_same(self) -> bool:
+        """Whether all items are shown the same examples, the first of a split."""
+        config = self.setting("fewshot_config") or {}
+        return config.get("sampler") == "first_n"
+
     def digest(self) -> str:
         """Of every setting, and of the source files of the functions that settings name."""
         return digest_of(_without_paths({"config": self.config, "overrides": self.overrides}))

@@ -159,22 +159,29 @@ def _merged(
     No tensor where the base's bytes stay as they are; nothing measured where no student changes it. `wider` maps every
     name to the dtype that it is stored in, None for the base's.
     """
-    import torch
     from safetensors import safe_open
 
     with safe_open(shard, framework="pt") as file:
         for name, dtype in wider.items():
             if dtype is None and not any(student.touches(name) for student in students):
                 yield name, None, None
-                continue
-            base = file.get_tensor(name)
-            contributions = [student.read(name, base) for student in students]
-            if any(contributions):
-                t = share_at(method.get("t", 0.5), name, place_of(name, config["num_hidden_layers"]))
-                merged, measured = merge_tensor(base, contributions, method, t)
-                yield name, merged.to(getattr(torch, dtype) if dtype else base.dtype), measured
             else:
-                yield name, base.to(getattr(torch, dtype)) if dtype else None, None
+                t = share_at(method.get("t", 0.5), name, place_of(name, config["num_hidden_layers"]))
+                yield name, *_read_and_merged(file, name, dtype, students, method, t)
+
+
+def _read_and_merged(
+    file: Any, name: str, dtype: str | None, students: list[Student], method: dict[str, Any], t: float
+) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """One tensor of `_merged`; what it was made of is free when it is there."""
+    import torch
+
+    base = file.get_tensor(name)
+    contributions = [student.read(name, base) for student in students]
+    if not any(contributions):
+        return base.to(getattr(torch, dtype)) if dtype else None, None
+    merged, measured = merge_tensor(base, contributions, method, t)
+    return merged.to(getattr(torch, dtype) if dtype else base.dtype), measured
 
 
 def _write(tensor: Tensor, writer: HashedFile) -> None:

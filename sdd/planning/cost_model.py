@@ -33,9 +33,18 @@ DEVICES = {
 """By `trainer.accelerator`. The rates are those of plain transformers code, far below what the hardware could do."""
 
 
+NORMS_BEHIND, NORMS_OF_QUERIES = ("gemma2", "gemma3_text"), ("gemma3_text", "olmo2", "qwen3", "qwen3_moe")
+"""Kinds of models with a norm behind attention and MLP too, and with norms of queries and keys."""
+CAPPED = ("gemma2",)
+"""Kinds whose attention has a soft cap, so that no kernel spares its matrix of scores."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder; `experts` MLPs in a block, of which a token uses `active`."""
+    """The sizes of a decoder; `experts` MLPs in a block, of which a token uses `active`.
+
+    `norms` of a block's states, and whether queries and keys have norms too. `capped`: see `CAPPED`.
+    """
 
     hidden: int
     intermediate: int
@@ -48,6 +57,9 @@ class Shape:
     mlp_matrices: int = 3
     experts: int = 1
     active: int = 1
+    norms: int = 2
+    norms_of_queries: bool = False
+    capped: bool = False
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
@@ -98,6 +110,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         )
         experts = config.get("num_local_experts") or config.get("num_experts") or 1
         width = config.get("moe_intermediate_size") if experts > 1 else None
+        kind = config.get("model_type")
         return Shape(
             hidden=hidden,
             intermediate=int(width or config["intermediate_size"]),
@@ -107,9 +120,12 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
             head_dim=int(config.get("head_dim") or hidden // heads),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
-            mlp_matrices=2 if config.get("model_type") == "gpt_neox" else 3,
+            mlp_matrices=2 if kind == "gpt_neox" else 3,
             experts=int(experts),
             active=int(config.get("num_experts_per_tok") or 1),
+            norms=4 if kind in NORMS_BEHIND else 2,
+            norms_of_queries=kind in NORMS_OF_QUERIES,
+            capped=kind in CAPPED,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -140,19 +156,29 @@ class CostModel:
         flops = tokens * (self.shape.forward_flops(self.blocks, context / 2) + (self.shape.head_flops if head else 0))
         return cost * (flops / self.device.flops[self.width] + passes * self.blocks * self.device.block_seconds)
 
-    def activations(self, tokens: float) -> float:
-        """Bytes that a forward pass without gradients holds for `tokens` tokens, one block at a time."""
-        return tokens * self.width * (6 * self.shape.hidden + 3 * self.shape.intermediate)
+    def activations(self, tokens: float, length: float) -> float:
+        """Bytes that a forward pass without gradients holds for rows of `length` tokens, `tokens` in all.
 
-    @property
-    def kept_by_backward(self) -> float:
-        """Bytes a token that backward keeps of a block: two norms' states in float32, and what enters every layer.
-
-        Keys and values count as all heads, as kernels with a mask want them. Held to a trace (benchmarks/shapes.py) in
-        16 bits; soft caps and norms behind layers, which Gemma 2 has, are more.
+        One block at a time, and of it the MLP, or the scores of an attention that is capped: in 16 bits twice, and in
+        32 bits as they are and as probabilities.
         """
-        inner = self.shape.heads * self.shape.head_dim
-        return float(self.width * (9 * self.shape.hidden + 5 * inner + 4 * self.shape.intermediate))
+        mlp = 3 * self.width * self.shape.intermediate
+        scores = (2 * self.width + 8) * self.shape.heads * length if self.shape.capped else 0
+        return tokens * (6 * self.width * self.shape.hidden + max(mlp, scores))
+
+    def kept_by_backward(self, length: float, trained: bool = True) -> float:
+        """Bytes a token that backward keeps of a block, in rows of `length`: the norms' states in float32, and what
+        enters every layer; `trained` layers each have a copy of it, as autocast makes one.
+
+        Keys and values count as all heads, as kernels with a mask want them. A capped attention's scores stay in 16
+        bits twice and in 32 bits once. Held to a trace (benchmarks/shapes.py) in 16 bits.
+        """
+        shape = self.shape
+        inner, shared = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+        entering = (5 * shape.hidden + 5 * inner if trained else shape.hidden + 4 * inner) + 4 * shape.intermediate
+        normed = 4 * (shape.norms * shape.hidden + (inner + shared if shape.norms_of_queries else 0))
+        scores = (2 * self.width + 4) * shape.heads * length if shape.capped else 0
+        return float(self.width * entering + normed + scores)
 
     def logits(self, tokens: float) -> float:
         """Bytes of the logits and of their softmax."""
@@ -176,4 +202,4 @@ class CostModel:
             self.blocks * self.device.block_seconds,
         )
         seconds = self.passes(rows * prompt, prompt, reads, head=False) + steps * step
-        return seconds, cache + self.activations(batch * prompt) + self.logits(batch)
+        return seconds, cache + self.activations(batch * prompt, prompt) + self.logits(batch)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sdd.evaluation.likelihoods import MOST_TOKENS
+from sdd.evaluation.prefixes import LONG
 from sdd.forward.bypass import LOGITS
 from sdd.forward.chunks import CHUNK_TOKENS, KEPT_STATES, is_cut
 from sdd.forward.decoding import REFILL
@@ -17,15 +18,18 @@ from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Shape
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English under a large vocabulary; small tokenizers have fewer."""
+PROCESS = 3e8
+"""Bytes of a process and its libraries, where the work is on the CPU and holds little else."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, peak bytes on the computing device, bytes left on disk."""
+    """Seconds, peak bytes on the computing device, bytes left on disk; `on_cpu` where no GPU is computed with."""
 
     seconds: float = 0.0
     memory: float = 0.0
     disk: float = 0.0
+    on_cpu: bool = False
 
 
 def scores(
@@ -38,7 +42,7 @@ def scores(
     once = cost_model.passes(tokens, length, -(-tokens // together), head=False)
     logits = heads * tokens * cost_model.shape.head_flops / cost_model.device.flops[cost_model.width]
     seconds = cost_model.opening + once * (blocks or cost_model.blocks) / cost_model.blocks + logits
-    held = cost_model.activations(together)
+    held = cost_model.activations(together, length)
     if heads:  # the states before every block, and logits some at a time
         held += together * cost_model.width * cost_model.shape.hidden * cost_model.blocks + cost_model.logits(
             LOGITS / cost_model.shape.vocabulary
@@ -48,7 +52,7 @@ def scores(
 
 def weights_read(cost_model: CostModel) -> Estimate:
     """Every tensor of the checkpoint is read, one at a time."""
-    return Estimate(1 + cost_model.weights / cost_model.device.disk, 3e8, 1e5)
+    return Estimate(1 + cost_model.weights / cost_model.device.disk, PROCESS, 1e5, on_cpu=True)
 
 
 def gradient_scores(
@@ -60,14 +64,15 @@ def gradient_scores(
     """
     tokens, together = texts * length, max(length, min(micro_batch_tokens, texts * length))
     seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=2.0 + stages)
-    kept = cost_model.blocks * cost_model.kept_by_backward
+    kept = cost_model.blocks * cost_model.kept_by_backward(length, trained=False)
     formed = 16 * cost_model.shape.hidden * cost_model.shape.intermediate
     return Estimate(seconds, cost_model.weights + together * kept + formed, 1e5)
 
 
 def pruned(cost_model: CostModel) -> Estimate:
     """The checkpoint is read and what is kept of it written, some megabytes at a time, whatever the device."""
-    return Estimate(1 + 2 * cost_model.weights / cost_model.device.disk, 3e8, cost_model.weights)
+    seconds = 1 + 2 * cost_model.weights / cost_model.device.disk
+    return Estimate(seconds, PROCESS, cost_model.weights, on_cpu=True)
 
 
 def repaired(whole: CostModel, copied: CostModel, texts: int, length: float, batch: int) -> Estimate:
@@ -99,7 +104,8 @@ def rewrites(
 
 def targets(rows: int, length: float) -> Estimate:
     """Rows are read, compared and written; no model."""
-    return Estimate(1 + rows / 2_000, 3e8 + 4 * rows * length * CHARACTERS_PER_TOKEN, rows * length * 4)
+    memory = PROCESS + 4 * rows * length * CHARACTERS_PER_TOKEN
+    return Estimate(1 + rows / 2_000, memory, rows * length * 4, on_cpu=True)
 
 
 def adapter_parameters(shape: Shape, blocks: int, rank: int, names: list[str]) -> int:
@@ -153,27 +159,29 @@ def tuned(
     micro_batch_tokens: int,
     teacher: CostModel | None = None,
     epochs: int = 1,
+    longest: float = 0,
 ) -> Estimate:
     """Forward, and backward as far down as something is trained; Adam on what is trained, all of it in float32.
 
-    `rows` counts every epoch's. Blocks below the lowest trained one are passed in one epoch alone, where their states
-    can be kept for the others. A frozen block's backward makes gradients of its states only, and costs 1.5 forward
-    passes with LoRA's own; one that is trained whole costs 2, one that is recomputed 1 more. A trained weight takes 16
-    bytes (value, gradient, two moments), and in 16 bits the copy that autocast keeps. What backward keeps of a block's
-    activations is most of the rest. Unpacking 4 bits is not counted.
+    `rows` counts every epoch's, `longest` are the tokens of the longest, which may be more than a pass is meant to
+    have. Blocks below the lowest trained one are passed in one epoch alone, where their states can be kept for the
+    others. A frozen block's backward makes gradients of its states only, and costs what forward does; one that is
+    trained whole costs 2, one that is recomputed 1 more. LoRA's own products, 1% at rank 16, and unpacking 4 bits are
+    not counted. A trained weight takes 16 bytes (value, gradient, two moments), and in 16 bits the copy that autocast
+    keeps. What backward keeps of a block's activations is most of the rest.
 
     Logits are there for a pass, or for a chunk of it (see `chunks`). A `teacher` is opened too and reads the same
     batches, forward only. Its weights stay, its last states of a pass, and its logits of a chunk beside the student's.
     """
-    tokens, together = rows * length, min(micro_batch_tokens, batch * length)
+    tokens, together = rows * length, max(longest, min(micro_batch_tokens, batch * length))
     reach = cost_model.blocks if training.reach is None else training.reach
-    backward = (2.0 if training.whole else 1.5) + (1.0 if training.recomputed else 0.0)
+    backward = (2.0 if training.whole else 1.0) + (1.0 if training.recomputed else 0.0)
     below = (cost_model.blocks - reach) / cost_model.blocks
     if tokens / epochs * cost_model.width * cost_model.shape.hidden > KEPT_STATES:
         epochs = 1
     cost = 1 - below * (1 - 1 / epochs) + backward * (1 - below)
     seconds = cost_model.opening + cost_model.passes(tokens, length, tokens / together, cost=cost)
-    block = cost_model.kept_by_backward
+    block = cost_model.kept_by_backward(max(length, longest))
     kept = reach * cost_model.width * cost_model.shape.hidden + block if training.recomputed else reach * block
     held = training.trained * (16 if cost_model.width == BYTES["float32"] else 16 + cost_model.width)
     cut = teacher is not None or is_cut(together, cost_model.shape.vocabulary)
@@ -185,27 +193,32 @@ def tuned(
     return Estimate(seconds, memory, 4 * training.trained)
 
 
-def merged(cost_model: CostModel, written: CostModel, students: int, in_full: bool) -> Estimate:
+def merged(cost_model: CostModel, written: CostModel, students: int, in_full: bool, method: str) -> Estimate:
     """The base is read, some passes over each tensor are made in float32, and the result is written; on the CPU.
 
-    Students trained in full are read too, in float32; the largest tensor, the embeddings, then sets the memory.
+    Of the largest tensor there are the base's in two widths, each student's and what it adds, and what `method` makes
+    of them: SLERP of light adapters is linear, two products and their sum; TIES trims, with places of 64 bits. Students
+    trained in full are read too, in float32; the embeddings are then the largest.
     """
     shape, parameters = cost_model.shape, cost_model.shape.parameters(cost_model.blocks)
     passes = 10 * BYTES["float32"] * parameters * (1 + students) / DEVICES["cpu"].bandwidth
     read = BYTES["float32"] * parameters * students if in_full else 0
     largest = shape.hidden * (max(shape.vocabulary, shape.intermediate) if in_full else shape.intermediate)
-    memory = 3e8 + (3 + 3 * students) * BYTES["float32"] * largest
+    made = {"slerp": 3, "linear": 1, "task_arithmetic": 2, "ties": 6 + students}[method]
+    tensors = (cost_model.width + BYTES["float32"] * (1 + 2 * students + made)) * largest
     if written.width > cost_model.width:  # the embeddings are not copied by their bytes
-        memory = max(memory, 3e8 + (cost_model.width + written.width) * shape.hidden * shape.vocabulary)
+        tensors = max(tensors, (cost_model.width + written.width) * shape.hidden * shape.vocabulary)
     moved = cost_model.weights + written.weights + read
-    return Estimate(1 + passes + moved / cost_model.device.disk, memory, written.weights)
+    return Estimate(1 + passes + moved / cost_model.device.disk, PROCESS + tensors, written.weights, on_cpu=True)
 
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation task: items, requests an item, tokens of an item as shown, and if it is answered freely, `new`.
+    """An evaluation task: items, requests an item, tokens of a request as shown, and if it is answered freely, `new`.
 
-    `parts` counts the tasks of a group that is known by one name: a limit holds for each of them.
+    `choice`: tokens of a request that the item's others do not begin with; `shared`: those that all items of a task
+    begin with. `parts` counts the tasks of a group that is known by one name: a limit holds for each of them. `alike`:
+    the same examples are shown before all items.
     """
 
     items: int
@@ -213,6 +226,9 @@ class Task:
     tokens: float
     new: int = 0
     parts: int = 1
+    choice: float = 0.0
+    shared: float = 0.0
+    alike: bool = False
 
     def limited(self, limit: int | None) -> int:
         """Items left by a limit; for parts of different sizes, at most so many."""
@@ -220,24 +236,24 @@ class Task:
 
 
 TASKS = {
-    "arc_challenge": Task(1172, 4, 45),
-    "hellaswag": Task(10042, 4, 90),
-    "truthfulqa_mc2": Task(817, 7, 220),
-    "mmlu": Task(14042, 1, 115, parts=57),
-    "winogrande": Task(1267, 2, 27),
+    "arc_challenge": Task(1172, 4, 45, choice=8),
+    "hellaswag": Task(10042, 4, 90, choice=33),
+    "truthfulqa_mc2": Task(817, 7.2, 195, choice=14, shared=170),
+    "mmlu": Task(14042, 1, 115, parts=57, alike=True),
+    "winogrande": Task(1267, 2, 27, choice=10),
     "gsm8k": Task(1319, 1, 130, 256),
-    "arc_easy": Task(2376, 4, 40),
-    "boolq": Task(3270, 2, 160),
-    "openbookqa": Task(500, 4, 25),
-    "piqa": Task(1838, 2, 35),
-    "race": Task(1045, 4, 450),
-    "social_iqa": Task(1954, 3, 35),
-    "crows_pairs_english": Task(1508, 2, 20),
+    "arc_easy": Task(2376, 4, 40, choice=7),
+    "boolq": Task(3270, 1, 160),
+    "openbookqa": Task(500, 4, 25, choice=7),
+    "piqa": Task(1838, 2, 35, choice=20),
+    "race": Task(1045, 4, 450, choice=8),
+    "social_iqa": Task(1954, 3, 35, choice=6),
+    "crows_pairs_english": Task(1508, 2, 20, choice=14),
 }
-"""The tasks' own sizes; lengths as measured on their rows at 4 characters a token, RACE's and the six questions that
-precede each of TruthfulQA's from memory. Four one-letter answers to the same question are one request (mmlu)."""
+"""The tasks' own sizes; lengths as measured on their rows at about 4 characters a token, RACE's from memory. Answers of
+one token to the same question are one request (mmlu, boolq)."""
 
-OTHER_TASK, ONE_OF_A_GROUP = Task(1000, 4, 100), 250
+OTHER_TASK, ONE_OF_A_GROUP = Task(1000, 4, 100, choice=8), 250
 """A task not known here, and items of one that belongs to a group (MMLU's subjects have 246 on average)."""
 
 SCORED = 8
@@ -247,36 +263,51 @@ EMBEDDED_TASK = Task(1000, 1, 100, 96)
 """One of the embedded ones, whose items are a setting."""
 
 
-def tasks_of(entries: Mapping[str, tuple[int, int]]) -> list[Task]:
-    """Tasks and groups by name, from (tasks in it, examples shown before each item), which every request carries."""
+def tasks_of(entries: Mapping[str, tuple[int, int, bool]]) -> list[Task]:
+    """Tasks and groups by name, from (tasks in it, examples shown before each item, whether they are the same ones)."""
     tasks = []
-    for name, (parts, shots) in entries.items():
-        other = OTHER_TASK if parts == 1 else replace(OTHER_TASK, items=ONE_OF_A_GROUP * parts, parts=parts)
+    for name, (parts, shots, alike) in entries.items():
+        other = replace(OTHER_TASK, alike=alike)
+        if parts > 1:
+            other = replace(other, items=ONE_OF_A_GROUP * parts, parts=parts)
         task = TASKS.get(name, other)
-        tasks.append(replace(task, tokens=task.tokens * (1 + shots)))
+        shown = shots * task.tokens
+        shared = task.shared + (shown if task.alike else 0)
+        tasks.append(replace(task, tokens=task.tokens + shown, shared=shared))
     return tasks
+
+
+def likelihoods(cost_model: CostModel, task: Task, limit: int | None, batch: int) -> tuple[float, float]:
+    """(seconds, bytes beside the weights) of a task's requests, each token computed once (see `prefixes`).
+
+    A beginning that is long fills a pass alone, and so do the choices after it; of shorter ones those of a length go
+    together, about half of what fits. Logits are made of what is scored.
+    """
+    items = task.limited(limit)
+    own, choices = task.tokens - task.shared, (task.requests - 1) * task.choice
+    rows = max(1.0, min(batch, MOST_TOKENS / own))
+    group = rows if not choices else 1.0 if own >= LONG else max(1.0, rows / 2)
+    passes = items * (2 if choices else 1) / group
+    device, shape = cost_model.device, cost_model.shape
+    begun = cost_model.passes(task.parts * task.shared, task.shared, task.parts if task.shared else 0, head=False)
+    after = cost_model.passes(items * (own + choices), task.tokens + task.shared, passes, head=False)
+    scored = items * task.requests * (task.choice or 1) * shape.head_flops / device.flops[cost_model.width]
+    cache = rows * task.tokens * shape.cache_bytes(cost_model.blocks, cost_model.width)
+    states = cost_model.activations(max(rows * own, task.shared), task.tokens)
+    return begun + after + scored, states + cache + cost_model.logits(rows * own / SCORED)
 
 
 def evaluated(
     cost_model: CostModel, tasks: list[Task], limit: int | None, batch: int, new: int | None = None
 ) -> Estimate:
-    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything.
-
-    Likelihoods go in passes of few tokens, after the keys and values of what comes before (see `likelihoods`). That
-    choices share their question is not counted in seconds.
-    """
+    """Every request of every task; `new` bounds answers. An adapter is merged before the device holds anything."""
     seconds, memory = cost_model.opening, 0.0
     for task in tasks:
-        items = task.limited(limit)
-        requests = items * task.requests
         if task.new:
             length = min(task.new, new or task.new)
-            spent, held = cost_model.generation(items, task.tokens, length, batch)
+            spent, held = cost_model.generation(task.limited(limit), task.tokens, length, batch)
         else:
-            spent = cost_model.passes(requests * task.tokens, task.tokens, requests / min(batch, requests))
-            together = min(batch * task.tokens, max(MOST_TOKENS, task.tokens))
-            cache = together * cost_model.shape.cache_bytes(cost_model.blocks, cost_model.width)
-            held = cost_model.activations(together) + cache + cost_model.logits(together / SCORED)
+            spent, held = likelihoods(cost_model, task, limit, batch)
         seconds, memory = seconds + spent, max(memory, held)
     items = sum(task.limited(limit) for task in tasks)
     return Estimate(seconds, cost_model.weights + memory, 2e3 * items)

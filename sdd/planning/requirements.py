@@ -12,7 +12,7 @@ def requirements(shape: Shape) -> list[str]:
     device, blocks = DEVICES["gpu"], max(1, round(shape.blocks * 0.8))
     whole, cut = CostModel(shape, shape.blocks, 2, device), CostModel(shape, blocks, 2, device)
     training = Training(estimates.adapter_parameters(shape, blocks, 16, ["all-linear"]))
-    tasks = estimates.tasks_of({entry.task: (1, entry.shots or 0) for entry in SUITES["openllm_v1"]})
+    tasks = estimates.tasks_of({entry.task: (1, entry.shots or 0, False) for entry in SUITES["openllm_v1"]})
     stages = {
         "scores, 128 texts of 1,024 tokens": estimates.scores(whole, 128, 1024, 16),
         f"pruned, {shape.blocks - blocks} of {shape.blocks} blocks removed": estimates.pruned(cut),

@@ -100,10 +100,14 @@ def check_held_out(study: Study, num_examples: int) -> None:
         )
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = Answered.read(recipe.spec)
     cost_model = sizes.cost_model(sizes.kept if recipe.inputs else sizes.shape.blocks, spec.dtype)
-    batch = sizes.config.trainer.inference_batch_size
+    batch = sizes.setting("trainer.inference_batch_size")
     limits, rows = (spec.max_new_tokens, spec.max_new_tokens), spec.held_out or sizes.rows
     return estimates.rewrites(cost_model, rows, sizes.prompt, *limits, batch, chunk_rows(batch))
 

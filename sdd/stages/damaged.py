@@ -45,6 +45,10 @@ def recipe(study: Study, why: str) -> Recipe:
     return study.recipe("damaged", spec, inputs, study.rows.labels)
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     dtype = Damaged.read(recipe.spec).dtype
     return sizes.shown(dtype, sizes.rows, sizes.prompt + sizes.answer, sizes.student(dtype))

@@ -58,6 +58,10 @@ def recipe(study: Study, student: Recipe) -> Recipe:
     return study.recipe("drafted", spec, inputs, labels, study.raised_for(student, spec.dtype))
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     settings, dtype = sizes.config.analysis, Drafted.read(recipe.spec).dtype
     asked = Answered.read(recipe.inputs["answers"].spec)

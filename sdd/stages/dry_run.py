@@ -10,6 +10,7 @@ from typing import Any
 
 from sdd.planning.cost_model import DEVICES
 from sdd.planning.estimates import Estimate
+from sdd.planning.fits import GPUS, Fits, fits
 from sdd.planning.requirements import duration, size
 from sdd.stages import graph
 from sdd.stages.sizes import Sizes
@@ -19,19 +20,22 @@ from sdd.study import Study, is_provisional
 
 @dataclass(frozen=True)
 class Planned:
-    """One artifact; a provisional address is another one once everything has been fetched."""
+    """One artifact; a provisional address is another one once everything has been fetched. `fits` is empty where no
+    GPU is asked for."""
 
     recipe: Recipe
     exists: bool
     provisional: bool
     estimate: Estimate
+    fits: Fits
 
     @property
     def name(self) -> str:
         return named(self.recipe, self.provisional)
 
     def record(self) -> dict[str, Any]:
-        return {"artifact": self.name, "exists": self.exists, **asdict(self.estimate)}
+        fits = {str(gpu): settings for gpu, settings in self.fits.items()}
+        return {"artifact": self.name, "exists": self.exists, **asdict(self.estimate), "fits": fits}
 
 
 def named(recipe: Recipe, provisional: bool) -> str:
@@ -40,30 +44,59 @@ def named(recipe: Recipe, provisional: bool) -> str:
 
 def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
     """All that `wanted` stands on and itself, inputs first."""
-    estimate_of = estimator(study)
+    sizes_of = sizer(study)
     steps = []
     for recipe in wanted.walk():
         provisional = is_provisional(recipe)
         exists = not provisional and store.has(recipe)
-        steps.append(Planned(recipe, exists, provisional, estimate_of(recipe)))
+        sizes = sizes_of(recipe)
+        needed = estimate(sizes, recipe)
+        steps.append(Planned(recipe, exists, provisional, needed, {} if exists else fitting(sizes, recipe, needed)))
     return steps
 
 
-def estimator(study: Study) -> Callable[[Recipe], Estimate]:
-    """What building each artifact of a study takes, by the sizes of the student that it belongs to."""
+def sizer(study: Study) -> Callable[[Recipe], Sizes]:
+    """The sizes of the student that each artifact of a study belongs to."""
     whole = Sizes(study)
     of_student: dict[str, Sizes] = {}
     for other in study.others:
         made = graph.student(other)
         addresses = [recipe.address for recipe in made.walk()] if made else []
         of_student = dict.fromkeys(addresses, Sizes(other)) | of_student
-    return lambda recipe: estimate(of_student.get(recipe.address, whole), recipe)
+    return lambda recipe: of_student.get(recipe.address, whole)
+
+
+def estimator(study: Study) -> Callable[[Recipe], Estimate]:
+    """What building each artifact of a study takes."""
+    sizes_of = sizer(study)
+    return lambda recipe: estimate(sizes_of(recipe), recipe)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     """What building one artifact takes, its inputs being there."""
     needed: Estimate = import_module(f"sdd.stages.{recipe.stage}").estimate(sizes, recipe)
     return needed
+
+
+def fitting(sizes: Sizes, recipe: Recipe, needed: Estimate) -> Fits:
+    """The GPUs that building it fits in, and with which settings; empty where it is on the CPU."""
+    if needed.on_cpu or sizes.config.trainer.accelerator != "gpu":
+        return {}
+    stage = import_module(f"sdd.stages.{recipe.stage}")
+    less, last = ({key: sizes.setting(key) for key in getattr(stage, name, ())} for name in ("LESS", "LAST"))
+    return fits(needed, lambda settings: estimate(sizes.given(settings), recipe), less, last)
+
+
+def brackets(fits: Fits) -> str:
+    """As in "[48, 80; 24: trainer.micro_batch_tokens=1024]"."""
+    as_it_is = ", ".join(str(gpu) for gpu, settings in fits.items() if settings == {})
+    helped = [f"{gpu}: {written(settings)}" for gpu, settings in fits.items() if settings]
+    return "[" + "; ".join([as_it_is or "none", *helped]) + "]"
+
+
+def written(settings: dict[str, Any]) -> str:
+    """As one types them."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
 
 
 def lines(plan: list[Planned]) -> list[str]:
@@ -74,7 +107,8 @@ def lines(plan: list[Planned]) -> list[str]:
         state, cost = "exists", size(one.estimate.disk) + " disk"
         if not one.exists:
             state = "would be built"
-            cost = f"~{duration(one.estimate.seconds)}, {size(one.estimate.memory)} memory, {cost}"
+            memory = f"{size(one.estimate.memory)} memory" + (f" {brackets(one.fits)}" if one.fits else "")
+            cost = f"~{duration(one.estimate.seconds)}, {memory}, {cost}"
         inputs = [named(recipe, provisional[recipe.address]) for recipe in one.recipe.inputs.values()]
         rows.append(f"{state:<15} {one.name:<27} {cost}" + (f"  <- {', '.join(inputs)}" if inputs else ""))
     return rows
@@ -91,9 +125,26 @@ def summary(records: list[dict[str, Any]]) -> str:
     )
 
 
+def by_gpu(records: list[dict[str, Any]]) -> list[str]:
+    """A line a GPU: the stages that do not fit in it as they are, and what the largest of each takes to do so."""
+    largest: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: record["memory"]):
+        if record.get("fits"):
+            largest[record["artifact"].split("/")[0]] = record
+    found = []
+    for gpu in GPUS if largest else ():
+        asked = {stage: one["fits"][str(gpu)] for stage, one in largest.items()}
+        with_settings = [f"{stage} with {written(one)}" for stage, one in asked.items() if one]
+        never = [f"{stage} does not" for stage, one in asked.items() if one is None]
+        rest = "all" if not with_settings and not never else "the rest"
+        found.append(f"in {gpu} GB: {', '.join([*with_settings, *never, f'{rest} as it is'])}")
+    return found
+
+
 def assumption(accelerator: str) -> str:
     device = DEVICES[accelerator]
+    in_brackets = "; in brackets the GPUs, by GB, that it fits in, and the settings that would fit others"
     return (
         f"estimates are for {device.name} (trainer.accelerator={accelerator}; {device.flops[2]:.0e} FLOP/s sustained "
-        "in 16 bits) and rough: within a factor of 3"
+        f"in 16 bits) and rough: within a factor of 3{in_brackets if accelerator == 'gpu' else ''}"
     )

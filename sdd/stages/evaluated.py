@@ -219,6 +219,10 @@ def _stock_tasks(study: Study) -> dict[str, Any]:
     return {"tasks": benchmark.digests(), "data": data, **asked}
 
 
+LESS = ("evaluation.batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     settings, spec = sizes.config.evaluation, read_spec(recipe)
     cost_model = (
@@ -228,7 +232,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
         tasks = [estimates.EMBEDDED_TASK] * len(spec.tasks)
     else:
         tasks = estimates.tasks_of(planned_benchmark(settings).sizes())
-    return estimates.evaluated(cost_model, tasks, settings.limit, settings.batch_size, settings.max_new_tokens)
+    batch = sizes.setting("evaluation.batch_size")
+    return estimates.evaluated(cost_model, tasks, settings.limit, batch, settings.max_new_tokens)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def _check_kinds(study: Study, t: Any) -> None:
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     dtype = Merged.read(recipe.spec).dtype or sizes.stored
     cost_model, written = sizes.student(sizes.stored), sizes.student(dtype)
-    return estimates.merged(cost_model, written, len(recipe.inputs), sizes.config.adapter.method == "full")
+    in_full, method = sizes.config.adapter.method == "full", str(recipe.spec["method"])
+    return estimates.merged(cost_model, written, len(recipe.inputs), in_full, method)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------

@@ -178,10 +178,14 @@ def _without_blocks(study: Study) -> Recipe | None:
     return study.recipe("pruned", spec, {"scores": scores} | inputs, scores.labels)
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec = read_spec(recipe)
     if isinstance(spec, Repaired):
-        texts, batch = sizes.config.calibration.num_texts, sizes.config.trainer.inference_batch_size
+        texts, batch = sizes.config.calibration.num_texts, sizes.setting("trainer.inference_batch_size")
         whole, length = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
         return estimates.repaired(whole, sizes.cost_model(sizes.kept, sizes.stored), texts, length, batch)
     if isinstance(spec, Narrowed):

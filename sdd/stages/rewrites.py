@@ -85,12 +85,16 @@ def selection_of(study: Study) -> dict[str, Any]:
     return {"rule": "none", "leak_phrases": list(request.leak_phrases)}
 
 
+LESS = ("engine.batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     engine, template = sizes.config.engine, sizes.config.dataset.template
     if not isinstance(recipe.spec["template"], dict):
         template = recipe.spec["template"]
     prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
-    batch = engine.get("batch_size") or sizes.config.trainer.inference_batch_size
+    batch = sizes.setting("engine.batch_size") or sizes.setting("trainer.inference_batch_size")
     limit = engine.get("max_new_tokens") or 2 * sizes.answer
     new, longest = min(sizes.answer, limit), min(2 * sizes.answer, limit)
     cost_model = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype)

@@ -62,7 +62,7 @@ def _limit(sizes: Sizes) -> float:
 
 def with_writing(sizes: Sizes, tuning: Estimate, student: CostModel, rows: int, validations: int) -> Estimate:
     """Tuning on `rows` rows in all, and what the student writes before: window by window, and of the held-out rows."""
-    share, finetune, batch = writes(sizes), sizes.config.finetune, sizes.config.trainer.inference_batch_size
+    share, finetune, batch = writes(sizes), sizes.config.finetune, sizes.setting("trainer.inference_batch_size")
     if not share:
         return tuning
     window = math.ceil(share * finetune.rollout_steps * finetune.batch_size)

@@ -208,12 +208,16 @@ def check_metric(study: Study, node: str, channels: bool) -> None:
     )
 
 
+LESS = ("trainer.inference_batch_size", "trainer.micro_batch_tokens")
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     criterion = build_part(recipe.spec["metric"])
     spec = read_spec(recipe, criterion)
     if isinstance(spec, BlindScores):
-        return Estimate(1.0, 1e8, 1e5)
-    trainer, whole = sizes.config.trainer, sizes.start
+        return Estimate(1.0, 1e8, 1e5, on_cpu=True)
+    batch, whole = sizes.setting("trainer.inference_batch_size"), sizes.start
     if isinstance(criterion, ChannelCriterion):
         blocks = sizes.kept if "pruned" in recipe.inputs else whole
         if not isinstance(spec, TextScores):
@@ -221,8 +225,9 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
         cost_model, length = sizes.cost_model(blocks, sizes.config.model.dtype), sizes.text_tokens(spec.texts)
         texts, kind = sizes.config.calibration.num_texts, spec.metric["_target_"]
         if kind in GRADIENTS:
-            return estimates.gradient_scores(cost_model, texts, length, trainer.micro_batch_tokens, GRADIENTS[kind])
-        return estimates.scores(cost_model, texts, length, trainer.inference_batch_size)
+            micro = sizes.setting("trainer.micro_batch_tokens")
+            return estimates.gradient_scores(cost_model, texts, length, micro, GRADIENTS[kind])
+        return estimates.scores(cost_model, texts, length, batch)
     if isinstance(spec, WeightScores):
         return estimates.weights_read(sizes.cost_model(whole, sizes.stored))
     if isinstance(spec, TextScores):
@@ -231,7 +236,7 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
         texts, length = min(sizes.num_texts, sizes.rows), sizes.prompt + sizes.answer
     runs = criterion.runs(whole) if isinstance(criterion, ModelCriterion) else ()
     cost_model = sizes.cost_model(whole, sizes.config.model.dtype)
-    return estimates.scores(cost_model, texts, length, trainer.inference_batch_size, *runs)
+    return estimates.scores(cost_model, texts, length, batch, *runs)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------

@@ -62,6 +62,10 @@ def _embedder(study: Study) -> str | None:
     return digest
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     asked = Answered.read(recipe.inputs["answers"].spec)
     needed = sizes.shown(Shifted.read(recipe.spec).dtype, 2 * asked.held_out, sizes.prompt + asked.max_new_tokens)

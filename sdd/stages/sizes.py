@@ -3,10 +3,14 @@
 Builds and fetches nothing: what is not here yet counts as what is typical of it.
 """
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
+from math import inf
 from operator import mul
+from typing import Any, Self
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdd.architectures.configs import stated_dtype
 from sdd.models.chats import task_text
@@ -30,7 +34,10 @@ TEMPLATE_TOKENS = 30
 
 
 class Sizes:
-    """Sizes of the model and of its cut, rows and their lengths in tokens; of `start` blocks `kept` are left."""
+    """Sizes of the model and of its cut, rows and their lengths in tokens; of `start` blocks `kept` are left.
+
+    `longest`: tokens of the longest row with its reference, infinite before the rows are here.
+    """
 
     def __init__(self, study: Study) -> None:
         self.config: DictConfig = study.config
@@ -40,6 +47,19 @@ class Sizes:
         self.start, self.kept = study.num_blocks, study.blocks_left
         self.cut = self._narrowed()
         self.rows, self.prompt, self.answer = self._row_counts(study)
+        texts = (len(task_text(row.prompt, row.before)) + len(row.reference) for row in study.rows.examples or ())
+        self.longest = max(texts, default=inf) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+        self.put: Mapping[str, Any] = {}
+
+    def setting(self, key: str) -> Any:
+        """What the config says, or what was put in its place."""
+        return self.put[key] if key in self.put else OmegaConf.select(self.config, key)
+
+    def given(self, settings: Mapping[str, Any]) -> Self:
+        """The same work with other settings, by their keys."""
+        other = copy(self)
+        other.put = settings
+        return other
 
     @property
     def device(self) -> Device:
@@ -99,8 +119,8 @@ class Sizes:
     def shown(self, dtype: str, rows: int, length: float, student: CostModel | None = None) -> Estimate:
         """Passes of the unpruned model, or of a student, over given answers, without gradients."""
         cost_model = student or self.cost_model(self.shape.blocks, dtype)
-        batch = self.config.trainer.inference_batch_size
-        held = cost_model.weights + cost_model.activations(batch * length) + cost_model.logits(512)
+        batch = self.setting("trainer.inference_batch_size")
+        held = cost_model.weights + cost_model.activations(batch * length, length) + cost_model.logits(512)
         return Estimate(
             cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows
         )

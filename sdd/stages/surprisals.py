@@ -45,6 +45,10 @@ def recipe(study: Study) -> Recipe:
     return study.recipe("surprisals", spec, {"targets": targets.recipe(study)}, study.rows.labels)
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     return sizes.shown(Surprisals.read(recipe.spec).dtype, 2 * sizes.rows, sizes.prompt + sizes.answer)
 

@@ -68,14 +68,18 @@ def recipe(study: Study) -> Recipe:
     return study.recipe("taught", spec, {"targets": targets.recipe(study)}, study.rows.labels)
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
-    spec, batch = Taught.read(recipe.spec), sizes.config.trainer.inference_batch_size
+    spec, batch = Taught.read(recipe.spec), sizes.setting("trainer.inference_batch_size")
     folder = sizes.sources.get(spec.model)
     shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
     cost_model = CostModel(shape, shape.blocks, BYTES[spec.dtype], sizes.device)
     length = min(sizes.prompt + sizes.answer, spec.max_length)
     seconds = cost_model.opening + cost_model.passes(sizes.rows * length, length, -(-sizes.rows // batch))
-    memory = cost_model.weights + cost_model.activations(batch * length) + 2 * cost_model.logits(512)
+    memory = cost_model.weights + cost_model.activations(batch * length, length) + 2 * cost_model.logits(512)
     disk = sizes.rows * sizes.answer * bytes_a_token(spec.kind, spec.k, spec.bits, shape.vocabulary)
     return Estimate(seconds + disk / sizes.device.disk, memory, disk)
 

@@ -253,18 +253,26 @@ def _check_adapter(study: Study) -> None:
             )
 
 
+LESS = ("trainer.micro_batch_tokens", "trainer.gradient_checkpointing")
+"""Settings that take memory from it, and leave its result."""
+LAST = ("finetune.max_length",)
+"""One that leaves longer rows out."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
     left = max(1, sizes.rows - spec.finetune["validation_rows"])
     drawn = finetune.num_rows or (left if finetune.num_tokens is None else finetune.num_tokens / max(1, sizes.answer))
     rows = finetune.epochs * max(1, round(min(drawn, left)))
-    length = min(sizes.prompt + rolled.target(sizes), finetune.max_length)
-    cost_model, micro = sizes.student(PRECISIONS[finetune.precision]), sizes.config.trainer.micro_batch_tokens
+    longest = min(sizes.longest, sizes.setting("finetune.max_length"))
+    length, micro = min(sizes.prompt + rolled.target(sizes), longest), sizes.setting("trainer.micro_batch_tokens")
+    cost_model = sizes.student(PRECISIONS[finetune.precision])
     teacher = _teacher(sizes, spec)
     settings = cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher
-    needed = estimates.tuned(*settings, epochs=1 if rolled.writes(sizes) else finetune.epochs)
+    needed = estimates.tuned(*settings, epochs=1 if rolled.writes(sizes) else finetune.epochs, longest=longest)
     if teacher and "hidden_states" in _weights(spec.distillation or {"loss": PLAIN}):
-        states = sizes.kept * min(micro, finetune.batch_size * length) * teacher.width * teacher.shape.hidden
+        together = max(longest, min(micro, finetune.batch_size * length))
+        states = sizes.kept * together * teacher.width * teacher.shape.hidden
         needed = replace(needed, memory=needed.memory + states)
     return rolled.with_writing(sizes, needed, cost_model, rows, VALIDATIONS)
 
@@ -280,7 +288,7 @@ def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:
 
 def training(sizes: Sizes) -> Training:
     """What the adapter trains of the student."""
-    adapter, recomputed = sizes.config.adapter, sizes.config.trainer.gradient_checkpointing
+    adapter, recomputed = sizes.config.adapter, sizes.setting("trainer.gradient_checkpointing")
     if adapter.method == "full":
         return Training(sizes.cut.parameters(sizes.kept), whole=True, recomputed=recomputed)
     if adapter.method == "head_and_norms":

@@ -16,9 +16,9 @@ from sdd.planning.estimates import Estimate, Training
 from sdd.stages import evaluated as evaluated_stage
 from sdd.stages import graph
 from sdd.stages import tuned as tuned_stage
-from sdd.stages.dry_run import estimate
+from sdd.stages.dry_run import by_gpu, estimate, lines, planned
 from sdd.stages.sizes import Sizes
-from sdd.store import Recipe
+from sdd.store import Recipe, Store
 from sdd.study import Study
 
 UNFETCHED = "model=smollm2_135m_instruct"
@@ -77,6 +77,8 @@ def test_sweep_counts_what_jobs_share_once(tmp_path: Path) -> None:
 CELL = ["experiment=paper/cell", "metric=last", "dry_run=true"]
 LORA_BLOCK = 1_310_720
 """Weights of LoRA of rank 16 on the seven linear layers of a block of Llama 3.1 8B."""
+SMALLER = (2048, 1024, 512)
+"""Tokens of a training pass, of 4,096."""
 
 
 def counts(tmp_path: Path, *overrides: str) -> tuple[Sizes, Study]:
@@ -182,6 +184,25 @@ def test_kept_logits_take_disk_once_and_no_teachers_memory(tmp_path: Path) -> No
         assert 2 * 8_030_261_248 < kept.memory < 2 * 8_030_261_248 + 6e9
 
 
+def test_what_does_not_fit_in_a_gpu_is_said_with_the_settings_that_would(tmp_path: Path) -> None:
+    """13.4 GB of weights, 0.6 of LoRA, 6 GB for 1,024 tokens: no row has more, so that fewer a pass take no less."""
+    found, study = counts(tmp_path)
+    recipe = tuned_stage.recipe(study)
+    plan = planned(recipe, study, Store(tmp_path))
+    fits = {one.recipe.stage: one.fits for one in plan}
+    as_it_is = {24: {}, 48: {}, 80: {}}
+    assert fits["scores"] == fits["targets"] == fits["pruned"] == {}, "no model is looked at"
+    assert (fits["rewrites"], fits["tuned"]) == (as_it_is, as_it_is | {24: {"trainer.micro_batch_tokens": 1024}})
+    assert " 39 GB memory [48, 80; 24: trainer.micro_batch_tokens=1024], " in lines(plan)[-1]
+    words = by_gpu([one.record() for one in plan])
+    assert words[0] == "in 24 GB: tuned with trainer.micro_batch_tokens=1024, the rest as it is"
+    assert words[1:] == ["in 48 GB: all as it is", "in 80 GB: all as it is"]
+    memory = {
+        tokens: estimate(found.given({"trainer.micro_batch_tokens": tokens}), recipe).memory for tokens in SMALLER
+    }
+    assert memory[2048] > 24e9 > memory[1024] == memory[512]
+
+
 def evaluated(tmp_path: Path, *overrides: str) -> Estimate:
     found, study = counts(tmp_path, *overrides)
     return estimate(found, evaluated_stage.recipe(study, graph.student(study)))
@@ -203,12 +224,15 @@ def test_a_limit_holds_for_every_task_of_a_group(overrides: list[str], items: in
     assert evaluated(tmp_path, *overrides).disk == 2e3 * items
 
 
-def test_examples_shown_are_in_every_request(tmp_path: Path) -> None:
-    """By name alone lm-eval shows none of MMLU's five."""
-    ready = evaluated(tmp_path, "evaluation.tasks=[mmlu]")
-    named = ["evaluation=lm_eval", "evaluation.tasks=[mmlu]"]
-    assert evaluated(tmp_path, *named, "evaluation.num_fewshot=5") == ready
-    assert evaluated(tmp_path, *named).seconds < 0.5 * ready.seconds
+@pytest.mark.parametrize(
+    ("task", "shots", "least", "most"), [("hellaswag", 10, 3, 11), ("mmlu", 5, 1.01, 1.3)], ids=["drawn", "the same"]
+)
+def test_examples_shown_are_in_every_request(task: str, shots: int, least: float, most: float, tmp_path: Path) -> None:
+    """By name alone lm-eval shows none. Those of MMLU are the same before all items of a subject, and computed once."""
+    ready = evaluated(tmp_path, f"evaluation.tasks=[{task}]")
+    named = ["evaluation=lm_eval", f"evaluation.tasks=[{task}]"]
+    assert evaluated(tmp_path, *named, f"evaluation.num_fewshot={shots}") == ready
+    assert least < ready.seconds / evaluated(tmp_path, *named).seconds < most
 
 
 def test_no_student_is_opened_in_32_bits(tmp_path: Path) -> None:

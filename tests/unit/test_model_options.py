@@ -81,9 +81,10 @@ def test_sizes_are_those_of_the_real_models() -> None:
     import transformers
 
     def count(name: str, blocks: int) -> int:
-        shape = {key: value for key, value in node_of(name)["shape"].items() if key != "dtype"}
+        shape = {key: value for key, value in node_of(name)["shape"].items() if key not in ("dtype", "model_type")}
         kind, more = family(name)
         config = getattr(transformers, f"{kind}Config")(**shape | {"num_hidden_layers": blocks}, **more)
+        assert config.model_type == node_of(name)["shape"]["model_type"], name
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         return sum(parameter.numel() for parameter in model.parameters())

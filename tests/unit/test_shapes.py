@@ -1,6 +1,7 @@
 """Stages at the sizes of 8 billion parameters, two blocks of them, on a GPU that is not there."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def observing(work: Callable[[Any], None]) -> Any:
 
 
 def test_scores_hold_the_weights_once_and_take_what_the_formula_says() -> None:
-    trace, estimate = shapes.traced("scores, angular", LLAMA)
+    trace, estimate = shapes.traced("scores, angular", LLAMA), shapes.FORMULAS["scores, angular"](LLAMA.cost_model)
     weights = 2 * (2 * 218_112_000 + 2 * 128_256 * 4096 + 4096)
     assert trace.peak["weights"] == pytest.approx(weights, rel=1e-6)
     assert trace.peak["activations"] == pytest.approx(estimate.memory - weights, rel=0.2)
@@ -36,12 +37,26 @@ def test_scores_hold_the_weights_once_and_take_what_the_formula_says() -> None:
 
 def test_fine_tuning_widens_no_weight_and_takes_what_the_formula_says() -> None:
     """LoRA of rank 16: 1,310,720 weights a block, in float32 with two moments."""
-    trace, estimate = shapes.traced("tuned, LoRA", LLAMA)
+    trace, estimate = shapes.traced("tuned, LoRA", LLAMA), shapes.FORMULAS["tuned, LoRA"](LLAMA.cost_model)
     assert trace.peak["trained"] == 4 * 2 * 1_310_720
     assert trace.peak["optimiser"] == pytest.approx(8 * 2 * 1_310_720, rel=1e-3)
     assert not trace.widened
     weights = trace.peak["weights"]
     assert trace.peak_bytes - weights == pytest.approx(estimate.memory - weights, rel=0.2)
+
+
+def test_formulas_are_within_a_fifth_of_what_the_page_says_was_traced() -> None:
+    """docs/shapes.md, the columns "traced, GB" and "TFLOP", of whole models."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "shapes.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    traced = {(row[0], row[1]): (float(row[2]), row[5]) for row in rows if row[0] in shapes.MODELS}
+    wanted = {(name, stage) for name in shapes.MODELS for stage in shapes.STAGES}
+    assert set(traced) == wanted - {(name, stage) for stage, name in shapes.LEFT_OUT}
+    for (name, stage), (gigabytes, operations) in traced.items():
+        formula = shapes.FORMULAS[stage](shapes.Case(name).cost_model)
+        assert formula.memory / 1e9 == pytest.approx(gigabytes, rel=0.2), (name, stage)
+        if operations:
+            assert formula.seconds / 1e12 == pytest.approx(float(operations), rel=0.2), (name, stage)
 
 
 def test_a_weight_that_is_widened_is_noted() -> None:
