@@ -33,7 +33,7 @@ SAMPLE = 200
 """Rows, drawn at random, whose tokens are counted."""
 TUNED: dict[str, Any] = {
     "adapter": {"method?": str, "rank?": int, "targets?": [str], "scope?": str, "blocks?": int},
-    "finetune": {"epochs": int, "choose?": str, "weights?": (str, None), "domains?": (str, None)},
+    "finetune": {"epochs": int},
     "distillation?": ({"teacher?": str, "loss?": {str: float}, "rollouts?": ANY}, None),
     "system_prompt": (str, None),
 }
@@ -62,16 +62,17 @@ class Prices:
     def of(self, evaluated: Artifact) -> Price | None:
         """Of all recoveries on the way to what was evaluated; None where there is none, or one is not known."""
         tuned = [artifact for artifact in self.library.upstream(evaluated) if artifact.stage == "tuned"]
+        paid: set[tuple[str, Any]] = set()
         try:
-            return sum((_Recovery(one, self).price() for one in tuned), Price()) if tuned else None
+            return sum((_Recovery(one, self).price(paid) for one in tuned), Price()) if tuned else None
         except (UnknownError, UserError, OSError):
             return None
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """Of a row on average: tries that are kept, tokens that the teacher is shown and writes, and that the pruned model
-    wrote before; `tries` counts for the teacher alone."""
+    """Of a row on average: tries of the `teacher` that are kept, tokens that it is shown and writes in each, and tokens
+    that the pruned model wrote before."""
 
     teacher: str
     tries: float
@@ -100,9 +101,10 @@ class _Recovery:
         self.prompt, self.rejected = prices.prompts[self.targets.address]
         self.target = self.rows["target_tokens"] / max(1, self.rows["trained"])
 
-    def price(self) -> Price:
+    def price(self, paid: set[tuple[str, Any]]) -> Price:
+        """Nothing for what is `paid`: shared artifacts, each with the id of a row; what comes new is added there."""
         passed = self._passed()
-        total = Price(self._training(passed)) + self._beside(passed) + self._rollouts() + self._shared()
+        total = Price(self._training(passed)) + self._beside(passed) + self._rollouts() + self._shared(paid)
         if self.rejected:
             refused = Passed(passed.rows, self.prompt + self.rejected, self.rejected)
             total += Price(self._training(refused))
@@ -174,16 +176,23 @@ class _Recovery:
 
     # ---- what others use too
 
-    def _shared(self) -> Price:
-        inputs, used, total = self.tuned.inputs, len(set(self.rows["ids"])), Price()
+    def _used(self, shared: Artifact, paid: set[tuple[str, Any]]) -> int:
+        """The rows of this recovery that nobody has paid for yet."""
+        own = {(shared.address, id) for id in self.rows["ids"]}
+        used = self.all_rows if "damaged" in self.tuned.inputs else len(own - paid)
+        paid |= own
+        return used
+
+    def _shared(self, paid: set[tuple[str, Any]]) -> Price:
+        inputs, total = self.tuned.inputs, Price()
         if "damaged" in inputs:
-            used = self.all_rows
-            passed = Passed(used, self.prompt + self.target, self.target)
+            passed = Passed(self.all_rows, self.prompt + self.target, self.target)
             own, teacher = (price.forward(one, one.blocks, passed) for one in (self.shape, self.whole))
             total += Price(own, teacher)
         if "taught" in inputs:
-            shape = self._teacher(self._input(self.tuned, "taught").spec.get("model"))
-            passed = Passed(used, self.prompt + self.target, self.target)
+            taught = self._input(self.tuned, "taught")
+            shape = self._teacher(taught.spec.get("model"))
+            passed = Passed(self._used(taught, paid), self.prompt + self.target, self.target)
             total += Price(teacher=price.forward(shape, shape.blocks, passed))
         if "rewrites" not in self.targets.inputs:
             return total
@@ -191,7 +200,7 @@ class _Recovery:
         if made.address not in self.prices.rewritten:
             self.prices.rewritten[made.address] = self._rewritten(made)
         row = self.prices.rewritten[made.address]
-        shape = self._teacher(row.teacher)
+        shape, used = self._teacher(row.teacher), self._used(made, paid)
         drafted = price.written(self.shape, self.shape.blocks, used, self.prompt, row.drafted) if row.drafted else 0.0
         return total + Price(drafted, price.written(shape, shape.blocks, row.tries * used, row.asked, row.new))
 

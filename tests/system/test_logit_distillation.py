@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import artifacts_of, run
 
+from sdd.report.library import Library, read_artifact
+from sdd.report.price import Prices
 from sdd.stages.__main__ import main as stages
 from sdd.store.files import read_jsonl
 
@@ -52,6 +54,10 @@ def test_one_pass_of_the_teacher_serves_every_cut(small: list[str], workplace: P
         for outcome in (beside, kept)
     ]
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+    library = Library([workplace / "artifacts"])
+    paid = [Prices(library).of(read_artifact(outcome.path)) for outcome in (beside, kept, other)]
+    assert paid[0] == paid[1] is not None
+    assert paid[2] is not None and (paid[2].teacher, paid[2].student < paid[1].student) == (paid[1].teacher, True)
     teacher = json.loads((beside.path / "manifest.json").read_text())["spec"]["distillation"]["teacher"]
     words = ["--source", f"{teacher}={checkpoint}", "--artifacts", str(workplace / "artifacts")]
     assert stages(["rerun", manifests[0]["inputs"]["taught"], *words]) == 0
