@@ -6,6 +6,7 @@ within bounds and within their search path, and the composed config passes the a
 anything, in every job of a sweep too. Hydra 1.4 takes the same list as `execution_whitelist`.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("package_folder", lambda sub: str(PACKAGE / sub), replace=True)
 OmegaConf.register_new_resolver("process_id", lambda: str(os.getpid()), replace=True, use_cache=True)  # for workers too
 
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 LONGEST_LINE = 2_000
 """Characters of a refusal: more than any of ours."""
 MOST_VALIDATED = 500
@@ -102,6 +104,8 @@ class CheckedConfigLoader(ConfigLoaderImpl):
             _check_servers(config)
             if OmegaConf.select(config, "logger._target_") and not self._is_chosen(config, "logger"):
                 raise UserError("a config file chooses logger, which it may not; say logger=... on the command line")
+            if run_mode == RunMode.MULTIRUN:
+                _check_launcher(config.hydra.launcher)
             sweeper = config.hydra.sweeper
             if sweeper.get("params"):
                 check_jobs(sweeper.params, all_combined=sweeper._target_.endswith(".BasicSweeper"))
@@ -247,6 +251,12 @@ class CheckedConfigLoader(ConfigLoaderImpl):
         else:
             options = self.repository.get_group_options(group_name, results_filter)
         return options
+
+
+def _check_launcher(launcher: DictConfig) -> None:
+    """Refuse one whose package is not there: a preset composes without it."""
+    if launcher._target_.startswith(SUBMITIT) and importlib.util.find_spec(SUBMITIT) is None:
+        raise UserError("this launcher needs the package hydra-submitit-launcher; run: pip install 'sdd[cluster]'")
 
 
 def _check_servers(config: DictConfig) -> None:

@@ -24,10 +24,18 @@ from sdd.models.chats import REWRITE_TEMPLATE
 from sdd.study import calibration, rows
 
 CONF = REPOSITORY / "conf"
+LAUNCHER = "hydra/launcher"
+
+
+def group_of(place: str) -> str:
+    """The group that an option in this folder is chosen in."""
+    return LAUNCHER if place == LAUNCHER else place.split("/")[0]
+
+
 OPTIONS = sorted(
-    (str(path.parent.relative_to(CONF)), path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix(""))
+    (place, path.relative_to(CONF / group_of(place)).with_suffix(""))
     for path in CONF.rglob("*.yaml")
-    if path.parent != CONF
+    if (place := str(path.parent.relative_to(CONF))) != "."
 )
 EXPERIMENTS = [str(option) for group, option in OPTIONS if group.split("/")[0] == "experiment"]
 CHOICES: dict[str, list[str]] = {}
@@ -46,7 +54,7 @@ NEEDS = {
 }
 GROUPS = {
     *("model", "metric", "calibration", "pruning", "dataset", "finetune", "adapter", "engine", "merge", "evaluation"),
-    *("repair", "analysis", "trainer", "logger", "settings", "experiment"),
+    *("repair", "analysis", "trainer", "logger", "settings", "experiment", LAUNCHER),
 }
 LEFT_OUT = {"dataset": rows.OF_RECIPES, "calibration": calibration.OF_RECIPES}
 """Settings of these two that their constructors are not told."""
@@ -92,7 +100,7 @@ def assert_bound(path: tuple, node: dict) -> None:
         ALLOWED_PLUGINS if path[0] == "hydra" and path[1] != "callbacks" else PLACES.keys() | {SWEEP_END}
     ), name
     given = {key: value for key, value in node.items() if not key.startswith("_")}
-    if name in MADE_OF_OTHERS:
+    if name in MADE_OF_OTHERS or path == ("hydra", "launcher"):  # a launcher takes whatever it is given: test_cluster
         return
     if path[0] in LEFT_OUT:
         given = {key: value for key, value in given.items() if key not in LEFT_OUT[path[0]] and value is not None}
@@ -108,14 +116,15 @@ def test_configs_in_use_are_those_of_the_checkout() -> None:
 def test_every_file_is_an_option_that_hydra_lists() -> None:
     loader = ConfigLoaderImpl(create_config_search_path(str(config_folder())))
     listed = {(group, option) for group in {g for g, _ in OPTIONS} for option in loader.get_group_options(group)}
-    assert listed == {(group, option.name) for group, option in OPTIONS}
+    plugins = {(LAUNCHER, name) for name in ("basic", "joblib", "submitit_local", "submitit_slurm")}
+    assert listed - plugins == {(group, option.name) for group, option in OPTIONS}
     assert len(OPTIONS) == len(list(CONF.rglob("*.yaml"))) - 1
-    assert {group.split("/")[0] for group, _ in OPTIONS} == GROUPS
+    assert {group_of(place) for place, _ in OPTIONS} == GROUPS
 
 
 def test_every_option_has_a_turn() -> None:
     assert sorted(choice for turn in TURNS for choice in turn) == sorted(
-        (group.split("/")[0], str(option)) for group, option in OPTIONS
+        (group_of(place), str(option)) for place, option in OPTIONS
     )
 
 

@@ -1,0 +1,52 @@
+"""Presets for a cluster: what a job asks Slurm for, with and without the package that does it."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import files_of, run
+from omegaconf import DictConfig, OmegaConf
+
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
+IS_THERE = importlib.util.find_spec(SUBMITIT) is not None
+MINUTES = {"prune": 120, "generate": 720, "train": 480, "evaluate": 120}
+"""Of a job of each script before it is queued again."""
+
+
+@pytest.mark.parametrize("script", MINUTES)
+def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Callable[..., DictConfig]) -> None:
+    words = [f"hydra/launcher=slurm_{script}", "hydra.launcher.partition=a100", "trainer.devices=4"]
+    config = composed(*words, "trainer.num_nodes=2")
+    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, ["hydra", "trainer"]).hydra.launcher, resolve=False)
+    resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "timeout_min", "partition")}
+    assert resolved == {"nodes": 2, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
+    assert (asked["tasks_per_node"], asked["additional_parameters"]) == (1, {"requeue": True})
+    assert asked["max_num_timeout"] > 0, "a job that is out of time goes on"
+    if IS_THERE:
+        from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+
+        assert set(asked) <= {field.name for field in dataclasses.fields(SlurmQueueConf)}
+
+
+@pytest.mark.skipif(IS_THERE, reason="hydra-submitit-launcher is installed")
+def test_without_its_package_a_preset_is_one_line(tmp_path: Path) -> None:
+    outcome = run("prune", "-m", "hydra/launcher=slurm_prune", "seed=0,1", cwd=tmp_path)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr == (
+        "error: this launcher needs the package hydra-submitit-launcher; run: pip install 'sdd[cluster]'\n"
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not IS_THERE, reason="needs the package hydra-submitit-launcher")
+def test_jobs_of_submitit_build_what_one_process_does(small: list[str], tmp_path: Path) -> None:
+    """Two jobs by processes of this machine that share a folder of artifacts."""
+    words = [*small, "finetune=none", "hydra.sweep.dir=sweep", "pruning.size=1,2"]
+    alone = run("prune", "-m", *words, cwd=tmp_path / "alone")
+    jobs = run("prune", "-m", *words, "hydra/launcher=submitit_local", cwd=tmp_path / "jobs")
+    assert (alone.code, jobs.code) == (0, 0), jobs.stderr
+    made = files_of(tmp_path / "alone" / "artifacts")
+    assert len({name.split("/")[1] for name in made if name.startswith("pruned/")}) == 2
+    assert files_of(tmp_path / "jobs" / "artifacts") == made
