@@ -18,10 +18,10 @@ MINUTES = {"prune": 120, "generate": 720, "train": 480, "evaluate": 120}
 @pytest.mark.parametrize("script", MINUTES)
 def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Callable[..., DictConfig]) -> None:
     words = [f"hydra/launcher=slurm_{script}", "hydra.launcher.partition=a100", "trainer.devices=4"]
-    config = composed(*words, "trainer.num_nodes=2")
+    config = composed(*words)
     asked = OmegaConf.to_container(OmegaConf.masked_copy(config, ["hydra", "trainer"]).hydra.launcher, resolve=False)
     resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "timeout_min", "partition")}
-    assert resolved == {"nodes": 2, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
+    assert resolved == {"nodes": 1, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
     assert (asked["tasks_per_node"], asked["additional_parameters"]) == (1, {"requeue": True})
     assert asked["max_num_timeout"] > 0, "a job that is out of time goes on"
     if IS_THERE:
