@@ -61,7 +61,7 @@ def options() -> Iterator[tuple[str, list[str]]]:
     """(name, words) of every option of every group, and of every experiment."""
     for path in sorted(config_folder().glob("*/**/*.yaml")):
         group, _, option = str(path.relative_to(config_folder()).with_suffix("")).partition("/")
-        if option not in {"model": MODELS, "experiment": EXPERIMENTS}.get(group, (option,)):
+        if group == "hydra" or option not in {"model": MODELS, "experiment": EXPERIMENTS}.get(group, (option,)):
             continue
         yield f"{group}={option}", [*NEEDED.get(group, {}).get(option, []), f"{group}={option}"]
     for name in ("sdm", "taylor_width", "random_width"):
