@@ -175,15 +175,19 @@ class Job:
             print(folder, flush=True)
 
     def _runtime(self) -> Any:
+        from sdd.models.spread import Spread
         from sdd.stages.runtime import Runtime
 
         trainer = self.config.trainer
+        spread = Spread(trainer.device_map, plain(trainer.max_memory or OmegaConf.create()), trainer.accelerator)
         return Runtime(
             sources=self.study.sources,
             texts=self.study.texts,
             tasks=self.study.tasks,
             accelerator=trainer.accelerator,
             devices=trainer.devices,
+            strategy=trainer.strategy,
+            spread=spread if trainer.device_map else None,
             attention=trainer.attention,
             **Runtime.sizes(self.config),
             checkpoint_every=trainer.checkpoint_every,

@@ -16,6 +16,7 @@ from sdd.config.schema import plain
 from sdd.errors import UserError
 from sdd.finetuning.losses import LOSSES
 from sdd.finetuning.modes import MODES, REQUESTS
+from sdd.models.spread import AMOUNT, DEVICE, MAPS
 from sdd.store import ANALYSES
 
 BACKENDS = ("hf", "vllm", "server")
@@ -37,6 +38,7 @@ CHOICES = {
     "analysis.kind": ("none", *ANALYSES),
     "analysis.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("cpu", "gpu"),
+    "trainer.strategy": ("ddp", "fsdp"),
     "trainer.attention": ("eager", "sdpa", "flash_attention_2"),
     "store.missing": ("build", "raise"),
 }
@@ -241,6 +243,7 @@ def check_values(config: DictConfig) -> None:
             f"trainer.micro_batch_tokens=auto: with adapter.dropout={adapter.dropout:g} draws follow the passes, whose "
             "size is then a part of the result; give a number"
         )
+    _check_trainer(config)
     engine = config.engine
     if engine.get("tries", 1) > 1 and not engine.get("temperature"):
         raise UserError("engine.tries > 1 needs sampling; set engine.temperature above 0")
@@ -351,6 +354,35 @@ def _check_loss(finetune: dict[str, Any]) -> None:
         )
     if not finetune["select"]:
         raise UserError("finetune.loss=redi learns from rejected rewrites; finetune.select=false rejects none")
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """A model is spread by a known map; shards are of a student that several devices train together."""
+    trainer, finetune = config.trainer, config.finetune
+    if trainer.device_map not in (None, *MAPS):
+        raise UserError(
+            f"trainer.device_map={trainer.device_map} is unknown; choose one of {', '.join(MAPS)}, or null for none"
+        )
+    memory = trainer.max_memory
+    amounts = {} if memory is None else plain(memory) if isinstance(memory, DictConfig) else {"": memory}
+    if not all(DEVICE.fullmatch(device) and AMOUNT.fullmatch(str(amount)) for device, amount in amounts.items()):
+        raise UserError(f"trainer.max_memory={memory} must be amounts by device, such as {{gpu0: 70GiB, cpu: 100GiB}}")
+    if amounts and trainer.device_map is None:
+        raise UserError("trainer.max_memory is for a model that is spread; add trainer.device_map=auto")
+    if trainer.strategy != "fsdp":
+        return
+    if trainer.devices < 2:
+        raise UserError("trainer.strategy=fsdp splits the student over devices; add trainer.devices=2, or leave it out")
+    if config.adapter.quantisation is not None:
+        raise UserError(
+            f"adapter.quantisation={config.adapter.quantisation} keeps weights that trainer.strategy=fsdp cannot "
+            "split; leave one of them out"
+        )
+    if finetune.mode in MODES and MODES[finetune.mode].rollouts and finetune.student_share > 0:
+        raise UserError(
+            f"finetune={finetune.mode} has each device write answers of its own, and with trainer.strategy=fsdp none "
+            "has the whole student; choose trainer.strategy=ddp"
+        )
 
 
 def _check_draw(finetune: Any) -> None:

@@ -271,7 +271,14 @@ class Trainer:
     """Where training and inference run; never part of a result."""
 
     accelerator: str = described("cpu or gpu", "cpu")
-    devices: int = described("devices that share a job's passes and training, each with the whole model", 1)
+    devices: int = described("devices that share a job's passes and training", 1)
+    strategy: str = described("ddp: each device trains with the whole model; fsdp: with its part of each tensor", "ddp")
+    device_map: str | None = described(
+        "how a model that no device holds is spread over them to be passed, such as auto; null: not", None
+    )
+    max_memory: Any = described(
+        "what of each device a spread model may take, such as {gpu0: 70GiB, cpu: 100GiB}; null: what is free", None
+    )
     threads: int | None = described("CPU threads; null leaves it to PyTorch", None)
     micro_batch_tokens: int | str = described("padded tokens of a training pass at most; auto: as memory allows", 4096)
     inference_batch_size: int | str = described("rows of a pass without gradients; auto: as memory allows", 32)

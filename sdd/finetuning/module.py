@@ -13,10 +13,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -28,14 +29,17 @@ from sdd.errors import UserError
 from sdd.finetuning.adapters import causal_lm
 from sdd.finetuning.modes import VALIDATIONS
 from sdd.finetuning.prefix import FrozenStates, frozen_states
+from sdd.finetuning.sharded import Shards, part_of, whole
 from sdd.forward import chunks, ranks
 from sdd.forward.batches import padded
 from sdd.forward.losses import summed_in_chunks, target_loss_sum
 from sdd.forward.memory import Halving, freed, is_short
-from sdd.models.checkpoints import decoder, head_logits
+from sdd.models.checkpoints import check_logits, decoder, head_logits
 
 if TYPE_CHECKING:
     from sdd.finetuning.rollouts import Rollouts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class StudentModule(pl.LightningModule):
     the held-out targets. With `keep_best`, what was trained is kept as it was at the lowest validation loss, the first
     of equals. A step that memory does not last for is begun again in smaller passes, unless it is to be `halves=False`,
     where draws of dropout follow the passes; the gradients are those of the same global batch, added in another order.
+    With `shards`, which hold the student, parameters are split over the ranks before the first step, and no pass is
+    begun again: all ranks go through the same ones.
     """
 
     def __init__(
@@ -174,6 +180,7 @@ class StudentModule(pl.LightningModule):
         rollouts: "Rollouts | None" = None,
         keep_best: bool = False,
         halves: bool = True,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -190,6 +197,7 @@ class StudentModule(pl.LightningModule):
         self.began = False
         self.keep_best = keep_best
         self.best: dict[str, Any] | None = None
+        self._shards = (shards,)  # in a tuple: no part of this module, whose student it holds
 
     @property
     def causal_lm(self) -> Any:
@@ -207,6 +215,21 @@ class StudentModule(pl.LightningModule):
     def train_dataloader(self) -> Any:
         """A bare counter: the rows of a step follow from the step itself."""
         return torch.utils.data.DataLoader(range(len(self.plan)), batch_size=None)  # type: ignore[arg-type]
+
+    @property
+    def shards(self) -> Shards | None:
+        return self._shards[0]
+
+    def configure_model(self) -> None:
+        if self.shards is not None and not hasattr(self.shards, "reshard"):
+            self.shards.split(self.device_mesh["data_parallel"])  # type: ignore[index]
+            with torch.no_grad():
+                for model in map(causal_lm, self.shards.models):
+                    self._within(partial(check_logits, model))
+
+    def _within(self, work: Callable[[], T]) -> T:
+        """What `work()` comes to, where the student's parameters are whole."""
+        return work() if self.shards is None else self.shards.within(work)
 
     def on_fit_start(self) -> None:
         """Dropout and recomputed activations follow the mode, and a loaded model is in evaluation mode."""
@@ -239,7 +262,8 @@ class StudentModule(pl.LightningModule):
             for parameter in self.trained().values():
                 parameter.grad = None
         if self.trainer.world_size > 1:
-            ranks.sum_gradients(self.trained().values())
+            if self.shards is None:
+                ranks.sum_gradients(self.trained().values())
             (total,) = ranks.summed([total], self.device)
         self.clip_gradients(optimizer, self.optimisation.clip_norm, "norm")  # type: ignore[arg-type]
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -259,10 +283,10 @@ class StudentModule(pl.LightningModule):
         last, and smaller passes are to be tried."""
         total, micro = 0.0, list[int]()
         try:
-            for micro in self._passes(rows):
+            for micro, counts in self._own_passes(rows):
                 summed, _ = self._loss_of([rows[at] for at in micro], [numbers[at] for at in micro], self.loss)
-                self.manual_backward(summed / count)
-                total += float(summed.detach())
+                self.manual_backward((summed if counts else summed * 0.0) / count)
+                total += float(summed.detach()) if counts else 0.0
             return total
         except (RuntimeError, MemoryError) as error:
             if len(micro) == 1 or not self.halves or not is_short(error):
@@ -270,20 +294,24 @@ class StudentModule(pl.LightningModule):
         self._halve(rows, micro)
         return None
 
-    def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
-        """The places of the rows of each of this rank's passes: its micro-batches, cut again where they did not fit.
+    def _own_passes(self, rows: Sequence[TrainingRow]) -> list[tuple[list[int], bool]]:
+        """The places of the rows of each of this rank's passes, and whether it counts: its micro-batches, cut again
+        where they did not fit.
 
-        Each rank cuts its own alone, so that all know whose are whose.
+        Each rank cuts its own alone, so that all know whose are whose; with shards all cut alike, and those that have
+        a pass less than others go through one that does not count.
         """
         lengths = [row.longest for row in rows]
-        own = ranks.own(micro_batches(lengths, self.micro_batch_tokens))
-        if self.fitting == self.micro_batch_tokens:
-            return list(own)
-        return [
-            [micro[at] for at in part]
-            for micro in own
-            for part in micro_batches([lengths[at] for at in micro], self.fitting)
-        ]
+        micros = micro_batches(lengths, self.micro_batch_tokens if self.shards is None else self.fitting)
+        own = list(ranks.own(micros))
+        missing = 0 if self.shards is None else -(-len(micros) // ranks.number()) - len(own)
+        if self.fitting < self.micro_batch_tokens:
+            own = [
+                [micro[at] for at in part]
+                for micro in own
+                for part in micro_batches([lengths[at] for at in micro], self.fitting)
+            ]
+        return [(micro, True) for micro in own] + [(micros[0], False)] * missing
 
     def _halve(self, rows: Sequence[TrainingRow], micro: Sequence[int]) -> None:
         """From now on passes are half as large as this one."""
@@ -301,7 +329,7 @@ class StudentModule(pl.LightningModule):
     ) -> tuple[Tensor, int]:
         """The loss of rows, which have these numbers among those whose states may be kept."""
         with self.frozen.standing_in(numbers, self.device) if self.frozen else nullcontext():
-            return loss(self.causal_lm, rows, self.device)
+            return self._within(lambda: loss(self.causal_lm, rows, self.device))
 
     def _record(self, step: int, loss: float, rate: float) -> None:
         epoch = round(step / self.optimisation.steps_per_epoch, 4)
@@ -323,7 +351,7 @@ class StudentModule(pl.LightningModule):
 
     def _keep(self, step: int, loss: float) -> None:
         if loss < (self.best["loss"] if self.best else float("inf")):
-            state = {name: parameter.detach().cpu().clone() for name, parameter in self.trained().items()}
+            state = {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.trained().items()}
             self.best = {"step": step, "loss": loss, "state": state}
 
     @torch.no_grad()
@@ -332,7 +360,7 @@ class StudentModule(pl.LightningModule):
         if self.best is None:
             return None
         for name, parameter in self.trained().items():
-            parameter.copy_(self.best["state"][name])
+            parameter.copy_(part_of(self.best["state"][name], parameter))
         return int(self.best["step"])
 
     @torch.no_grad()
@@ -353,9 +381,10 @@ class StudentModule(pl.LightningModule):
             loss, count = self._loss_of([rows[at] for at in micro], [trained + at for at in micro], loss_of)
             return float(loss), count
 
-        for micro in self._passes(rows):
-            for _, (loss, count) in halving(passed, micro):
-                total, tokens = total + loss, tokens + count
+        for micro, counts in self._own_passes(rows):
+            for _, (loss, count) in [(micro, passed(micro))] if self.shards else halving(passed, micro):
+                if counts:
+                    total, tokens = total + loss, tokens + count
         if self.trainer.world_size > 1:
             total, tokens = ranks.summed([total, tokens], self.device)
         self.student.train()

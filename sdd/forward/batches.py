@@ -93,7 +93,8 @@ def show_texts(
     def after(block: int) -> Any:
         def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
             leaving = output[0] if isinstance(output, tuple) else output
-            criterion.observe(block, entering[0], leaving, mask)
+            place = leaving.device  # the block's own, where a model is spread over several
+            criterion.observe(block, entering[0].to(place), leaving, mask.to(place))
 
         return hook
 

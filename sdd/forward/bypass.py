@@ -51,15 +51,21 @@ def task_row(
 
 @contextmanager
 def forwards(layers: Any, functions: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-    """While open, the forward of each block named is another function; its hooks and attributes stay."""
+    """While open, the forward of each block named is another function; its hooks and attributes stay.
+
+    A block of a model that is spread over devices has a forward of its own, which brings its inputs to it.
+    """
+    own = {block: vars(layers[block]).get("forward") for block in functions}
     try:
         for block, function in functions.items():
-            assert "forward" not in vars(layers[block]), f"block {block} is replaced already"
+            assert own[block] is None or hasattr(layers[block], "_hf_hook"), f"block {block} is replaced already"
             layers[block].forward = function
         yield
     finally:
         for block in functions:
             vars(layers[block]).pop("forward", None)
+            if own[block] is not None:
+                layers[block].forward = own[block]
 
 
 class Bypass:

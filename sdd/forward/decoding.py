@@ -313,7 +313,7 @@ class _Tokens:
         heads = states.shape[1]
         if heads not in self.targets:
             self.targets[heads] = self._rows(heads, store.shape[2])
-        store.flatten(0, 2).index_copy_(0, self.targets[heads], states.flatten(0, 2))
+        store.flatten(0, 2).index_copy_(0, self.targets[heads].to(store.device), states.flatten(0, 2))
         return store[: len(self.columns), :, : self.end]
 
     def _rows(self, heads: int, columns: int) -> Any:

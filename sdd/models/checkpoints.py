@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,7 @@ from sdd.models.files import (
     view,
 )
 from sdd.models.generation import plain_generation, steers
+from sdd.models.spread import Spread
 from sdd.models.tokenizers import open_tokenizer
 from sdd.store import digest_of, remembered_digest
 from sdd.untrusted import parse_json, read_json, read_text
@@ -225,9 +227,13 @@ class Checkpoint:
             raise UserError(f"{self.where}: {error}") from None
 
     def model(
-        self, dtype: str, device: str = "cpu", attention: str | None = None, quantisation: str | None = None
+        self,
+        dtype: str,
+        device: str | Spread = "cpu",
+        attention: str | None = None,
+        quantisation: str | None = None,
     ) -> Any:
-        """A stock causal LM in evaluation mode, in `dtype` ("float32", "bfloat16", "float16").
+        """A stock causal LM in evaluation mode, in `dtype` ("float32", "bfloat16", "float16"), on one device or spread.
 
         `quantisation="nf4"` keeps the linear layers of the blocks in 4 bits, as QLoRA does (arXiv 2305.14314): nf4
         values with doubly quantised scales, computed in `dtype`.
@@ -251,13 +257,19 @@ class Checkpoint:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=getattr(torch, dtype),
             )
+        held = ExitStack()
+        if isinstance(device, Spread):
+            options |= device.options(held)
         weights = self.weight_files
         index = [] if weights[0].name == "model.safetensors" else [folder / "model.safetensors.index.json"]
         try:
-            with view(folder, [folder / "config.json", *self.side_files, *index, *weights]) as shown:
+            with held:
+                shown = held.enter_context(view(folder, [folder / "config.json", *self.side_files, *index, *weights]))
                 model = AutoModelForCausalLM.from_pretrained(
                     shown, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, **options
                 )
+                if isinstance(device, Spread):  # what stays on the disk is read from there, pass by pass
+                    model = device.settled(model, held.pop_all())
         except SafetensorError as error:
             raise UserError(f"{where}: damaged safetensors file ({error})") from None
         model.generation_config = plain_generation(model.generation_config)
@@ -267,7 +279,7 @@ class Checkpoint:
                 # Else the first pass in evaluation mode rounds the scales to bfloat16, and training goes on from those.
                 module.support_avx512bf16_for_cpu = False
         opened.add(model)
-        return model.eval() if quantisation else model.to(device).eval()
+        return model.eval() if quantisation or isinstance(device, Spread) else model.to(device).eval()
 
 
 def _keep_hub_kernels_out() -> None:

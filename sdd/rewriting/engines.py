@@ -19,6 +19,7 @@ from sdd.models.chats import Turns, chat_prompt_ids, stop_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.panics import panics_told
 from sdd.models.served import Server
+from sdd.models.spread import Spread
 
 CHUNK_ROWS, CHUNK_BATCHES = 128, 4
 """Rows of one chunk of answers, or batches where that is more: what a killed run loses at most."""
@@ -66,7 +67,7 @@ class Place:
     `batch_size` is how many prompts go together.
     """
 
-    device: str = "cpu"
+    device: str | Spread = "cpu"
     batch_size: int = 32
     attention: str | None = None
     server: Server | None = None

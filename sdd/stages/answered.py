@@ -181,7 +181,7 @@ def shown(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path]) -> Shown
     answers = [row for row in said if task_text(row["prompt"], row.get("before", ())) not in left_out]
     if not answers:
         raise UserError("analysis: the student was trained on every prompt; choose others with analysis.prompts")
-    teacher = runtime.checkpoint(str(asked.model)).model(dtype, runtime.device, runtime.attention)
+    teacher = runtime.checkpoint(str(asked.model)).model(dtype, runtime.placed, runtime.attention)
     student, base = open_student(inputs["model"], runtime, dtype)
     for model in (teacher, student):
         checkpoints.check_logits(model)

@@ -70,7 +70,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                 tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ())
             )
             shown[row["id"]] = ids[:prompt], ids[prompt:]
-    model = source.model(spec.dtype, runtime.device, runtime.attention)
+    model = source.model(spec.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
     records = []
     values = shift.token_nll(model, list(shown.values()), runtime.inference_batch_size)

@@ -66,7 +66,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if not spec.repeats:
         return
     opened = {
-        "teacher": teacher.model(spec.dtype, runtime.device, runtime.attention),
+        "teacher": teacher.model(spec.dtype, runtime.placed, runtime.attention),
         "student": open_student(inputs["model"], runtime, spec.dtype)[0],
     }
     settings = spec.prompt_tokens, spec.new_tokens, spec.batch_size, spec.repeats

@@ -7,6 +7,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.served import Server
+from sdd.models.spread import Spread
 from sdd.rewriting.engines import Place
 
 
@@ -24,6 +25,8 @@ class Runtime:
     tasks: dict[str, Any] = field(default_factory=dict)
     accelerator: str = "cpu"
     devices: int = 1
+    strategy: str = "ddp"
+    spread: Spread | None = None
     attention: str = "eager"
     micro_batch_tokens: int = 512
     inference_batch_size: int = 32
@@ -39,9 +42,19 @@ class Runtime:
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank trains its part of the student's tensors."""
+        return self.strategy == "fsdp" and self.devices > 1
+
+    @property
+    def placed(self) -> str | Spread:
+        """Where a model lies that is passed without gradients: on one device, or spread over all."""
+        return self.spread or self.device
+
+    @property
     def place(self) -> Place:
         """Where an engine answers."""
-        return Place(self.device, self.inference_batch_size, self.attention, self.servers.get("engine"))
+        return Place(self.placed, self.inference_batch_size, self.attention, self.servers.get("engine"))
 
     @staticmethod
     def servers_of(config: Any) -> dict[str, Server]:

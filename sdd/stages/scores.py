@@ -288,7 +288,7 @@ def _show(runtime: Runtime, spec: TextScores | RowScores, source: Checkpoint, cr
 
     tokenizer = source.tokenizer()
     rows = _task_rows(runtime, spec, tokenizer) if isinstance(spec, RowScores) else _text_rows(runtime, spec, tokenizer)
-    model = source.model(spec.dtype, runtime.device, runtime.attention)
+    model = source.model(spec.dtype, runtime.placed, runtime.attention)
     if isinstance(criterion, ModelCriterion):
         criterion.measure(model, rows, runtime.inference_batch_size)
     else:

@@ -15,9 +15,10 @@ Build = Callable[[Runtime, Recipe, Mapping[str, Path], Path], None]
 def shared(build: Build, runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> bool:
     """Have ranks run `build`, and wait for them; False where this process is to do it, alone or as one of them.
 
+    A model that is spread over the devices is one process's, but in training, where ranks have the whole or a shard.
     All ranks go through it, and the first writes. The artifact's lock stays with this process.
     """
-    if runtime.devices == 1 or ranks.is_rank():
+    if runtime.devices == 1 or ranks.is_rank() or (runtime.spread and recipe.stage != "tuned"):
         return False
     told = build, replace(runtime, tasks={}), recipe, dict(inputs), folder, list(own.CLASSES)
     ranks.launch(_as_rank, told, runtime.devices)

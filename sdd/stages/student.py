@@ -92,15 +92,16 @@ def open_student(folder: Path, runtime: Runtime, dtype: str) -> tuple[Any, Check
     """
     base = checkpoint_of(folder, runtime)
     if not (folder / "adapter").is_dir():
-        return base.model(dtype, runtime.device, runtime.attention), base
+        return base.model(dtype, runtime.placed, runtime.attention), base
     model = base.model(base.stored_dtype, attention=runtime.attention)
-    return merged(model, folder / "adapter", dtype).to(runtime.device).eval(), base
+    model = merged(model, folder / "adapter", dtype).eval()
+    return runtime.spread.place(model) if runtime.spread else model.to(runtime.device), base
 
 
 def stock_checkpoint(folder: Path, runtime: Runtime, dtype: str, target: Path) -> Path:
     """The folder of a whole checkpoint, for programs that open one themselves; an adapter's is made at `target`."""
     if not (folder / "adapter").is_dir():
         return checkpoint_of(folder, runtime).folder
-    model, base = open_student(folder, replace(runtime, accelerator="cpu"), dtype)
+    model, base = open_student(folder, replace(runtime, accelerator="cpu", spread=None), dtype)
     save_model(model, target, base)
     return target

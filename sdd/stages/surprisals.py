@@ -60,7 +60,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     spec = Surprisals.read(recipe.spec)
     source = runtime.checkpoint(spec.model)
     tokenizer = source.tokenizer()
-    model = source.model(spec.dtype, runtime.device, runtime.attention)
+    model = source.model(spec.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
     rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
     shown: dict[tuple[str, str], Row] = {}

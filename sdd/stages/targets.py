@@ -224,7 +224,7 @@ def _likelihoods(
             shown.append((ids[:first], ids[first:]))
     if not shown:
         return {}
-    model = checkpoint.model(asked.dtype, runtime.device, runtime.attention)
+    model = checkpoint.model(asked.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
     nll = shift.token_nll(model, shown, runtime.inference_batch_size)
     return {name: -fmean(values) for name, values in zip(names, nll, strict=True)}

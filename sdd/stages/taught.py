@@ -109,7 +109,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             answers = [(ids[:prompt], ids[prompt:] if len(ids) <= spec.max_length else []) for ids, prompt in shown]
             if not _is_whole(folder / shard(number), [len(answer) for _, answer in answers]):
                 if model is None:
-                    model = source.model(spec.dtype, runtime.device, runtime.attention)
+                    model = source.model(spec.dtype, runtime.placed, runtime.attention)
                     checkpoints.check_logits(model)
                 tensors = _said(model, spec, [str(row["id"]) for row in chosen], answers, vocabulary, runtime)
                 save_file(tensors, scratch / shard(number))

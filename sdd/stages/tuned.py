@@ -383,6 +383,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         return
     import torch
 
+    from sdd.finetuning.sharded import gather_trained
+
     spec = Tuned.read(recipe.spec)
     settings = spec.finetune
     base = Checkpoint(inputs["pruned"]) if "pruned" in inputs else runtime.checkpoint(str(spec.model))
@@ -412,8 +414,10 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     torch.manual_seed(spec.seed)
     adapter = spec.adapter
     dtype = "float32" if adapter.get("method") == "full" else PRECISIONS[spec.precision]
-    model = base.model(dtype, runtime.device, runtime.attention, spec.base_quantisation)
-    checkpoints.check_logits(model)
+    device = "cpu" if runtime.is_sharded else runtime.device  # from there each rank takes its part, block by block
+    model = base.model(dtype, device, runtime.attention, spec.base_quantisation)
+    if not runtime.is_sharded:
+        checkpoints.check_logits(model)
     student = adapted(model, adapter, _places(adapter, model, inputs.get("pruned")))
     if runtime.gradient_checkpointing:
         checkpoints.recompute_activations(model)
@@ -422,6 +426,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         _check_places(cache, training, validation)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, scratch)
+    if runtime.is_sharded:
+        gather_trained(student, keep=ranks.rank() == 0)
     if ranks.rank() > 0:
         return
     save_student(student, folder, base, base_name)
@@ -467,8 +473,10 @@ def _loss(spec: Tuned, runtime: Runtime, model: Any, inputs: Mapping[str, Path])
     weights = _weights(settings)
     if "teacher" in settings:
         checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
-        teacher = checkpoint.model(settings["dtype"], runtime.device, runtime.attention).requires_grad_(False)
-        checkpoints.check_logits(teacher)
+        device = "cpu" if runtime.is_sharded else runtime.device
+        teacher = checkpoint.model(settings["dtype"], device, runtime.attention).requires_grad_(False)
+        if not runtime.is_sharded:
+            checkpoints.check_logits(teacher)
     if any(LOSSES[name].needs == "teacher states" for name in weights):
         kept = _kept(model, inputs.get("pruned"))
     if "taught" in inputs:
@@ -548,6 +556,7 @@ def _fit(
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from sdd.finetuning.module import Optimisation, StudentModule, SummedGradients, WholeCheckpoints, step_rows
+    from sdd.finetuning.sharded import Sharded, Shards
 
     spec = Tuned.read(recipe.spec)
     settings, seed = spec.finetune, spec.seed
@@ -564,6 +573,8 @@ def _fit(
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     shown = {"desc": "tune", "unit": "step", "disable": ranks.rank() > 0}
+    models = [student] if getattr(loss, "teacher", None) is None else [student, loss.teacher]
+    strategy = Sharded(runtime.devices) if runtime.is_sharded else SummedGradients()
     with tqdm(total=len(plan), **shown) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
 
@@ -595,14 +606,15 @@ def _fit(
                 runtime,
             ),
             keep_best=settings.get("keep") == "best",
-            halves=spec.micro_batch_tokens is None,
+            halves=spec.micro_batch_tokens is None and not runtime.is_sharded,
+            shards=Shards(*models) if runtime.is_sharded else None,
         )
         saved, resumed = _checkpoint(scratch, module)
         keeping = ModelCheckpoint(scratch, "{step}", every_n_train_steps=runtime.checkpoint_every, save_top_k=1)
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
-            strategy=SummedGradients() if runtime.devices > 1 else "auto",
+            strategy=strategy if runtime.devices > 1 else "auto",
             use_distributed_sampler=False,  # every rank goes through all steps
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),

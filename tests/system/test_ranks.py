@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,10 @@ import psutil
 import pytest
 import torch
 from launching import PATIENCE, REPOSITORY, files_of, run, spawn
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from sdd.analysis.shift import token_nll
 from sdd.errors import UserError
@@ -20,7 +25,15 @@ from sdd.evaluation.backends import in_process
 from sdd.evaluation.harness import Harness
 from sdd.evaluation.tiny import suite_tasks
 from sdd.finetuning.adapters import adapted, causal_lm
-from sdd.finetuning.module import TrainingRow, loss_sum, micro_batches, target_tokens
+from sdd.finetuning.module import (
+    Optimisation,
+    StudentModule,
+    TrainingRow,
+    loss_sum,
+    micro_batches,
+    target_tokens,
+)
+from sdd.finetuning.sharded import Shards, whole
 from sdd.forward import ranks
 from sdd.forward.batches import show_texts, tokenize_texts
 from sdd.forward.bypass import Row
@@ -42,14 +55,19 @@ def _rows() -> list[TrainingRow]:
     return [TrainingRow(torch.randint(5, 60, (n,), generator=generator).tolist(), 3) for n in lengths]
 
 
-def _gradients(folder: Path, out: Path) -> None:
-    """Of one step, as the module takes it; the first rank writes them."""
+def _student(folder: Path, adapter: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    student = adapted(Checkpoint(folder).model("float32", "cpu"), ADAPTER, None)
+    student = adapted(Checkpoint(folder).model("float32", "cpu"), adapter, None)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
+    return student
+
+
+def _gradients(folder: Path, out: Path) -> None:
+    """Of one step, as the module takes it; the first rank writes them."""
+    student = _student(folder, ADAPTER)
     rows, number = _rows(), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks.is_rank():
         torch.distributed.init_process_group("gloo", rank=ranks.rank(), world_size=number)
@@ -68,6 +86,42 @@ def _gradients(folder: Path, out: Path) -> None:
 
 def _lengths() -> list[int]:
     return [row.longest for row in _rows()]
+
+
+def _sharded_gradients(folder: Path, out: Path) -> None:
+    """The same, of LoRA and of all parameters, where each rank has its part of every tensor; and who passed what."""
+    gradients, rows = {}, _rows()
+    if ranks.is_rank():
+        torch.distributed.init_process_group("gloo", rank=ranks.rank(), world_size=ranks.number())
+    for adapter in (ADAPTER, {"method": "full"}):
+        student = _student(folder, adapter)
+        shards = Shards(student) if ranks.is_rank() else None
+        if shards is not None:
+            shards.split(init_device_mesh("cpu", (ranks.number(),)))
+            assert all(isinstance(one, DTensor) for one in student.parameters())
+        module = StudentModule(student, rows, [], [], Optimisation(0, 0, 0, 1, 0, 1, 1), 64, shards=shards)
+        module.manual_backward = torch.Tensor.backward  # type: ignore[assignment, method-assign]
+        assert module._summed_gradients(rows, range(len(rows)), target_tokens(rows)) is not None
+        passes = module._own_passes(rows)
+        gradients |= {f"{adapter} {name}": whole(one.grad) for name, one in module.trained().items()}
+    passed = ranks.merged({ranks.rank(): [[[rows[at].ids for at in micro], counts] for micro, counts in passes]})
+    if ranks.rank() == 0:
+        torch.save({"gradients": gradients, "passed": passed}, out)
+
+
+@pytest.mark.peer
+def test_gradients_in_shards_are_those_of_one_process(tiny_llama: Path, tmp_path: Path) -> None:
+    _sharded_gradients(tiny_llama, tmp_path / "one.pt")
+    ranks.launch(_sharded_gradients, (tiny_llama, tmp_path / "two.pt"), 2)
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert one["gradients"].keys() == two["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        assert float(gradient.abs().max()) > 0, name
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-6)
+    first, second = two["passed"].values()
+    assert [counts for _, counts in first] == [True] * len(first) and second[-1] == [first[0][0], False]
+    counted = [ids for passes in (first, second) for micro, counts in passes if counts for ids in micro]
+    assert len(first) == len(second) and sorted(counted) == sorted(row.ids for row in _rows()), "each row once"
 
 
 def test_gradients_are_those_of_one_process(tiny_llama: Path, tmp_path: Path) -> None:
@@ -105,6 +159,45 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     assert (again.code, again.lines[0].rsplit("/", 1)[1]) == (0, alone.path.name), again.stderr
     made = files_of(tmp_path / "alone" / "artifacts")
     assert made and made == files_of(tmp_path / "killed" / "artifacts")
+
+
+FULL = ["adapter=full", "finetune=sft", "finetune.learning_rate=1e-3"]
+TAUGHT = ["finetune=logit_distill", "trainer.gradient_checkpointing=true", "finetune.keep=best"]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("asked", [FULL, TAUGHT], ids=["full", "lora_with_a_teacher"])
+def test_two_processes_train_in_shards_what_one_does_whole(small: list[str], tmp_path: Path, asked: list[str]) -> None:
+    """To 1e-5, in files that stock code opens, also after a kill; one process goes on from what two have left."""
+    words = [*small, *asked, *STEPS]
+    alone = run("train", *words, cwd=tmp_path / "alone")
+    both = [*words, "trainer.devices=2", "trainer.strategy=fsdp"]
+    killed = spawn("train", *both, cwd=tmp_path / "killed")
+    scratch = tmp_path / "killed" / "artifacts" / ".partial" / "tuned"
+    killed.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
+    killed.kill()
+    shutil.copytree(tmp_path / "killed" / "artifacts", tmp_path / "narrower" / "artifacts")
+    weights = [_weights(alone.path)]
+    for cwd, again in (("killed", both), ("narrower", words)):
+        outcome = run("train", *again, cwd=tmp_path / cwd)
+        assert outcome.path.name == alone.path.name, outcome.stderr
+        weights.append(_weights(outcome.path))
+        history = [(path / "history.csv").read_text().splitlines() for path in (alone.path, outcome.path)]
+        assert len(history[0]) == len(history[1]) == 7
+    one, *others = map(load_file, weights)
+    for other in others:
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5)
+    if asked is FULL:
+        model = AutoModelForCausalLM.from_pretrained(weights[1].parent, use_safetensors=True)
+        assert type(model).__name__ == "LlamaForCausalLM" and model.config.architectures == ["LlamaForCausalLM"]
+        assert (weights[1].parent / "config.json").read_text() == (weights[0].parent / "config.json").read_text()
+
+
+def _weights(artifact: Path) -> Path:
+    (path,) = [*artifact.glob("checkpoint/model.safetensors"), *artifact.glob("adapter/adapter_model.safetensors")]
+    return path
 
 
 # ---- without gradients ------------------------------------------------------------------------------------------
