@@ -275,7 +275,8 @@ class Trial:
                 if running.process.exitcode != 0:
                     self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
                 return False
-        os.kill(running.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since it was looked at
+            os.kill(running.process.pid, number)
         running.process.join(PATIENCE)
         when = f"{number.name} while {doing(running)}"
         if running.process.exitcode is None:
