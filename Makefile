@@ -32,7 +32,7 @@ What happens now, on a language model of 2.5 million parameters that comes with 
   2. The unpruned model rewrites the training answers in its own words.
   3. The pruned model is fine-tuned on those and on the original answers, once for every seed.
   4. All of them answer the same test questions, and the report compares them.
-The whole takes about ten minutes on two cores. What is interrupted goes on where it stopped, and what is there already
+The whole takes six to nine minutes on two cores. What is interrupted goes on where it stopped, and what is there already
 is not made again. Lines with [INFO] say what is being built; they need no reading.
 
 endef
