@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 METRICS = ("angular", "block_influence", "magnitude", "random", "last")
 SIZES = (1, 2, 3, 4)
 SMALL = ("calibration.num_texts=4", "calibration.max_length=64")
-ASKED = ("seconds", "created", "command", "config")
-"""What a manifest says of the time, and of the job that came first to an artifact that several ask for."""
+ASKED = ("seconds", "created", "command", "config", "digest")
+"""What a manifest says of the time, and of the job that came first to an artifact of several; its digest too."""
 GOALS = {"help": 1.5, "dry run": 15.0, "cached job": 0.3, "sweep": 3.0}
 """Seconds at most, and times as fast at least."""
 
