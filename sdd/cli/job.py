@@ -99,7 +99,10 @@ class Job:
 
         estimate = estimator(self.study)
         accelerator = self.config.trainer.accelerator
-        memory = lambda: max((estimate(recipe).memory for recipe in missing), default=0.0)  # noqa: E731
+
+        def memory() -> float:
+            return max((estimate(recipe).memory for recipe in missing), default=0.0)
+
         fitting.fit(configs, memory, lambda: fitting.free_memory(accelerator))
 
     def store(self, script: str) -> Store:
