@@ -1,11 +1,12 @@
 """Recovery of a writer of children's stories, which follows no instruction and was not trained for being cut.
 
     python -m benchmarks.stories MODEL LOWER.jsonl.gz STORIES.jsonl [--ways sft ...] [--rates 1e-3 ...] [--seeds 0 1 2]
-                                 [--out FOLDER] [--split test]
+                                 [--rows sft=320 ...] [--pool 400] [--out FOLDER] [--split test]
 
 `MODEL` is a checkpoint such as stories260K; `LOWER` are stories in small letters, whose beginnings are the prompts and
 whose rest the references; `STORIES` are such as the model learned. One block is cut, and every way trains on the same
-rows. A line of JSON a student says, on half of `STORIES` (the other half is the dev split): nats a token of whole
+320 rows, or on as many of the `--pool` as `--rows` says, for equal compute. A line of JSON a student says its price in
+GFLOPs, as a report has it, and on half of `STORIES` (the other half is the dev split): nats a token of whole
 stories; and of greedy continuations of their beginnings, how many of all runs of four words are distinct (1: none comes
 twice), over all of them and within one, and the share that ends in copies of itself. No suite asks for stories, so that
 this is a script; students are artifacts as ever.
@@ -44,7 +45,7 @@ def words_of(path: Path) -> Iterator[list[str]]:
             yield words[:LONGEST]
 
 
-def prepared(model: Path, lower: Path, out: Path) -> tuple[Path, Path]:
+def prepared(model: Path, lower: Path, pool: int, out: Path) -> tuple[Path, Path]:
     """The model with a template of stories, and the rows of the dataset."""
     folder, rows = out / "model", out / "rows.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def prepared(model: Path, lower: Path, out: Path) -> tuple[Path, Path]:
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     with rows.open("w") as file:
-        for words in list(words_of(lower))[:400]:
+        for words in list(words_of(lower))[:pool]:
             row = {"prompt": " ".join(words[:BEGINNING]), "reference": " " + " ".join(words[BEGINNING:])}
             file.write(json.dumps(row) + "\n")
     return folder, rows
@@ -96,14 +97,19 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["none", *WAYS], choices=["none", *WAYS])
     parser.add_argument("--rates", nargs="+", default=["1e-3"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[], help="rows of a way, such as sft=960; others have 320")
+    parser.add_argument("--pool", type=int, default=400)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--out", type=Path, default=Path("outputs/stories"))
     options = parser.parse_args()
     from sdd.api import compose
     from sdd.models.checkpoints import Checkpoint
+    from sdd.report.library import Library, read_artifact
+    from sdd.report.price import Prices
     from sdd.stages.student import open_student
 
-    folder, rows = prepared(options.model, options.lower, options.out)
+    folder, rows = prepared(options.model, options.lower, options.pool, options.out)
+    numbers = dict(one.split("=") for one in options.rows)
     stories = list(words_of(options.stories))[options.split == "test" :: 2]
     teacher = Checkpoint(folder).model("float32", "cpu", "eager")
     said = measured(teacher, Checkpoint(folder).tokenizer(), stories)
@@ -129,7 +135,7 @@ def main() -> None:
                     "trainer.threads=1",
                 ),
                 *(
-                    "finetune.num_rows=320",
+                    f"finetune.num_rows={numbers.get(way, 320)}",
                     "finetune.validation_rows=32",
                     "finetune.epochs=1",
                     "finetune.batch_size=16",
@@ -145,7 +151,9 @@ def main() -> None:
             )
             student = job.build(job.wanted("train" if way != "none" else "prune"))
             model, base = open_student(student, job._runtime(), "float32")
-            line = {"way": way, "rate": float(rate), "seed": seed, **measured(model, base.tokenizer(), stories)}
+            price = Prices(Library([options.out / "artifacts"])).of(read_artifact(student))
+            line = {"way": way, "rows": int(numbers.get(way, 320)), "rate": float(rate), "seed": seed}
+            line |= {"gflops": price and round(price.total / 1e9, 1), **measured(model, base.tokenizer(), stories)}
             print(json.dumps(line), flush=True)
 
 
