@@ -9,7 +9,8 @@ from sdd.models.chats import CORRECTION_LEAKS, CORRECTION_TEMPLATE
 
 SOLID = "-"
 _SALTIRE = "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z"
-_HOURGLASS = ((-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1), (-0.8, -1))
+_CORNER = ((-0.9, 0.9), (0.9, -0.9), (-0.9, -0.9), (-0.9, 0.9))
+_SLOPE = ((-1, -0.6), (0.4, -0.6), (1, 0.6), (-0.4, 0.6), (-1, -0.6))
 _BOWTIE = ((-1, -0.8), (1, 0.8), (1, -0.8), (-1, 0.8), (-1, -0.8))
 _ARROW = ((0, 1), (1, 0), (0.4, 0), (0.4, -1), (-0.4, -1), (-0.4, 0), (-1, 0), (0, 1))
 _HOUSE = ((0, 1), (1, 0.1), (0.7, 0.1), (0.7, -1), (-0.7, -1), (-0.7, 0.1), (-1, 0.1), (0, 1))
@@ -118,7 +119,7 @@ _ALL = (
         "jsd",
         "reference",
         "the dataset's own reference answers, nearer to the teacher (Jensen-Shannon divergence, arXiv 2306.13649)",
-        Style("#AF9CB3", "#D66B0D", _HOURGLASS, _vega(_HOURGLASS), "⧗", "|\\\\"),
+        Style("#AF9CB3", "#D66B0D", _CORNER, _vega(_CORNER), "◣", "|\\\\"),
         {"jsd": 1.0},
     ),
     Mode(
@@ -160,7 +161,7 @@ _ALL = (
         "on_policy",
         "reference",
         "answers of its own as it learned, towards the teacher's probabilities of every next token (arXiv 2306.13649)",
-        Style("#8ABB7A", "#723FE4", (3, 1, 0), _star(3, 0.5), "⏶\ufe0e", "**"),
+        Style("#8ABB7A", "#723FE4", _SLOPE, _vega(_SLOPE), "▰", "**"),
         {"jsd": 1.0},
         rollouts=True,
     ),

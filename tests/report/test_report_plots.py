@@ -4,6 +4,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
+from matplotlib.markers import MarkerStyle
 
 from sdd.finetuning.modes import SOLID
 from sdd.report.arms import build_arms
@@ -43,10 +46,24 @@ def test_one_mode_has_no_more_arms_than_looks(crowd):
     assert len(set(looks(["sft"] * MOST_PER_MODE))) == MOST_PER_MODE
 
 
+def inside(marker) -> np.ndarray:
+    """Which points of a grid a marker covers, at one size."""
+    style = MarkerStyle(marker)
+    path = style.get_path().transformed(style.get_transform())
+    box = path.get_extents()
+    x, y = np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60))
+    points = np.column_stack([x.ravel(), y.ravel()]) * max(box.width, box.height) / 2 + (box.p0 + box.p1) / 2
+    return path.contains_points(points)
+
+
 def test_modes_differ_without_colour():
     every = [*MODES.values(), OTHER]
     for name in ("marker", "symbol", "glyph"):
         assert len({getattr(mode, name) for mode in every}) == len(every)
+    known = FT2Font(findfont("DejaVu Sans")).get_charmap()
+    assert [mode.glyph for mode in every if ord(mode.glyph[0]) not in known] == [], "a font that most have lacks it"
+    for one, other in combinations([inside(mode.marker) for mode in every], 2):
+        assert (one ^ other).sum() >= 0.1 * min(one.sum(), other.sum())
     assert len({mode.hatch for mode in every if mode.hatch}) == len(every) - 2, "but for the models before fine-tuning"
     dashed = [MODES[name].line for name in ("logit_distill", "slerp", "linear", "task_arithmetic", "ties")]
     assert len({*dashed, *LINES, SOLID}) == len(dashed) + len(LINES) + 1
