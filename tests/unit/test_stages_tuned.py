@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sdd.data.draws import split_rows
 from sdd.errors import UserError
 from sdd.finetuning import module
+from sdd.finetuning.losses import LOSSES
 from sdd.finetuning.module import StudentModule, labelled
 from sdd.forward import chunks
 from sdd.stages.runtime import Runtime
@@ -142,6 +143,7 @@ FINETUNE = {
     "clip_norm": 1.0,
 }
 STEPS = 6
+EVERY_LOSS = {name: 0.1 * number for number, name in enumerate(LOSSES, 1)}
 
 
 def recipe(seed: int = 0, dropout: float = 0.0, **finetune: Any) -> Recipe:
@@ -162,8 +164,13 @@ def recipe(seed: int = 0, dropout: float = 0.0, **finetune: Any) -> Recipe:
 def inputs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     targets = tmp_path_factory.mktemp("targets")
     rows = [{"id": task.id, "prompt": task.prompt, "target": task.reference} for task in instances("pool", 0, 16)]
+    for row, other in zip(rows[::2], rows[1::2], strict=True):
+        row["rejected"] = other["target"]
     write_jsonl(targets / "train.jsonl", rows)
-    return {"targets": targets, "pruned": tiny_llama}
+    pruned = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("cut") / "pruned")
+    blocks = json.loads((pruned / "config.json").read_text())["num_hidden_layers"]
+    (pruned / "pruning.json").write_text(json.dumps({"kept_blocks": list(range(blocks)), "removed_blocks": []}))
+    return {"targets": targets, "pruned": pruned}
 
 
 def tune(folder: Path, inputs: dict[str, Path], recipe: Recipe, runtime: Runtime = RUNTIME) -> dict[str, torch.Tensor]:
@@ -184,7 +191,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         (5, None, False, {}, {}),
         (5, "nf4", True, {}, {}),
         (5, None, True, {"temperature": 2.0, "ce_share": 0.5}, {}),
-        (5, None, False, {"loss": {"taid": 1.0}, "temperature": 1.0, "taid_start": 0.4}, {}),
+        (5, None, False, {"loss": EVERY_LOSS, "temperature": 2.0, "taid_start": 0.4}, {}),
         (5, None, True, {}, {"scope": "last", "blocks": 2}),
     ],
 )
