@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,6 +255,7 @@ def test_what_the_student_wrote_for_steps_to_come_outlives_a_kill(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed in the second window of three steps, after a checkpoint within it; one with other tokens is none."""
     runtime = dataclasses.replace(RUNTIME, sources={"teacher's": sharded_llama})
@@ -262,6 +264,7 @@ def test_what_the_student_wrote_for_steps_to_come_outlives_a_kill(
     taught = {"teacher": "teacher's", "dtype": "float32", "temperature": 1.0, "ce_share": 0.0}
     asked.spec["distillation"] = taught | {"rollouts": rollouts}
     whole = tune(tmp_path / "whole", inputs, asked, runtime)
+    assert re.search(r"loss=\S+, rollout=[1-9]\d*tok/s, training=[1-9]\d*tok/s", capsys.readouterr().err)
     saved = break_off(tmp_path / "broken", inputs, asked, monkeypatch, runtime)
     content = torch.load(saved, weights_only=True)
     written = content["rollouts"]["written"]
