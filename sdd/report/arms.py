@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdd.finetuning.modes import MODES as TUNING
+from sdd.finetuning.modes import REQUESTS
 from sdd.report.collect import Run
 
 MODES = ("teacher", "pruned", *TUNING, "merged")
@@ -121,6 +122,9 @@ def _order(arm: Arm, comparisons: list[str]) -> tuple[Any, ...]:
 
 
 def _part(setting: str, value: Any) -> str:
+    known = [name for name, request in REQUESTS.items() if request and request.template == value]
+    if known and setting.endswith("template"):
+        return f"request={known[0]}"
     short = "tasks" if setting.startswith("evaluation.tasks") else setting.split(".")[-1]
     short = "lr" if short == "learning_rate" else short
     return f"{short}={text_of(value)}"

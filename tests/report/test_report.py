@@ -233,13 +233,14 @@ def test_logit_distillation_is_an_arm_between_the_two_others(artifacts, tmp_path
 def test_a_long_setting_is_named_in_short(artifacts, tmp_path):
     pruned = artifacts.pruned(4)
     templates = ["Task: {prompt}\nReference answer: {reference}\n" + "Please answer it. " * 9 + end for end in "ab"]
-    for template in templates:
+    for template in (*templates, "{prompt}"):
         rewrites = artifacts.put("rewrites", {"teacher": "m" * 20, "template": template}, {})
         files = {"summary.json": {"rows": 1, "reasons": {}}}
         targets = artifacts.put("targets", {"mode": "self_distill"}, {"rewrites": rewrites}, **files)
         artifacts.evaluated(artifacts.tuned(pruned, targets, 0), scores(add=HALF))
     rows, _ = report(artifacts, tmp_path / "out")
-    names = [name.split("template=")[1] for name in rows]
+    assert "self_distill request=alone" in rows
+    names = [name.split("template=")[1] for name in rows if "request" not in name]
     assert len(set(names)) == 2
     assert all(len(name) < 70 and "\n" not in name and name.startswith("Task: {prompt} Ref") for name in names)
 
