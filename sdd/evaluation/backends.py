@@ -5,11 +5,9 @@ bases, so that the same tokens go to every backend.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdd.errors import UserError
 from sdd.evaluation.chats import Chats, ChatsElsewhere
 from sdd.evaluation.generation import FullBatches
 from sdd.evaluation.likelihoods import SharedPrefixes
@@ -64,13 +62,6 @@ def _hf() -> Any:
 def in_process(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """A transformers model, open already."""
     return _hf()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=TEMPLATE_VALUES)
-
-
-def check_vllm(device: str) -> None:
-    if find_spec("vllm") is None:
-        raise UserError("evaluation.backend=vllm needs the package vllm; run: pip install vllm, or choose a server")
-    if device == "cpu":
-        raise UserError("evaluation.backend=vllm needs a GPU; add trainer=gpu, or choose evaluation.backend=hf")
 
 
 @cache

@@ -4,12 +4,11 @@ Prompts go to it as the token ids that every engine starts from, and its tokens 
 """
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from sdd.errors import UserError
 from sdd.models.chats import stop_ids
 from sdd.models.checkpoints import Checkpoint
+from sdd.models.vllm import check_vllm
 from sdd.rewriting.engines import HFEngine, Place, Request, seed_of
 
 
@@ -23,10 +22,7 @@ class VLLMEngine(HFEngine):
     kind = "vllm"
 
     def check(self, place: Place) -> None:
-        if find_spec("vllm") is None:
-            raise UserError("engine=vllm needs the package vllm; run: pip install vllm, or choose engine=openai")
-        if place.device == "cpu":
-            raise UserError("engine=vllm needs a GPU; add trainer=gpu, or choose engine=hf")
+        check_vllm("engine=vllm", place.device, "engine=hf or openai")
 
     def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None:
         from vllm import LLM  # type: ignore[import-not-found]

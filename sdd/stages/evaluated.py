@@ -23,6 +23,7 @@ from sdd.evaluation.suites import SUITES
 from sdd.evaluation.tiny import KINDS, suite_tasks
 from sdd.forward import ranks
 from sdd.models.checkpoints import Checkpoint
+from sdd.models.vllm import check_vllm
 from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages.runtime import Runtime
@@ -132,9 +133,7 @@ def check_backend(study: Study, runtime: Runtime, spec: Embedded | Stock) -> Non
     """Refuse a backend that cannot work, before any work."""
     kind = (spec.backend or {}).get("kind")
     if kind == "vllm":
-        from sdd.evaluation.backends import check_vllm
-
-        check_vllm(runtime.device)
+        check_vllm("evaluation.backend=vllm", runtime.device, "hf or server")
     if kind == "server":
         from sdd.evaluation import server
 

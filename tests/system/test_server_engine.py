@@ -255,11 +255,12 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_busy_servers_are_asked_again_and_long_prompts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the prompts, whatever that of the rows, so that those which begin alike meet in caches."""
     monkeypatch.setenv("OPENAI_API_KEY", "of-a-test")
     long = (400, {}, refused("This model's maximum context length is 8 tokens", code="context_length_exceeded"))
     server = standing((429, {"Retry-After": "0"}, b"{}"), (500, {"Retry-After": "0"}, b"{}"), OK, long, OK)
     engine = asking(server, temperature=0.7, top_p=0.9, tries=2, seed=5)
-    found = {one.id: one for one in engine.complete([Request("a", "first"), Request("b", "second")])}
+    found = {one.id: one for one in engine.complete([Request("b", "second"), Request("a", "first")])}
     assert [(found[id].text, found[id].finish) for id in "ab"] == [("fine", "stop"), ("", "too_long")]
     assert {key for key, _ in server.asked} == {"Bearer of-a-test"}
     list(engine.complete([Request("a", "first", attempt=1)]))

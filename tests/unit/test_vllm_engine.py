@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import sdd
+import sdd.models.vllm
 from sdd.errors import UserError
 from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting.engines import HFEngine, Place, Request
@@ -76,10 +77,22 @@ def test_ends_are_those_of_the_opened_model(tiny_llama: Path) -> None:
         assert set(Checkpoint(folder).ending_ids) <= set(engine.stops)
 
 
-def test_the_key_is_its_own_and_its_lack_is_told() -> None:
+def test_the_key_is_its_own_and_what_it_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package; and with a build of it for the other kind of device."""
     assert VLLMEngine().spec() == HFEngine().spec() | {"kind": "vllm"}
-    with pytest.raises(UserError, match="needs the package vllm" if "vllm" not in sys.modules else "needs a GPU"):
-        VLLMEngine().check(Place())
+    with monkeypatch.context() as patch:
+        patch.setattr(sdd.models.vllm, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"^engine=vllm needs the package vllm; run: pip install vllm, or choose"):
+            VLLMEngine().check(Place())
+    monkeypatch.setattr(sdd.models.vllm, "find_spec", lambda name: object())
+    for is_cpu, device, other in ((False, "cpu", "trainer=gpu"), (True, "cuda", "trainer=cpu")):
+        platforms = ModuleType("vllm.platforms")
+        platforms.current_platform = SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+        monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+        with pytest.raises(UserError, match=f"^engine=vllm.* this build of vLLM.* add {other}, or choose"):
+            VLLMEngine().check(Place(device))
+        VLLMEngine().check(Place("cpu" if is_cpu else "cuda"))
 
 
 def test_what_is_passed_has_a_place_in_the_packages_signatures() -> None:
