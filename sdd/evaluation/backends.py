@@ -1,4 +1,4 @@
-"""Who computes for lm-eval: a transformers model in this process (`hf`), or vLLM on this machine's GPU (`vllm`).
+"""Who computes for lm-eval: a transformers model in this process (`hf`), or vLLM in it (`vllm`).
 
 A server is the business of `server`. Each is a model class of lm-eval's with this project's chats before it among its
 bases, so that the same tokens go to every backend.
@@ -80,7 +80,7 @@ def vllm_settings(folder: Path, dtype: str) -> dict[str, Any]:
 
 
 def by_vllm(folder: Path, tokenizer: Any, dtype: str) -> Any:
-    """A stock checkpoint, opened by vLLM. Not run by anybody here, who have no GPU."""
+    """A stock checkpoint, opened by vLLM. Run here on a CPU alone (vLLM 0.32.0)."""
     language_model = _vllm()(**vllm_settings(folder, dtype))
     language_model.tokenizer = tokenizer
     return language_model

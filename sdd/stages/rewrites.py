@@ -121,7 +121,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         examples = [replace(row, reference=said[row.id]) for row in rows]
     settings = {key: value for key, value in spec.engine.items() if key != "kind"}
     engine = _engine(spec.engine["kind"])(**settings)
-    if isinstance(engine, HFEngine) and shared(build, runtime, recipe, inputs, folder):
+    if engine.kind == HFEngine.kind and shared(build, runtime, recipe, inputs, folder):
         return
     templates = [for_row(spec.template, example.id) for example in examples]
     order = sorted(

@@ -1,4 +1,4 @@
-"""vLLM's engine without vLLM, which needs a GPU and a torch of its own: a stand-in answers by the `hf` engine's model.
+"""vLLM's engine without vLLM, which is not installed in tests: a stand-in answers by the `hf` engine's model.
 
 Where the package is installed, what is passed to it is held against its real signatures.
 """
