@@ -53,7 +53,7 @@ def checkpoint_for(name: str, arguments: argparse.Namespace, scratch: Path) -> P
 def server_command(
     program: str, model: Path, host: str, port: int, dtype: str | None, draft: Path | None, draft_tokens: int
 ) -> list[str]:
-    """What starts a server; its arguments are those of `vllm serve` 0.11, and of `transformers serve` 5."""
+    """What starts a server; its arguments are those of `vllm serve` 0.32, and of `transformers serve` 5."""
     beside = Path(sys.executable).with_name(program)
     found = str(beside) if beside.exists() else shutil.which(program)
     if found is None:
