@@ -1,10 +1,14 @@
-"""What each stage of a usual run takes on one GPU, for a model's header; sizes and times as one reads them."""
+"""What each stage of a usual run takes on one GPU, for a model's header; sizes, times and prices as one reads them."""
+
+import math
 
 from sdd.evaluation.suites import SUITES
 from sdd.planning import estimates
 from sdd.planning.cost_model import DEVICES, CostModel, Shape
 from sdd.planning.estimates import Training
 from sdd.rewriting.engines import chunk_rows
+
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def requirements(shape: Shape) -> list[str]:
@@ -39,3 +43,14 @@ def size(count: float) -> str:
     if count < 1e8:
         return f"{max(count, 1e4) / 1e6:.2g} MB"
     return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
+
+
+def flops(student: float, teacher: float) -> str:
+    """Of student and teacher, those that there are: '142 G + 244 G'."""
+    return " + ".join(_si(number) for number in (student, teacher) if number)
+
+
+def _si(number: float) -> str:
+    """Three digits of a number from 1 on, with a prefix of the SI."""
+    power = min(max(0, int(math.log10(number) // 3)), len(PREFIXES) - 1)
+    return f"{number / 1000**power:.3g} {PREFIXES[power]}".rstrip()

@@ -5,32 +5,27 @@ rows' share of what others use too: rewrites, drafts, kept logits. Where damage 
 rows, since all of them are looked at. References are free; so are tries of a rewrite that were not kept, which nobody
 recorded.
 
-Lengths of prompts and of texts are means over `SAMPLE` rows, in the tokens of the student's own tokenizer.
+Lengths of prompts and of texts are means over a sample of rows, in the tokens of the student's own tokenizer.
 """
 
 import csv
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from sdd.data.mixture import part_of
 from sdd.errors import UserError
-from sdd.finetuning.losses import LOSSES
 from sdd.models.chats import answer_ids, chat_prompt_ids, rewrite_prompt
 from sdd.models.checkpoints import Checkpoint
-from sdd.planning import price
 from sdd.planning.cost_model import Shape, shape_of
 from sdd.planning.estimates import adapter_parameters
-from sdd.planning.price import Passed, Price
+from sdd.planning.price import Price, Recovery, Rewritten, Trained, beside, sample
 from sdd.report.library import Artifact, Library
 from sdd.store.files import AGAIN, check_file, shown_json, shown_rows
 from sdd.untrusted import ANY, check_shape, read_text
 
-SAMPLE = 200
-"""Rows, drawn at random, whose tokens are counted."""
 TUNED: dict[str, Any] = {
     "adapter": {"method?": str, "rank?": int, "targets?": [str], "scope?": str, "blocks?": int},
     "finetune": {"epochs": int},
@@ -56,7 +51,7 @@ class Prices:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.tokenizers: dict[str, Any] = {}
-        self.prompts: dict[str, tuple[float, float]] = {}
+        self.prompts: dict[str, tuple[float, float, float]] = {}
         self.rewritten: dict[str, Rewritten] = {}
 
     def of(self, evaluated: Artifact) -> Price | None:
@@ -67,18 +62,6 @@ class Prices:
             return sum((_Recovery(one, self).price(paid) for one in tuned), Price()) if tuned else None
         except (UnknownError, UserError, OSError):
             return None
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """Of a row on average: tries of the `teacher` that are kept, tokens that it is shown and writes in each, and tokens
-    that the pruned model wrote before."""
-
-    teacher: str
-    tries: float
-    asked: float
-    new: float
-    drafted: float
 
 
 class _Recovery:
@@ -98,17 +81,27 @@ class _Recovery:
         self.tokenizer = prices.tokenizers[pruned.address]
         if self.targets.address not in prices.prompts:
             prices.prompts[self.targets.address] = self._lengths()
-        self.prompt, self.rejected = prices.prompts[self.targets.address]
-        self.target = self.rows["target_tokens"] / max(1, self.rows["trained"])
+        self.prompt, self.refused, self.rejected = prices.prompts[self.targets.address]
 
     def price(self, paid: set[tuple[str, Any]]) -> Price:
         """Nothing for what is `paid`: shared artifacts, each with the id of a row; what comes new is added there."""
-        passed = self._passed()
-        total = Price(self._training(passed)) + self._beside(passed) + self._rollouts() + self._shared(paid)
-        if self.rejected:
-            refused = Passed(passed.rows, self.prompt + self.rejected, self.rejected)
-            total += Price(self._training(refused))
-        return total
+        epochs, (own, own_tokens) = self.spec["finetune"]["epochs"], self._written()
+        recovery = Recovery(
+            self.shape,
+            self.whole,
+            self.whole,
+            self._trained(),
+            rows=epochs * self.rows["trained"],
+            prompt=self.prompt,
+            target=self.rows["target_tokens"] / max(1, self.rows["trained"]),
+            own=own,
+            own_tokens=own_tokens,
+            refused=self.refused,
+            rejected=self.rejected,
+            beside=self._beside(),
+            damaged=self.all_rows if "damaged" in self.tuned.inputs else 0,
+        )
+        return self._with_shared(recovery, paid).price()
 
     def _input(self, artifact: Artifact, name: str) -> Artifact:
         found = self.prices.library.get(artifact.inputs.get(name, ""))
@@ -116,51 +109,39 @@ class _Recovery:
             raise UnknownError(f"{artifact.address} lacks its {name}")
         return found
 
-    def _teacher(self, digest: Any) -> Shape:
-        """The unpruned model's shape; that of another teacher is not known."""
+    def _check_teacher(self, digest: Any) -> None:
+        """The unpruned model's shape is known, that of another teacher is not."""
         if digest != self.model:
             raise UnknownError("another teacher")
-        return self.whole
 
-    def _lengths(self) -> tuple[float, float]:
-        """Tokens on average of a prompt, and of the rejected answers over all rows."""
+    def _lengths(self) -> tuple[float, float, float]:
+        """Tokens on average of a prompt, the share of rows with a rejected answer, and the tokens of one."""
         rows = _drawn(self.targets.path / "train.jsonl", self.all_rows, TARGET)
         system_prompt = self.spec["system_prompt"]
         prompts = [chat_prompt_ids(self.tokenizer, row["prompt"], system_prompt, row.get("before", ())) for row in rows]
-        rejected = [answer_ids(self.tokenizer, row["rejected"]) if row.get("rejected") else [] for row in rows]
-        return fmean(map(len, prompts)), fmean(map(len, rejected))
+        rejected = [len(answer_ids(self.tokenizer, row["rejected"])) for row in rows if row.get("rejected")]
+        return fmean(map(len, prompts)), len(rejected) / len(rows), fmean(rejected or [0])
 
     # ---- training, and what runs beside it
 
-    def _passed(self) -> Passed:
-        """The rows of all epochs, with what the student wrote in place of their targets."""
-        epochs = self.spec["finetune"]["epochs"]
-        rows, targets = epochs * self.rows["trained"], epochs * self.rows["target_tokens"]
-        own, new = self._written()
-        mean = (targets + own * (new - self.target)) / max(1, rows)
-        return Passed(rows, self.prompt + mean, mean)
-
-    def _training(self, passed: Passed) -> float:
-        adapter, blocks = self.spec["adapter"], self.shape.blocks
-        if adapter.get("method") == "full":
-            return price.trained_whole(self.shape, blocks, passed)
-        if adapter.get("method") == "head_and_norms":
-            return price.trained_head(self.shape, blocks, passed)
+    def _trained(self) -> Trained:
+        adapter = self.spec["adapter"]
+        if "method" in adapter:
+            return Trained(adapter["method"])
         scope = adapter.get("scope", "all")
         if scope == "beside_cut":
             raise UnknownError("which blocks are beside the cut")
-        reach = adapter["blocks"] if scope == "last" else blocks
+        reach = adapter["blocks"] if scope == "last" else self.shape.blocks
         weights = adapter_parameters(self.shape, reach, adapter["rank"], adapter["targets"])
-        return price.trained(self.shape, blocks, passed, weights, reach)
+        return Trained(weights=weights, reach=reach)
 
-    def _beside(self, passed: Passed) -> Price:
-        """A pass of the teacher for every pass of the student, with logits where a loss is on these."""
+    def _beside(self) -> Literal["logits", "states"] | None:
+        """What the teacher makes beside the student."""
         distillation = self.spec.get("distillation") or {}
         if "teacher" not in distillation:
-            return Price()
-        shape, losses = self._teacher(distillation["teacher"]), distillation.get("loss", {"forward_kl": 1.0})
-        head = any(name in LOSSES and LOSSES[name].needs == "teacher logits" for name in losses)
-        return Price(teacher=price.forward(shape, shape.blocks, passed, head))
+            return None
+        self._check_teacher(distillation["teacher"])
+        return beside(distillation.get("loss", {"forward_kl": 1.0}))
 
     def _written(self) -> tuple[float, float]:
         """How many answers the student wrote, and their tokens on average."""
@@ -169,10 +150,6 @@ class _Recovery:
         steps = list(_history(self.tuned.path / "history.csv"))
         rows = sum(count for count, _ in steps)
         return rows, sum(count * tokens for count, tokens in steps) / max(1.0, rows)
-
-    def _rollouts(self) -> Price:
-        rows, new = self._written()
-        return Price(price.written(self.shape, self.shape.blocks, rows, self.prompt, new))
 
     # ---- what others use too
 
@@ -183,26 +160,18 @@ class _Recovery:
         paid |= own
         return used
 
-    def _shared(self, paid: set[tuple[str, Any]]) -> Price:
-        inputs, total = self.tuned.inputs, Price()
-        if "damaged" in inputs:
-            passed = Passed(self.all_rows, self.prompt + self.target, self.target)
-            own, teacher = (price.forward(one, one.blocks, passed) for one in (self.shape, self.whole))
-            total += Price(own, teacher)
-        if "taught" in inputs:
+    def _with_shared(self, recovery: Recovery, paid: set[tuple[str, Any]]) -> Recovery:
+        if "taught" in self.tuned.inputs:
             taught = self._input(self.tuned, "taught")
-            shape = self._teacher(taught.spec.get("model"))
-            passed = Passed(self._used(taught, paid), self.prompt + self.target, self.target)
-            total += Price(teacher=price.forward(shape, shape.blocks, passed))
+            self._check_teacher(taught.spec.get("model"))
+            recovery = replace(recovery, taught=self._used(taught, paid))
         if "rewrites" not in self.targets.inputs:
-            return total
+            return recovery
         made = self._input(self.targets, "rewrites")
         if made.address not in self.prices.rewritten:
             self.prices.rewritten[made.address] = self._rewritten(made)
-        row = self.prices.rewritten[made.address]
-        shape, used = self._teacher(row.teacher), self._used(made, paid)
-        drafted = price.written(self.shape, self.shape.blocks, used, self.prompt, row.drafted) if row.drafted else 0.0
-        return total + Price(drafted, price.written(shape, shape.blocks, row.tries * used, row.asked, row.new))
+        self._check_teacher(made.spec["teacher"])
+        return replace(recovery, used=self._used(made, paid), rewritten=self.prices.rewritten[made.address])
 
     def _rewritten(self, made: Artifact) -> Rewritten:
         check_shape(made.spec, REWRITES, f"{made.path}")
@@ -222,7 +191,7 @@ class _Recovery:
             asked += [len(ids)] * len(tries)
             new += [len(answer_ids(self.tokenizer, text)) for text in tries]
         drafted = fmean(len(draft["tokens"]) for draft in drafts.values()) if drafts else 0.0
-        return Rewritten(made.spec["teacher"], len(new) / len(rows), fmean(asked), fmean(new), drafted)
+        return Rewritten(len(new) / len(rows), fmean(asked), fmean(new), drafted)
 
 
 def _unpruned(student: Shape, cut: dict[str, Any]) -> Shape:
@@ -236,8 +205,8 @@ def _unpruned(student: Shape, cut: dict[str, Any]) -> Shape:
 
 
 def _drawn(path: Path, rows: int, shape: dict[str, Any]) -> list[dict[str, Any]]:
-    """`SAMPLE` rows, or all, of a file that has so many; the same each time, and of files of as many rows."""
-    places = set(random.Random("price").sample(range(rows), min(rows, SAMPLE)))
+    """A sample of the rows of a file that has so many; the same each time, and of files of as many rows."""
+    places = set(sample(rows))
     chosen = [row for place, row in enumerate(shown_rows(path, path.parent)) if place in places]
     for row in chosen:
         check_shape(row, shape, f"{path} has a broken row; {AGAIN}: row")

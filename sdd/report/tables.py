@@ -6,12 +6,12 @@ Scores are shares in [0, 1] in the files for programs and percent in `table.md`.
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdd.planning.requirements import flops
 from sdd.report.arms import text_of
 from sdd.report.contrasts import Study
 from sdd.report.files import write
@@ -31,7 +31,6 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 SHOWN = ("average", "trained_on", "not_trained_on", "retention", "nll")
 MOST_CONTRASTS = 60
 PRICE = "recovery, FLOPs"
-PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def percent(value: dict[str, Any] | None, signed: bool = False) -> str:
@@ -53,15 +52,7 @@ def nats(value: dict[str, Any] | None, signed: bool = False) -> str:
 
 def priced(value: dict[str, float] | None) -> str:
     """FLOPs of the student and of the unpruned model: '142 G + 244 G'."""
-    if value is None:
-        return "-"
-    return " + ".join(_si(value[name]) for name in ("student", "teacher") if value[name])
-
-
-def _si(number: float) -> str:
-    """Three digits of a number from 1 on, with a prefix of the SI."""
-    power = min(max(0, int(math.log10(number) // 3)), len(PREFIXES) - 1)
-    return f"{number / 1000**power:.3g} {PREFIXES[power]}".rstrip()
+    return "-" if value is None else flops(value["student"], value["teacher"])
 
 
 def without_empty(header: list[str], rows: Iterable[list[str]]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """What recovering takes, against the FLOPs that torch counts while a step of it runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sdd.models.checkpoints import Checkpoint
 from sdd.planning import price
 from sdd.planning.cost_model import Shape, shape_of
 from sdd.planning.estimates import adapter_parameters
-from sdd.planning.price import Passed
+from sdd.planning.price import Passed, Recovery, Trained
 from sdd.pruning.depth import prune_checkpoint
 from sdd.rewriting.engines import HFEngine
 
@@ -58,9 +59,9 @@ def opened(folder: Path) -> Any:
     return Checkpoint(folder).model("float32", attention="eager").requires_grad_(False)
 
 
-def stepped(student: Any, loss: Callable[..., Any]) -> int:
-    """FLOPs of a pass forward and back over the row."""
-    return flops_of(lambda: loss(causal_lm(student).train(), [ROW])[0].backward())
+def stepped(student: Any, loss: Callable[..., Any], *rows: TrainingRow) -> int:
+    """FLOPs of a pass forward and back over the rows, by default the one."""
+    return flops_of(lambda: loss(causal_lm(student).train(), rows or [ROW])[0].backward())
 
 
 @pytest.mark.parametrize("reach", [BLOCKS, 1])
@@ -91,6 +92,22 @@ def test_a_teacher_beside_the_student(folders: tuple[Path, Path], loss: str) -> 
     whole = shape_of(Checkpoint(folders[0]).config)
     again = TARGET * whole.head_flops if on_logits else 0.0
     assert both - alone == price.forward(whole, whole.blocks, PASSED, head=on_logits) + again
+
+
+def test_a_rejected_answer_is_a_pass_of_its_own_for_the_rows_that_have_one(
+    folders: tuple[Path, Path], shape: Shape
+) -> None:
+    """One row of two; logits are made once more on the way back, which is left out."""
+    refused, loss = 7, built({"redi": 1.0}, {})
+    one = replace(ROW, rejected=[*range(5, 5 + PROMPT + refused)])
+    counted = [stepped(adapted(opened(folders[1]), LORA, None), loss, row, ROW) for row in (ROW, one)]
+    weights = adapter_parameters(shape, BLOCKS, 4, ["all-linear"])
+    recovery = Recovery(shape, shape, shape, Trained(weights=weights), 2, PROMPT, TARGET)
+    costs = replace(recovery, refused=0.5, rejected=refused).price().student - recovery.price().student
+    lowest, square = 2 * 3 * 4 * 32, 3 * 4 * shape.heads * shape.head_dim * BLOCKS
+    tokens = PROMPT + refused
+    beyond = square * tokens * (tokens - 1) / 2 + refused * shape.head_flops - tokens * lowest
+    assert counted[1] - counted[0] == costs + beyond
 
 
 def test_an_answer_that_a_model_writes(folders: tuple[Path, Path], shape: Shape, tokenizer: Any) -> None:
