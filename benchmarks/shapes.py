@@ -382,7 +382,8 @@ this of its own stages, a sweep of all.
 Only the stages above were traced. What `taught`, `surprisals`, `damaged`, `answered`, `drafted`, `shifted` and
 `measured` take follows from the same passes, and was held to no trace of its own; the last four in float32, unless
 `analysis.dtype` says otherwise. A base in 4 bits and training of head and norms were not traced. Stages without a
-model's passes (`pruned` without a repair, `targets`, `merged`) ask for no GPU.
+model's passes (`pruned` without a repair, `targets`, `merged`) ask for no GPU, nor do those that a server computes:
+a dry run gives them no memory of a model's, and of the time it says that it is the server's.
 """
 PLANNED = {
     "scores, angular": ("scores", []),

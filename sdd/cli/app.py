@@ -136,7 +136,8 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     wanted = job.wanted(script)
     if config.dry_run:
         job.fit(job.store(script).missing(wanted) if wanted else [])
-        return {"dry_run": True, "plan": print_plan(wanted, job.study, job.store(script))}
+        plan = print_plan(wanted, job.study, job.store(script))
+        return {"dry_run": True, "finetune": job.choices.get("finetune"), "plan": plan}
     if config.fetch:
         job.fetch(wanted)
         return {"fetched": True}
@@ -161,13 +162,15 @@ def print_plan(wanted: Any, study: Any, store: Any) -> list[dict[str, Any]]:
     if wanted is None:
         print("nothing to build: the unpruned model itself")
         return []
-    from sdd.stages.dry_run import assumption, lines, planned, summary
+    from sdd.stages.dry_run import PRICED, assumption, lines, planned, summary
 
     plan = planned(wanted, study, store)
     print("\n".join(lines(plan)))
     records = [artifact.record() for artifact in plan]
     log.info(summary(records))
     log.info(assumption(study.config.trainer.accelerator))
+    if any(artifact.price for artifact in plan):
+        log.info(PRICED)
     if any(artifact.provisional for artifact in plan):
         log.info("addresses with a question mark are known once the model and the data have been fetched")
     return records

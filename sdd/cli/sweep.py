@@ -68,7 +68,7 @@ class SweepEnd(Callback):
         if plans:
             from sdd.planning.requirements import duration
             from sdd.planning.side_by_side import seconds_of
-            from sdd.stages.dry_run import by_gpu, summary
+            from sdd.stages.dry_run import by_gpu, by_way, summary
 
             log.info("the whole sweep: %s", summary(plans))
             steps = [
@@ -77,7 +77,8 @@ class SweepEnd(Callback):
             ]
             times = ", ".join(f"{duration(seconds_of(steps, workers))} by {workers}" for workers in WORKERS)
             log.info("by several workers, each with a device of its own: about %s", times)
-            for line in by_gpu(plans):
+            ways = [(str(job.get("finetune")), job["plan"]) for _, job in jobs if "plan" in job]
+            for line in [*by_gpu(plans), *by_way(ways)]:
                 log.info(line)
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]
         if not evaluated:

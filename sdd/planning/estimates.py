@@ -24,12 +24,21 @@ PROCESS = 3e8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, peak bytes on the computing device, bytes left on disk; `on_cpu` where no GPU is computed with."""
+    """Seconds, peak bytes on the computing device, bytes left on disk; `on_cpu` where no GPU is computed with.
+
+    `elsewhere`: a server computes, for as long as nobody knows here; the seconds leave that out.
+    """
 
     seconds: float = 0.0
     memory: float = 0.0
     disk: float = 0.0
     on_cpu: bool = False
+    elsewhere: bool = False
+
+
+def elsewhere(needed: Estimate) -> Estimate:
+    """The same work where a server does it: here a process waits for it and writes down what it says."""
+    return Estimate(0.0, PROCESS, needed.disk, on_cpu=True, elsewhere=True)
 
 
 def scores(

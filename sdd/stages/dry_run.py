@@ -3,7 +3,7 @@
 Builds and fetches nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from sdd.planning.cost_model import DEVICES
 from sdd.planning.estimates import Estimate
 from sdd.planning.fits import GPUS, Fits, fits
-from sdd.planning.requirements import duration, size
+from sdd.planning.price import Price
+from sdd.planning.requirements import duration, flops, size
 from sdd.stages import graph
+from sdd.stages.priced import Paid, expected
 from sdd.stages.sizes import Sizes
 from sdd.store import Recipe, Store
 from sdd.study import Study, is_provisional
@@ -21,13 +23,14 @@ from sdd.study import Study, is_provisional
 @dataclass(frozen=True)
 class Planned:
     """One artifact; a provisional address is another one once everything has been fetched. `fits` is empty where no
-    GPU is asked for."""
+    GPU is asked for; `price` is that of a recovery, with what it stands on."""
 
     recipe: Recipe
     exists: bool
     provisional: bool
     estimate: Estimate
     fits: Fits
+    price: Price | None = None
 
     @property
     def name(self) -> str:
@@ -35,7 +38,8 @@ class Planned:
 
     def record(self) -> dict[str, Any]:
         fits = {str(gpu): settings for gpu, settings in self.fits.items()}
-        return {"artifact": self.name, "exists": self.exists, **asdict(self.estimate), "fits": fits}
+        price = {} if self.price is None else {"price": asdict(self.price)}
+        return {"artifact": self.name, "exists": self.exists, **asdict(self.estimate), "fits": fits, **price}
 
 
 def named(recipe: Recipe, provisional: bool) -> str:
@@ -43,15 +47,17 @@ def named(recipe: Recipe, provisional: bool) -> str:
 
 
 def planned(wanted: Recipe, study: Study, store: Store) -> list[Planned]:
-    """All that `wanted` stands on and itself, inputs first."""
-    sizes_of = sizer(study)
+    """All that `wanted` stands on and itself, inputs first; what two recoveries share is in the first one's price."""
+    sizes_of, paid = sizer(study), Paid()
     steps = []
     for recipe in wanted.walk():
         provisional = is_provisional(recipe)
         exists = not provisional and store.has(recipe)
         sizes = sizes_of(recipe)
         needed = estimate(sizes, recipe)
-        steps.append(Planned(recipe, exists, provisional, needed, {} if exists else fitting(sizes, recipe, needed)))
+        price = expected(sizes, recipe, paid) if recipe.stage == "tuned" else None
+        gpus = {} if exists else fitting(sizes, recipe, needed)
+        steps.append(Planned(recipe, exists, provisional, needed, gpus, price))
     return steps
 
 
@@ -108,10 +114,17 @@ def lines(plan: list[Planned]) -> list[str]:
         if not one.exists:
             state = "would be built"
             memory = f"{size(one.estimate.memory)} memory" + (f" {brackets(one.fits)}" if one.fits else "")
-            cost = f"~{duration(one.estimate.seconds)}, {memory}, {cost}"
+            cost = f"{took(one.estimate.seconds, one.estimate.elsewhere)}, {memory}, {cost}"
+        if one.price:
+            cost += f", recovery ~{flops(one.price.student, one.price.teacher)} FLOPs"
         inputs = [named(recipe, provisional[recipe.address]) for recipe in one.recipe.inputs.values()]
         rows.append(f"{state:<15} {one.name:<27} {cost}" + (f"  <- {', '.join(inputs)}" if inputs else ""))
     return rows
+
+
+def took(seconds: float, elsewhere: bool) -> str:
+    """What is known of the time: a server's is the server's."""
+    return " + ".join([*([f"~{duration(seconds)}"] if seconds else []), *(["a server's time"] if elsewhere else [])])
 
 
 def summary(records: list[dict[str, Any]]) -> str:
@@ -120,9 +133,34 @@ def summary(records: list[dict[str, Any]]) -> str:
     seconds = sum(record["seconds"] for record in unique.values())
     disk = sum(record["disk"] for record in unique.values())
     memory = max((record["memory"] for record in unique.values()), default=0.0)
+    served = " and what servers take" if any(record["elsewhere"] for record in unique.values()) else ""
     return (
-        f"{len(unique)} artifacts to build: about {duration(seconds)}, at most {size(memory)} memory, {size(disk)} disk"
+        f"{len(unique)} artifacts to build: about {duration(seconds)}{served}, at most {size(memory)} memory, "
+        f"{size(disk)} disk"
     )
+
+
+def by_way(jobs: Iterable[tuple[str, list[dict[str, Any]]]]) -> list[str]:
+    """A line for the recoveries of each price, cheapest first; of each job the option of `finetune` and its plan.
+
+    Of an option whose jobs have several prices, from the cheapest to the dearest.
+    """
+    prices: dict[str, list[Price]] = {}
+    for way, plan in jobs:
+        if paid := [Price(**record["price"]) for record in plan if "price" in record]:
+            prices.setdefault(way, []).append(sum(paid, Price()))
+    ways: dict[str, list[str]] = {}
+    for way, own in sorted(prices.items(), key=lambda one: min(price.total for price in one[1])):
+        cheapest, dearest = (chosen(own, key=lambda price: price.total) for chosen in (min, max))
+        texts = dict.fromkeys(flops(price.student, price.teacher) for price in (cheapest, dearest))
+        ways.setdefault(" to ".join(texts), []).append(way)
+    return [f"recovery by finetune={','.join(names)}: about {text} FLOPs" for text, names in ways.items()]
+
+
+PRICED = (
+    "a recovery's price is FLOPs of the student + of the unpruned model, as a report counts them; what is yet to be "
+    "written counts as long as the dataset's answers"
+)
 
 
 def by_gpu(records: list[dict[str, Any]]) -> list[str]:

@@ -232,7 +232,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     else:
         tasks = estimates.tasks_of(planned_benchmark(settings).sizes())
     batch = sizes.setting("evaluation.batch_size")
-    return estimates.evaluated(cost_model, tasks, settings.limit, batch, settings.max_new_tokens)
+    needed = estimates.evaluated(cost_model, tasks, settings.limit, batch, settings.max_new_tokens)
+    return estimates.elsewhere(needed) if (spec.backend or {}).get("kind") == "server" else needed
 
 
 # ---- building -----------------------------------------------------------------------------------------------------

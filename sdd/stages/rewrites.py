@@ -4,6 +4,7 @@ the answers of the pruned model."""
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from sdd.finetuning.modes import REQUESTS
 from sdd.forward import ranks
 from sdd.models.chats import rewrite_prompt
 from sdd.planning import estimates
-from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
+from sdd.planning.cost_model import BYTES, CostModel
+from sdd.planning.estimates import Estimate
+from sdd.planning.price import Rewritten
 from sdd.rewriting.engines import Answering, Engine, HFEngine, chunk_rows
 from sdd.rewriting.journal import Journal
 from sdd.rewriting.selection import Selection, rewrite_rows
@@ -90,16 +93,27 @@ LESS = ("engine.batch_size",)
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
-    engine, template = sizes.config.engine, sizes.config.dataset.template
-    if not isinstance(recipe.spec["template"], dict):
-        template = recipe.spec["template"]
-    prompt = sizes.prompt + len(rewrite_prompt(template, "", "")) / CHARACTERS_PER_TOKEN + sizes.answer
+    engine, asked = sizes.config.engine, expected(sizes, recipe)
     batch = sizes.setting("engine.batch_size") or sizes.setting("trainer.inference_batch_size")
-    limit = engine.get("max_new_tokens") or 2 * sizes.answer
-    new, longest = min(sizes.answer, limit), min(2 * sizes.answer, limit)
-    cost_model = sizes.cost_model(sizes.shape.blocks, sizes.config.model.dtype)
-    needed = estimates.rewrites(cost_model, sizes.rows, prompt, new, longest, batch, chunk_rows(batch))
-    return Estimate(needed.seconds * (engine.get("tries") or 1), needed.memory, needed.disk)
+    longest = min(2 * sizes.answer, engine.get("max_new_tokens") or inf)
+    shape = sizes.shape_of(recipe.spec["teacher"])
+    cost_model = CostModel(shape, shape.blocks, BYTES[sizes.config.model.dtype], sizes.device)
+    needed = estimates.rewrites(cost_model, sizes.rows, asked.asked, asked.new, longest, batch, chunk_rows(batch))
+    needed = replace(needed, seconds=needed.seconds * (engine.get("tries") or 1))
+    return needed if issubclass(_engine(recipe.spec["engine"]["kind"]), HFEngine) else estimates.elsewhere(needed)
+
+
+def expected(sizes: Sizes, recipe: Recipe) -> Rewritten:
+    """Answers as long as the teacher's own words are, up to the limit; the first try is good where one is kept."""
+    engine, template = sizes.config.engine, recipe.spec["template"]
+    if isinstance(template, dict):
+        template = sizes.config.dataset.template
+    new = min(sizes.written, engine.get("max_new_tokens") or inf)
+    drafted = new if "answers" in recipe.inputs else 0.0
+    asked = sizes.prompt + sizes.tokens(rewrite_prompt(template, "", ""))
+    if "{reference}" in template:
+        asked += drafted or sizes.answer
+    return Rewritten(engine.get("tries") or 1 if recipe.spec.get("all_tries") else 1, asked, new, drafted)
 
 
 def _engine(kind: str) -> type[Engine]:

@@ -50,8 +50,16 @@ def writes(sizes: Sizes) -> float:
 
 
 def target(sizes: Sizes) -> float:
-    """Tokens of a target on average."""
-    return sizes.answer + writes(sizes) * (min(sizes.answer, _limit(sizes)) - sizes.answer)
+    """Tokens of a given target on average; those of rewrites and of gold answers are in the teacher's words."""
+    finetune = sizes.config.finetune
+    kind = MODES[finetune.mode].targets if finetune.mode in MODES else "reference"
+    share = {"reference": 1.0, "gold": 0.0, "rewrites": float(finetune.gold_share)}[kind]
+    return share * sizes.answer + (1 - share) * sizes.written
+
+
+def new(sizes: Sizes) -> float:
+    """Tokens of an answer that the student writes, on average over the steps."""
+    return min(sizes.written, _limit(sizes))
 
 
 def _limit(sizes: Sizes) -> float:
@@ -66,10 +74,10 @@ def with_writing(sizes: Sizes, tuning: Estimate, student: CostModel, rows: int, 
     if not share:
         return tuning
     window = math.ceil(share * finetune.rollout_steps * finetune.batch_size)
-    new, full = min(sizes.answer, _limit(sizes)), finetune.rollout_tokens[1]
-    parts = [estimates.rewrites(student, math.ceil(share * rows), sizes.prompt, new, _limit(sizes), batch, window)]
+    limit, full = _limit(sizes), finetune.rollout_tokens[1]
+    parts = [estimates.rewrites(student, math.ceil(share * rows), sizes.prompt, new(sizes), limit, batch, window)]
     if held_out := sizes.config.finetune.validation_rows:
-        held_out_new = min(sizes.answer, full)
+        held_out_new = min(sizes.written, full)
         settings = sizes.prompt, held_out_new, full, batch, held_out
         parts.append(estimates.rewrites(student, validations * held_out, *settings))
     seconds = sum(part.seconds - student.opening for part in parts)

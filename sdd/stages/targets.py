@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -96,7 +96,8 @@ def check(runtime: Runtime, recipe: Recipe) -> None:
 
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
-    return estimates.targets(sizes.rows, sizes.prompt + 2 * sizes.answer)
+    needed = estimates.targets(sizes.rows, sizes.prompt + 2 * sizes.answer)
+    return replace(needed, elsewhere=recipe.spec.get("judge") is not None)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:

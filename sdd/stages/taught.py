@@ -14,8 +14,7 @@ from tqdm import tqdm
 from sdd.finetuning.losses import LOSSES, bytes_a_token
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
-from sdd.models.checkpoints import Checkpoint
-from sdd.planning.cost_model import BYTES, CostModel, shape_of
+from sdd.planning.cost_model import BYTES, CostModel
 from sdd.planning.estimates import Estimate
 from sdd.stages import targets
 from sdd.stages.runtime import Runtime
@@ -74,8 +73,7 @@ LESS = ("trainer.inference_batch_size",)
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, batch = Taught.read(recipe.spec), sizes.setting("trainer.inference_batch_size")
-    folder = sizes.sources.get(spec.model)
-    shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
+    shape = sizes.shape_of(spec.model)
     cost_model = CostModel(shape, shape.blocks, BYTES[spec.dtype], sizes.device)
     length = min(sizes.prompt + sizes.answer, spec.max_length)
     seconds = cost_model.opening + cost_model.passes(sizes.rows * length, length, -(-sizes.rows // batch))

@@ -27,7 +27,7 @@ from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.rendering import RefusalError
 from sdd.planning import estimates
-from sdd.planning.cost_model import BYTES, CostModel, shape_of
+from sdd.planning.cost_model import BYTES, CostModel
 from sdd.planning.estimates import Estimate, Training
 from sdd.stages import damaged, draws, pruned, rolled, targets, taught
 from sdd.stages.figures import learning_curve
@@ -125,7 +125,7 @@ def _distillation(study: Study) -> dict[str, Any] | None:
     return spec | {"loss": weights}
 
 
-def _weights(distillation: dict[str, Any]) -> dict[str, float]:
+def loss_weights(distillation: dict[str, Any]) -> dict[str, float]:
     """The weights of the losses that a recipe names."""
     if "loss" in distillation:
         return {name: float(weight) for name, weight in distillation["loss"].items()}
@@ -261,28 +261,34 @@ LAST = ("finetune.max_length",)
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
-    left = max(1, sizes.rows - spec.finetune["validation_rows"])
-    drawn = finetune.num_rows or (left if finetune.num_tokens is None else finetune.num_tokens / max(1, sizes.answer))
-    rows = finetune.epochs * max(1, round(min(drawn, left)))
+    rows = finetune.epochs * drawn_rows(sizes, spec)
     longest = min(sizes.longest, sizes.setting("finetune.max_length"))
-    length, micro = min(sizes.prompt + rolled.target(sizes), longest), sizes.setting("trainer.micro_batch_tokens")
+    share, target = rolled.writes(sizes), rolled.target(sizes)
+    target += share * (rolled.new(sizes) - target)
+    length, micro = min(sizes.prompt + target, longest), sizes.setting("trainer.micro_batch_tokens")
     cost_model = sizes.student(PRECISIONS[finetune.precision])
     teacher = _teacher(sizes, spec)
     settings = cost_model, training(sizes), rows, length, finetune.batch_size, micro, teacher
     needed = estimates.tuned(*settings, epochs=1 if rolled.writes(sizes) else finetune.epochs, longest=longest)
-    if teacher and "hidden_states" in _weights(spec.distillation or {"loss": PLAIN}):
+    if teacher and "hidden_states" in loss_weights(spec.distillation or {"loss": PLAIN}):
         together = max(longest, min(micro, finetune.batch_size * length))
         states = sizes.kept * together * teacher.width * teacher.shape.hidden
         needed = replace(needed, memory=needed.memory + states)
     return rolled.with_writing(sizes, needed, cost_model, rows, VALIDATIONS)
 
 
+def drawn_rows(sizes: Sizes, spec: Tuned) -> int:
+    """Rows of an epoch, of which none counts as too long."""
+    finetune, left = sizes.config.finetune, max(1, sizes.rows - spec.finetune["validation_rows"])
+    drawn = finetune.num_rows or (left if finetune.num_tokens is None else finetune.num_tokens / max(1, sizes.answer))
+    return int(max(1, round(min(drawn, left))))
+
+
 def _teacher(sizes: Sizes, spec: Tuned) -> CostModel | None:
-    """Work on the teacher beside a student; one that is not here yet counts as the model itself."""
+    """Work on the teacher beside a student."""
     if spec.distillation is None or "teacher" not in spec.distillation:
         return None
-    folder = sizes.sources.get(spec.distillation["teacher"])
-    shape = sizes.shape if folder is None else shape_of(Checkpoint(folder).config)
+    shape = sizes.shape_of(spec.distillation["teacher"])
     return CostModel(shape, shape.blocks, BYTES[spec.distillation["dtype"]], sizes.device)
 
 
@@ -293,12 +299,12 @@ def training(sizes: Sizes) -> Training:
         return Training(sizes.cut.parameters(sizes.kept), whole=True, recomputed=recomputed)
     if adapter.method == "head_and_norms":
         return Training(estimates.head_and_norms_parameters(sizes.cut, sizes.kept), recomputed=recomputed)
-    blocks, reach = _adapted_blocks(sizes)
+    blocks, reach = adapted_blocks(sizes)
     trained = estimates.adapter_parameters(sizes.cut, blocks, adapter.rank, list(adapter.targets))
     return Training(trained, reach, four_bit=adapter.quantisation is not None, recomputed=recomputed)
 
 
-def _adapted_blocks(sizes: Sizes) -> tuple[int, int]:
+def adapted_blocks(sizes: Sizes) -> tuple[int, int]:
     """(blocks with LoRA, blocks from the last down to the first of them).
 
     Where the cut is not known before it is made, it counts as one gap above the first blocks: the most that it
@@ -470,7 +476,7 @@ def _loss(spec: Tuned, runtime: Runtime, model: Any, inputs: Mapping[str, Path])
     from sdd.finetuning.losses.weighted import built
 
     settings, teacher, kept, cache = spec.distillation, None, [], None
-    weights = _weights(settings)
+    weights = loss_weights(settings)
     if "teacher" in settings:
         checkpoint = runtime.checkpoint(settings["teacher"], "teacher")
         device = "cpu" if runtime.is_sharded else runtime.device

@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,11 +14,15 @@ from launching import REPOSITORY, run, subprocess_run
 from test_scripts import HEAVY, RUN_AND_LIST
 
 from sdd.cli.app import config_folder
-from sdd.planning.estimates import Estimate, Training
+from sdd.planning import price
+from sdd.planning.cost_model import shape_of
+from sdd.planning.estimates import PROCESS, Estimate, Training
+from sdd.planning.price import Passed, Price
 from sdd.stages import evaluated as evaluated_stage
 from sdd.stages import graph
 from sdd.stages import tuned as tuned_stage
-from sdd.stages.dry_run import by_gpu, estimate, lines, planned
+from sdd.stages.dry_run import by_gpu, by_way, estimate, lines, planned, summary
+from sdd.stages.priced import Paid, expected
 from sdd.stages.sizes import Sizes
 from sdd.store import Recipe, Store
 from sdd.study import Study
@@ -182,6 +188,83 @@ def test_kept_logits_take_disk_once_and_no_teachers_memory(tmp_path: Path) -> No
         kept = estimate(found, recipe)
         assert kept.disk == pytest.approx(found.rows * found.answer * size)
         assert 2 * 8_030_261_248 < kept.memory < 2 * 8_030_261_248 + 6e9
+
+
+PROMPT, ANSWER, ROWS = 235 / 4 + 30, 287 / 4, 7200
+"""Tokens of GSM8K's prompts and answers, rows of an epoch; two epochs."""
+
+
+def priced(tmp_path: Path, *overrides: str) -> Price:
+    found, study = counts(tmp_path, *overrides)
+    return expected(found, tuned_stage.recipe(study), {})
+
+
+def test_a_recovery_is_priced_before_it_is_begun(tmp_path: Path) -> None:
+    """26 of 32 blocks trained; the teacher's part is that of 32 blocks, written once or passed in every epoch."""
+    study, passed = counts(tmp_path)[1], Passed(2 * ROWS, PROMPT + ANSWER, ANSWER)
+    shape, template = shape_of(study.models.sizes), study.config.dataset.template
+    sft = priced(tmp_path, "finetune=sft")
+    assert sft == Price(pytest.approx(price.trained(shape, 26, passed, 26 * LORA_BLOCK)), 0)
+    beside = pytest.approx(price.forward(shape, 32, passed))
+    assert priced(tmp_path, "finetune=logit_distill") == Price(sft.student, beside)
+    states = pytest.approx(price.forward(shape, 32, passed, head=False))
+    assert priced(tmp_path, "finetune=hidden_states") == Price(sft.student, states)
+    kept = priced(tmp_path, "finetune=logit_distill", "finetune.cached=top_k")
+    assert kept == Price(sft.student, pytest.approx(price.forward(shape, 32, replace(passed, rows=ROWS))))
+    alone = priced(tmp_path, "finetune=teacher_answers")
+    assert alone == Price(sft.student, pytest.approx(price.written(shape, 32, ROWS, PROMPT, ANSWER)))
+    asked = PROMPT + ANSWER + (len(template) - len("{prompt}{reference}")) / 4
+    assert priced(tmp_path).teacher == pytest.approx(price.written(shape, 32, ROWS, asked, ANSWER))
+    drafts = priced(tmp_path, "finetune=corrected").student - sft.student
+    assert drafts == pytest.approx(price.written(shape, 26, ROWS, PROMPT, ANSWER))
+    own = priced(tmp_path, "finetune=on_policy", "finetune.student_share=0.5", "finetune.rollout_tokens=[40,40]")
+    mixed = replace(passed, tokens=PROMPT + (ANSWER + 40) / 2, targets=(ANSWER + 40) / 2)
+    student = price.trained(shape, 26, mixed, 26 * LORA_BLOCK) + price.written(shape, 26, ROWS, PROMPT, 40)
+    assert own == Price(pytest.approx(student), pytest.approx(price.forward(shape, 32, mixed)))
+
+
+def test_what_two_recoveries_share_is_paid_once(tmp_path: Path) -> None:
+    found, study = counts(tmp_path, "finetune.num_rows=1000")
+    recipe, paid = tuned_stage.recipe(study), Paid()
+    first, second = (expected(found, recipe, paid) for _ in range(2))
+    assert (first.student, second.teacher) == (second.student, 0) and first.teacher > 0
+    more, study = counts(tmp_path, "finetune.num_rows=1500")
+    assert expected(more, tuned_stage.recipe(study), paid).teacher == pytest.approx(first.teacher / 2)
+
+
+def test_a_sweep_tells_ways_by_their_price() -> None:
+    def plan(*prices: tuple[float, float]) -> list[dict[str, Any]]:
+        return [{"artifact": "pruned/a"}, *({"price": {"student": a, "teacher": b}} for a, b in prices)]
+
+    jobs = [("self_distill", plan((2e9, 3e9))), ("none", plan()), ("sft", plan((2e9, 0))), ("gold", plan((2e9, 0)))]
+    assert by_way([*jobs, ("self_distill", plan((2e9, 3e9), (2e9, 0)))]) == [
+        "recovery by finetune=sft,gold: about 2 G FLOPs",
+        "recovery by finetune=self_distill: about 2 G + 3 G to 4 G + 3 G FLOPs",
+    ]
+
+
+SERVED = {
+    "rewrites": ["engine=openai", "~engine.batch_size", "engine.base_url=http://a/v1", "engine.model=m"],
+    "evaluated": ["evaluation.backend=server", "evaluation.base_url=http://a/v1", "evaluation.model=m"],
+}
+
+
+@pytest.mark.parametrize("stage", SERVED)
+def test_what_a_server_computes_takes_no_memory_here_and_nobody_knows_how_long(stage: str, tmp_path: Path) -> None:
+    plans = []
+    for words in ([], SERVED[stage]):
+        _, study = counts(tmp_path, *words)
+        wanted = graph.wanted(study, "evaluate")
+        assert wanted is not None
+        plans.append(planned(wanted, study, Store(tmp_path)))
+    here, there = ({one.recipe.stage: one for one in plan} for plan in plans)
+    assert there[stage].estimate == Estimate(0, PROCESS, here[stage].estimate.disk, on_cpu=True, elsewhere=True)
+    assert here[stage].estimate.memory > 13e9 and not here[stage].estimate.elsewhere
+    assert there[stage].fits == {} != here[stage].fits
+    (line,) = (line for line in lines(plans[1]) if f" {stage}/" in line.split("<-")[0])
+    assert " a server's time, 0.3 GB memory, " in line
+    told = [summary([one.record() for one in plan]) for plan in plans]
+    assert "server" not in told[0] and " and what servers take, at most " in told[1]
 
 
 def test_what_does_not_fit_in_a_gpu_is_said_with_the_settings_that_would(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What the teacher is shown, and the token ids around an answer."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdd.models.chats import LEAK_PHRASES, REWRITE_TEMPLATE, answer_ids, chat_prompt_ids, rewrite_prompt
+from sdd.models.lengths import lengths_of
 
 
 def test_the_template_is_filled() -> None:
@@ -59,3 +61,13 @@ def test_an_answer_ends_with_one_end_of_turn(tokenizer: Any) -> None:
     assert tokenizer.decode(ids[:-1]) == "The answer is 4."
     assert tokenizer.bos_token_id not in ids
     assert answer_ids(tokenizer, "") == [tokenizer.eos_token_id]
+
+
+def test_lengths_are_counted_as_they_are_in_training(tiny_llama: Path, tokenizer: Any, tmp_path: Path) -> None:
+    lengths, task = lengths_of(tiny_llama, None), "What is 3 plus 4?"
+    assert lengths is not None
+    for system_prompt in (None, "be kind"):
+        around = lengths.around(system_prompt)
+        assert around + lengths.of(task) == len(chat_prompt_ids(tokenizer, task, system_prompt))
+    assert lengths.of(task) + 1 == len(answer_ids(tokenizer, task))
+    assert lengths_of(tmp_path, None) is None, "there is no tokenizer here"
