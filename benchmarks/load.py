@@ -3,11 +3,12 @@
     python -m benchmarks.load [jobs] [rows] [report] [--jobs 200] [--rows 1000000] [--artifacts 1000] [--out load.json]
 
 `jobs`: a sweep by joblib of cuts of the embedded model, then the same again, when all is there. `rows`: a dataset of a
-million short rows, rewritten by an engine that says what it was shown (its answers go through the journal), chosen, and
-made the training input of a student; each in a process of its own, whose peak is told. Texts repeat, so that rendering
-them as chats, whose time is not looked at here, is remembered; every row is held as if they did not. `report`: over
-artifacts of arms and seeds whose answers are copies of one student's. Seconds are the processor's. A table goes to
-stdout, the numbers to --out; exit code 1 where a bound is missed.
+million short rows, rewritten by an engine that says what it was shown (its answers go through the journal), chosen,
+once with noise, and made the training input of a student; then their likelihoods, of which the bookkeeping is looked at
+and none is computed; each in a process of its own, whose peak is told. Texts repeat, so that rendering them as chats,
+whose time is not looked at here, is remembered; every row is held as if they did not. `report`: over artifacts of arms
+and seeds whose answers are copies of one student's. Seconds are the processor's. A table goes to stdout, the numbers to
+--out; exit code 1 where a bound is missed.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ import psutil
 from benchmarks.faults import adopting, descendants
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BOUNDS = {"cached job": 0.3, "growth": 0.05, "rewrites": 1.0, "targets": 1.0, "training input": 1.0, "report": 20.0}
+BOUNDS = {"cached job": 0.3, "growth": 0.05, "report": 20.0}
+BOUNDS |= dict.fromkeys(("rewrites", "targets", "noise", "training input", "surprisals", "damaged"), 1.0)
 """Seconds, share of the parent's memory after a quarter of the jobs, GiB, seconds."""
 SIZES = 4
 ARMS = 12
@@ -193,18 +197,45 @@ def rewrite(folder: Path) -> None:
     rewrites.build(Runtime(sources=sources), recipe, {}, folder / "rewrites")
 
 
-def choose(folder: Path) -> None:
+def choose(folder: Path, **noise: float) -> None:
     from sdd.models.chats import LEAK_PHRASES
     from sdd.stages import targets
     from sdd.stages.runtime import Runtime
     from sdd.store import Recipe
 
     upstream = recipe_of_rewrites(folder / "rows.jsonl")
-    how = {"rule": "gsm8k", "leak_phrases": list(LEAK_PHRASES), "select": True, "gold_share": 0.0}
+    how = {"rule": "gsm8k", "leak_phrases": list(LEAK_PHRASES), "select": True, "gold_share": 0.0, **noise}
     recipe = Recipe("targets", 1, {"mode": "self_distill", **how}, {"rewrites": upstream})
     runtime = Runtime(sources={upstream.spec["dataset"]["digest"]: folder / "rows.jsonl"})
-    (folder / "targets").mkdir()
-    targets.build(runtime, recipe, {"rewrites": folder / "rewrites"}, folder / "targets")
+    made = folder / ("noise" if noise else "targets")
+    made.mkdir()
+    targets.build(runtime, recipe, {"rewrites": folder / "rewrites"}, made)
+
+
+def unlikely(model: Any, rows: Sequence[Any], batch_size: int, of_row: Callable[[list[float]], float]) -> list[float]:
+    """A nat a token, in place of a pass."""
+    return [of_row([1.0] * len(answer)) for _, answer in rows]
+
+
+def look_at(stage: str, folder: Path) -> None:
+    """Likelihoods of all targets as `sdd.stages.surprisals` and `damaged` hold them; the model is there, and idle."""
+    from sdd.analysis import shift
+    from sdd.stages import damaged, surprisals
+    from sdd.stages.runtime import Runtime
+    from sdd.store import Recipe
+
+    numbers = count()
+    shift.token_nll = unlikely
+    surprisals.task_text = lambda prompt, before: f"{next(numbers)} {prompt}"  # no two tasks are the same
+    (folder / stage).mkdir()
+    teacher = REPOSITORY / "sdd/tiny/teacher"
+    runtime, spec = Runtime(sources={"teacher's": teacher}), {"dtype": "float32", "system_prompt": None}
+    inputs = {"targets": folder / "targets", "surprisals": folder / "surprisals", "pruned": teacher}
+    if stage == "surprisals":
+        recipe = Recipe(stage, 1, spec | {"model": "teacher's", "max_length": 256})
+        surprisals.build(runtime, recipe, inputs, folder / stage)
+    else:
+        damaged.build(runtime, Recipe(stage, 1, spec), inputs, folder / stage)
 
 
 def take_in(folder: Path) -> None:
@@ -223,24 +254,29 @@ def take_in(folder: Path) -> None:
     print(sum(len(row.ids) for row in training) / len(training))
 
 
-PHASES: Mapping[str, Callable[[Path], None]] = {"rewrites": rewrite, "targets": choose, "training input": take_in}
+PHASES: Mapping[str, Callable[[Path], None]] = {
+    "rewrites": rewrite,
+    "targets": choose,
+    "noise": partial(choose, noise_share=0.1),
+    "training input": take_in,
+    "surprisals": partial(look_at, "surprisals"),
+    "damaged": partial(look_at, "damaged"),
+}
 
 
-def measure_rows(folder: Path, rows: int) -> list[dict[str, Any]]:
+def measure_rows(folder: Path, rows: int) -> Iterator[dict[str, Any]]:
     write_rows(folder / "rows.jsonl", rows)
-    found = []
     for phase in PHASES:
         words = ["-m", "benchmarks.load", "--phase", phase, "--folder", str(folder)]
         process = command(folder, *words)
         out = process.communicate()[0]
         assert process.returncode == 0, (folder / "stderr").read_text()[-2000:]
         told = json.loads(out.splitlines()[-1])
-        found.append(result(phase, told["gib"], "GiB", rows=rows, before=told["before"], seconds=told["seconds"]))
-    for name in ("rewrites/rewrites.jsonl", "targets/train.jsonl"):
+        yield result(phase, told["gib"], "GiB", rows=rows, before=told["before"], seconds=told["seconds"])
+    for name in ("rewrites/rewrites.jsonl", "targets/train.jsonl", "noise/train.jsonl", "damaged/rows.jsonl"):
         with (folder / name).open() as file:
             ids = [json.loads(line)["id"] for line in file]
         assert ids == [f"row-{number}" for number in range(rows)], f"{name}: rows lost, doubled or moved"
-    return found
 
 
 def peak() -> float:

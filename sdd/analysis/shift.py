@@ -10,7 +10,7 @@ The embedder is a sentence-transformers model in a folder; nothing in it is run,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ def token_kl(teacher: Any, student: Any, rows: Sequence[Row], batch_size: int) -
     return per_token(lambda tokens, p, q: forward_kl(q, p), rows, batch_size, teacher, student)
 
 
-def token_nll(model: Any, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
-    """Negative log-likelihood of every token of every row's answer, in nats."""
+def token_nll(model: Any, rows: Sequence[Row], batch_size: int, of_row: Callable[..., Any] = list) -> list[Any]:
+    """Negative log-likelihood of every token of every row's answer, in nats; or what `of_row` makes of a row's."""
     import torch
 
     def nll(tokens: Any, logits: Any) -> Any:
         return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
 
-    return per_token(nll, rows, batch_size, model)
+    return per_token(nll, rows, batch_size, model, of_row=of_row)
 
 
 def cosine(x: Any, y: Any) -> Any:

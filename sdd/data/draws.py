@@ -10,6 +10,7 @@ long a row is in training.
 
 import math
 import random
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,11 @@ class Damage:
 
 def mean(damages: Iterable[Damage]) -> float:
     """Nats per token over all tokens; 0 where there are none."""
-    listed = list(damages)
-    return math.fsum(one.per_token * one.tokens for one in listed) / max(1, sum(one.tokens for one in listed))
+    sums, tokens = array("d"), 0
+    for one in damages:
+        sums.append(one.per_token * one.tokens)
+        tokens += one.tokens
+    return math.fsum(sums) / max(1, tokens)
 
 
 def by_damage(ids: Sequence[str], damages: Mapping[str, Damage], temperature: float, seed: int) -> list[str]:

@@ -1,37 +1,27 @@
-"""Training rows whose token ids lie in a file without a name: of a million rows, 40 MB are held, however long they are.
+"""Training rows whose token ids lie in a file (`sdd.forward.given`)."""
 
-A row is read where it is asked for, some microseconds beside a step's seconds. The file is read and not mapped, so that
-what was read counts as the machine's cache and not as memory of this process.
-"""
-
-import os
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 from sdd.finetuning.module import TrainingRow
-
-WIDTH = array("i").itemsize
+from sdd.forward.given import TokenFile
 
 
 class KeptRows(Sequence[TrainingRow]):
     """Rows in the order in which they came, in a file in `folder`, or where the machine keeps temporary ones."""
 
     def __init__(self, rows: Iterable[TrainingRow] = (), folder: Path | None = None) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.file = TokenFile(folder)
         self.starts, self.tokens, self.rejected = array("q"), array("i"), array("i")
         self.prompts, self.places, self.weights = array("i"), array("q"), array("d")
-        self.end = 0
         for row in rows:
             self.append(row)
 
     def append(self, row: TrainingRow) -> None:
         rejected = row.rejected or []
-        array("i", row.ids + rejected).tofile(self.file)
-        self.starts.append(self.end)
-        self.end += len(row.ids) + len(rejected)
+        self.starts.append(self.file.append(row.ids + rejected))
         self.tokens.append(len(row.ids))
         self.rejected.append(len(rejected))
         self.prompts.append(row.prompt_length)
@@ -56,13 +46,6 @@ class KeptRows(Sequence[TrainingRow]):
         if isinstance(at, slice):
             return [self[number] for number in range(len(self))[at]]
         tokens = self.tokens[at]
-        ids = self._read(self.starts[at], tokens + self.rejected[at])
+        ids = self.file.read(self.starts[at], tokens + self.rejected[at])
         place = None if self.places[at] < 0 else self.places[at]
         return TrainingRow(ids[:tokens], self.prompts[at], ids[tokens:] or None, self.weights[at], place)
-
-    def _read(self, start: int, number: int) -> list[int]:
-        self.file.flush()
-        ids = array("i")
-        ids.frombytes(os.pread(self.file.fileno(), WIDTH * number, WIDTH * start))
-        assert len(ids) == number, f"{len(ids)} tokens of {number} are there"
-        return ids.tolist()

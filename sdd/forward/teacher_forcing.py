@@ -45,18 +45,25 @@ def answer_states(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[
             del states
 
 
-def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int, *students: Any) -> list[list[float]]:
-    """For every row, the values that `function(tokens, logits of each model ...)` gives its answer's tokens.
+def per_token(
+    function: Callable[..., Any],
+    rows: Sequence[Row],
+    batch_size: int,
+    *students: Any,
+    of_row: Callable[..., Any] = list,
+) -> list[Any]:
+    """For every row, what `of_row` makes of the values that `function(tokens, logits of each model ...)` gives its
+    answer's tokens: by default a list of them.
 
     `function` takes (N,) token ids and for every model (N, V) float32 logits, and returns (N,) values.
     """
     import torch
 
-    values: dict[int, list[float]] = {}
+    made: dict[int, Any] = {}
     for shown in zip(*(answer_states(model, rows, batch_size) for model in students), strict=True):
         index = shown[0][0]
         assert all(other == index for other, _ in shown), "both models are shown the same row"
-        tokens, values[index] = torch.tensor(rows[index][1], device=shown[0][1].device), []
+        tokens, values = torch.tensor(rows[index][1], device=shown[0][1].device), []
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, start + CHUNK)
             with torch.no_grad():
@@ -64,6 +71,7 @@ def per_token(function: Callable[..., Any], rows: Sequence[Row], batch_size: int
                     checkpoints.head_logits(model, states[chunk]).float()
                     for model, (_, states) in zip(students, shown, strict=True)
                 ]
-                values[index] += [float(value) for value in function(tokens[chunk], *logits).tolist()]
-    whole = ranks.merged(values)
+                values += [float(value) for value in function(tokens[chunk], *logits).tolist()]
+        made[index] = of_row(values)
+    whole = ranks.merged(made) if ranks.is_rank() else made
     return [whole[index] for index in range(len(rows))]

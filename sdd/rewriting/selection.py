@@ -6,9 +6,10 @@ shrinks: a refused rewrite leaves the reference in place. Knows nothing of the s
 """
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sdd.answers import equal, extract
 from sdd.data import Example
@@ -167,25 +168,38 @@ def choose_target(
     }
 
 
+class Held(Protocol):
+    """Rows that are gone through more than once: a list, or lines of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def __getitem__(self, at: int) -> dict[str, Any]: ...
+
+
 def with_noise(
-    rows: Sequence[dict[str, Any]], share: float, selection: Callable[[dict[str, Any]], Selection], seed: int = 0
-) -> list[dict[str, Any]]:
+    rows: Held, share: float, selection: Callable[[dict[str, Any]], Selection], seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """The rows of `choose_target`, with another row's kept rewrite in place of that share of the kept ones.
 
     The answer is then wrong and still in the teacher's own words: final answers differ, or where there are none, the
     texts. Rows are drawn by id and donors do not depend on the share, so that a larger share adds to a smaller one.
     `selection` gives a row's own, by whose rule answers are compared. A row without any such donor stays as it is.
     """
-    order = [at for at, row in enumerate(rows) if row["source"] == "rewrite"]
+    order = array("q", (at for at, row in enumerate(rows) if row["source"] == "rewrite"))
     random.Random(f"donors {seed}").shuffle(order)
-    noisy = list(rows)
+    places = array("q", bytes(8 * len(rows)))
     for place, at in enumerate(order):
-        row, rule = rows[at], selection(rows[at])
-        if random.Random(f"noise {seed} {row['id']}").random() >= share:
+        places[at] = place
+    for at, row in enumerate(rows):
+        if row["source"] != "rewrite" or random.Random(f"noise {seed} {row['id']}").random() >= share:
+            yield row
             continue
-        for donor in (rows[other] for other in order[place + 1 :] + order[:place]):
-            agrees = rule.agrees(donor["target"], row["reference"])
-            if donor["target"] != row["target"] and not agrees:
-                noisy[at] = row | {"target": donor["target"], "reason": "noise"}
+        rule = selection(row)
+        for step in range(1, len(order)):
+            donor = rows[order[(places[at] + step) % len(order)]]
+            if donor["target"] != row["target"] and not rule.agrees(donor["target"], row["reference"]):
+                row = row | {"target": donor["target"], "reason": "noise"}
                 break
-    return noisy
+        yield row

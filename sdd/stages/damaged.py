@@ -5,15 +5,17 @@ It compares the pruned model as it was cut with the unpruned one, whose part is 
 
 import logging
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from sdd.analysis import shift
 from sdd.data.draws import Damage, mean
 from sdd.errors import UserError
-from sdd.forward.teacher_forcing import Row
+from sdd.forward.given import Given
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.models.checkpoints import Checkpoint
@@ -60,28 +62,32 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     A row that the unpruned model was not shown, since its target or its reference is too long, is left out.
     """
     spec = Damaged.read(recipe.spec)
-    unpruned = {row["id"]: row for row in read_jsonl(inputs["surprisals"] / "rows.jsonl")}
+    unpruned = {row["id"]: row["target_nll"] for row in read_jsonl(inputs["surprisals"] / "rows.jsonl")}
     source = Checkpoint(inputs["pruned"])
     tokenizer = source.tokenizer()
-    shown: dict[str, Row] = {}
+    shown, ids = Given(folder), []
     for row in read_jsonl(inputs["targets"] / "train.jsonl"):
         if row["id"] in unpruned:
-            ids, prompt = training_ids(
-                tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ())
+            shown.append(
+                *training_ids(tokenizer, row["prompt"], row["target"], spec.system_prompt, row.get("before", ()))
             )
-            shown[row["id"]] = ids[:prompt], ids[prompt:]
+            ids.append(row["id"])
     model = source.model(spec.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
-    records = []
-    values = shift.token_nll(model, list(shown.values()), runtime.inference_batch_size)
-    for id, nll in zip(shown, values, strict=True):
-        before, after = unpruned[id]["target_nll"], fmean(nll)
-        if not math.isfinite(after - before):
-            raise UserError(f"analysis.dtype={spec.dtype}: a likelihood of row {id} is not finite; choose float32")
-        record = {"id": id, "tokens": len(nll), "unpruned_nll": before, "pruned_nll": after}
-        records.append(record | {"damage": after - before})
-    write_jsonl(folder / "rows.jsonl", records)
-    total = mean(Damage(record["damage"], record["tokens"]) for record in records)
-    of_rows = surprisals.lengths([record["damage"] for record in records])
-    write_json(folder / "damaged.json", {"rows": len(records), "damage": total, "of_rows": of_rows})
+    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean)
+    damages = array("d")
+
+    def records() -> Iterator[dict[str, Any]]:
+        for id, number, after in zip(ids, shown.answers, nll, strict=True):
+            before = unpruned[id]
+            if not math.isfinite(after - before):
+                raise UserError(f"analysis.dtype={spec.dtype}: a likelihood of row {id} is not finite; choose float32")
+            damages.append(after - before)
+            record = {"id": id, "tokens": number, "unpruned_nll": before, "pruned_nll": after}
+            yield record | {"damage": after - before}
+
+    write_jsonl(folder / "rows.jsonl", records())
+    total = mean(map(Damage, damages, shown.answers))
+    facts = {"rows": len(damages), "damage": total, "of_rows": surprisals.lengths(damages)}
+    write_json(folder / "damaged.json", facts)
     log.info("the cut took %.3f nats per target token", total)

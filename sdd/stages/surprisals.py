@@ -1,8 +1,12 @@
 """Stage `surprisals`: how likely the unpruned model finds targets, whoever wrote them; all their students share it."""
 
+import json
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from operator import mul
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 from sdd.analysis import shift
 from sdd.errors import UserError
 from sdd.forward import ranks
-from sdd.forward.teacher_forcing import Row
+from sdd.forward.given import Given
 from sdd.models import checkpoints
 from sdd.models.chats import task_text, training_ids
 from sdd.planning.estimates import Estimate
@@ -22,6 +26,9 @@ from sdd.stages.spec import Spec
 from sdd.store import Recipe
 from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
+
+TEXTS, TOO_LONG = ("target", "reference"), -1
+"""What of a row is looked at, and where a text stands that is not."""
 
 
 @dataclass(frozen=True)
@@ -62,45 +69,59 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     tokenizer = source.tokenizer()
     model = source.model(spec.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
-    rows = list(read_jsonl(inputs["targets"] / "train.jsonl"))
-    shown: dict[tuple[str, str], Row] = {}
-    tasks = [task_text(row["prompt"], row.get("before", ())) for row in rows]
-    for row, task in zip(rows, tasks, strict=True):
-        for text in (row["target"], row["reference"]):
-            ids, prompt = training_ids(tokenizer, row["prompt"], text, spec.system_prompt, row.get("before", ()))
-            if len(ids) <= spec.max_length:
-                shown[task, text] = ids[:prompt], ids[prompt:]
-    nll = dict(zip(shown, shift.token_nll(model, list(shown.values()), runtime.inference_batch_size), strict=True))
+    train, shown, known = inputs["targets"] / "train.jsonl", Given(folder), dict[bytes, int]()
+    places: dict[str, array[int]] = {text: array("q") for text in TEXTS}
+    for row in read_jsonl(train):
+        task = task_text(row["prompt"], row.get("before", ()))
+        for text, its in places.items():
+            name = blake2b(json.dumps([task, row[text]]).encode(), digest_size=16).digest()
+            if name not in known:
+                ids, prompt = training_ids(
+                    tokenizer, row["prompt"], row[text], spec.system_prompt, row.get("before", ())
+                )
+                known[name] = len(shown) if len(ids) <= spec.max_length else TOO_LONG
+                if known[name] != TOO_LONG:
+                    shown.append(ids, prompt)
+            its.append(known[name])
+    known.clear()
+    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean)
     if ranks.rank() > 0:
         return
-    records = []
-    for row, task in zip(rows, tasks, strict=True):
-        texts = {name: nll.get((task, row[name])) for name in ("target", "reference")}
-        if all(texts.values()):
+    reasons = Counter[str]()
+
+    def records() -> Iterator[dict[str, Any]]:
+        for row, *its in zip(read_jsonl(train), *places.values(), strict=True):
+            reasons[row["reason"]] += 1
+            if TOO_LONG in its:
+                continue
             record = {key: row[key] for key in ("id", "source", "reason")}
-            for name, values in texts.items():
-                assert values is not None
-                record |= {f"{name}_tokens": len(values), f"{name}_nll": fmean(values)}
-            records.append(record)
-    if not records:
+            for text, place in zip(TEXTS, its, strict=True):
+                record |= {f"{text}_tokens": shown.answers[place], f"{text}_nll": nll[place]}
+            yield record
+
+    write_jsonl(folder / "rows.jsonl", records())
+    result = surprise(read_jsonl(folder / "rows.jsonl"))
+    if not result["rows"]:
         raise UserError(f"finetune.max_length={spec.max_length} is shorter than every training row")
-    write_jsonl(folder / "rows.jsonl", records)
-    result = {"over_max_length": len(rows) - len(records), **surprise(records)}
-    result["reasons"] = dict(Counter(row["reason"] for row in rows))
+    result = {"over_max_length": reasons.total() - result["rows"], **result, "reasons": dict(reasons)}
     write_json(folder / "surprisals.json", result)
 
 
-def surprise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def surprise(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """NLL in nats per token and lengths in tokens of targets and references, over all rows and over rewritten ones."""
-    kept = {"all": records, "rewritten": [record for record in records if record["source"] == "rewrite"]}
-    summary: dict[str, Any] = {"rows": len(records)}
-    for name, chosen in kept.items():
-        if not chosen:
+    kept = {name: {text: (array("d"), array("q")) for text in TEXTS} for name in ("all", "rewritten")}
+    for record in records:
+        for name in kept if record["source"] == "rewrite" else ("all",):
+            for text, (nll, tokens) in kept[name].items():
+                nll.append(record[f"{text}_nll"])
+                tokens.append(record[f"{text}_tokens"])
+    summary: dict[str, Any] = {"rows": len(kept["all"]["target"][1])}
+    for name, texts in kept.items():
+        if not texts["target"][1]:
             continue
-        summary[name] = {"rows": len(chosen)}
-        for text in ("target", "reference"):
-            tokens = [record[f"{text}_tokens"] for record in chosen]
-            total = sum(record[f"{text}_nll"] * record[f"{text}_tokens"] for record in chosen)
+        summary[name] = {"rows": len(texts["target"][1])}
+        for text, (nll, tokens) in texts.items():
+            total = sum(map(mul, nll, tokens))
             summary[name][text] = {"nll": total / sum(tokens), "tokens": lengths(tokens)}
     return summary
 

@@ -14,6 +14,7 @@ from sdd.analysis import shift
 from sdd.errors import UserError
 from sdd.finetuning.losses import needed
 from sdd.finetuning.modes import MODES, REQUESTS
+from sdd.forward.given import Given
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning import estimates
@@ -38,7 +39,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
 from sdd.store import SCRATCH, Recipe
-from sdd.store.files import read_jsonl, write_json, write_jsonl
+from sdd.store.files import Lines, read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         del examples
         if spec.judge:
             verdicts = _verdicts(runtime, spec.judge, _tries(spec, inputs["rewrites"]), folder / SCRATCH)
-        rows = _chosen(runtime, spec, Rewrites.read(recipe.inputs["rewrites"].spec), inputs["rewrites"], verdicts)
+        asked, scratch = Rewrites.read(recipe.inputs["rewrites"].spec), folder / SCRATCH
+        scratch.mkdir(exist_ok=True)
+        rows = _chosen(runtime, spec, asked, inputs["rewrites"], verdicts, scratch)
     else:
         is_gold = MODES[spec.mode].targets == "gold"
         rows = (
@@ -160,13 +163,18 @@ def _tries(spec: Targets, rewrites: Path) -> Iterator[tuple[dict[str, Any], list
 
 
 def _chosen(
-    runtime: Runtime, spec: Targets, asked: Rewrites, rewrites: Path, verdicts: Mapping[str, int | None]
+    runtime: Runtime,
+    spec: Targets,
+    asked: Rewrites,
+    rewrites: Path,
+    verdicts: Mapping[str, int | None],
+    scratch: Path,
 ) -> Iterable[dict[str, Any]]:
-    """Of every row the rewrite, or the reference where that is not good enough; noise needs all of them at once."""
+    """Of every row the rewrite, or the reference where that is not good enough; noise goes through them twice."""
 
     def choice(row: dict[str, Any]) -> Callable[[list[str]], str]:
         if spec.choice == "most_likely":
-            return lambda texts: max(texts, key=lambda text: likely.get((row["id"], text), 0.0))
+            return lambda texts: max(texts, key=lambda text: next(likely) if len(texts) > 1 else 0.0)
         if spec.choice == "judge":
             return lambda texts: texts[verdicts.get(row["id"]) or 0]
         return shortest if spec.choice == "shortest" else answer_correct(_selection(spec, row), row["reference"])
@@ -175,13 +183,15 @@ def _chosen(
         for row in read_jsonl(rewrites / "rewrites.jsonl"):
             yield row if spec.choice == "first" else chosen(row, _judged(spec, row), choice(row))
 
-    likely: dict[tuple[str, str], float] = {}
     if spec.choice == "most_likely":
-        likely = _likelihoods(runtime, asked, _tries(spec, rewrites))
+        likely = iter(_likelihoods(runtime, asked, _tries(spec, rewrites), scratch))
     rows = (
         choose_target(row, _judged(spec, row), spec.gold_share or 0.0, keep_rejected=spec.rejected) for row in written()
     )
-    return with_noise(list(rows), spec.noise_share, partial(_selection, spec)) if spec.noise_share else rows
+    if not spec.noise_share:
+        return rows
+    write_jsonl(scratch / "chosen.jsonl", rows)
+    return with_noise(Lines(scratch / "chosen.jsonl"), spec.noise_share, partial(_selection, spec))
 
 
 def _verdicts(
@@ -209,23 +219,17 @@ def _asking(runtime: Runtime, judge: dict[str, Any]) -> Judge:
 
 
 def _likelihoods(
-    runtime: Runtime, asked: Rewrites, rows: Iterable[tuple[dict[str, Any], list[str]]]
-) -> dict[tuple[str, str], float]:
-    """By row and rewrite, the mean log-probability of its tokens to the teacher, who is shown the bare task.
-
-    Of rows with several rewrites to choose among; of others there is nothing to know.
-    """
+    runtime: Runtime, asked: Rewrites, rows: Iterable[tuple[dict[str, Any], list[str]]], scratch: Path
+) -> list[float]:
+    """Of every rewrite of every row with several to choose among, in this order, the mean log-probability of its tokens
+    to the teacher, who is shown the bare task."""
     checkpoint = runtime.checkpoint(asked.teacher, "teacher")
-    tokenizer = checkpoint.tokenizer()
-    names, shown = [], []
+    tokenizer, shown = checkpoint.tokenizer(), Given(scratch)
     for row, texts in rows:
         for text in texts if len(texts) > 1 else ():
-            ids, first = training_ids(tokenizer, row["prompt"], text, asked.system_prompt, row.get("before", ()))
-            names.append((row["id"], text))
-            shown.append((ids[:first], ids[first:]))
+            shown.append(*training_ids(tokenizer, row["prompt"], text, asked.system_prompt, row.get("before", ())))
     if not shown:
-        return {}
+        return []
     model = checkpoint.model(asked.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
-    nll = shift.token_nll(model, shown, runtime.inference_batch_size)
-    return {name: -fmean(values) for name, values in zip(names, nll, strict=True)}
+    return shift.token_nll(model, shown, runtime.inference_batch_size, lambda values: -fmean(values))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from sdd.errors import UserError
 from sdd.store.digests import write_atomically
@@ -68,8 +68,16 @@ class Lines(Iterable[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, some: slice) -> "Lines":
-        return self.at(range(len(self))[some])
+    @overload
+    def __getitem__(self, at: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> "Lines": ...
+
+    def __getitem__(self, at: int | slice) -> "dict[str, Any] | Lines":
+        if isinstance(at, slice):
+            return self.at(range(len(self))[at])
+        return next(iter(self.at([at])))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, places in groupby(self.order, self.files.__getitem__):

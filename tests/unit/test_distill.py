@@ -111,7 +111,7 @@ def kept(count: int) -> list[dict[str, Any]]:
 
 
 def noisy(rows: list[dict[str, Any]], share: float, selection: Selection = SELECTION) -> dict[str, dict[str, Any]]:
-    found = with_noise(rows, share, lambda row: selection)
+    found = list(with_noise(rows, share, lambda row: selection))
     assert [each["id"] for each in found] == [each["id"] for each in rows]
     return {each["id"]: each for each in found if each["reason"] == "noise"}
 
