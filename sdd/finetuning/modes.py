@@ -84,6 +84,14 @@ ROLLOUTS = ("student_share", "rollout_tokens", "rollout_steps", "rollout_tempera
 """Settings of `finetune` that are in the key where the student writes."""
 GROWN = 0.5
 """The share of the steps after which its answers may have their full length."""
+
+
+def rollout_limit(step: int, steps: int, tokens: Sequence[int]) -> int:
+    """Tokens of an answer at most that the student writes at a step: in a straight line from short to full."""
+    short, full = tokens
+    return round(short + (full - short) * min(1.0, step / max(1.0, GROWN * steps)))
+
+
 VALIDATIONS = 4
 """How often in a run the validation loss is taken."""
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sdd.finetuning.modes import GROWN
+from sdd.finetuning.modes import rollout_limit
 from sdd.finetuning.module import TrainingRow
 from sdd.forward import ranks
 from sdd.forward.decoding import Ending
@@ -77,8 +77,7 @@ class Policy:
 
     def longest(self, step: int) -> int:
         """Tokens of a rollout at most: in a straight line over the first half of the steps, by window."""
-        short, full = self.tokens
-        return round(short + (full - short) * min(1.0, self.begins(step) / max(1.0, GROWN * self.steps)))
+        return rollout_limit(self.begins(step), self.steps, self.tokens)
 
 
 class Rollouts:

@@ -32,7 +32,7 @@ def expected(sizes: Sizes, recipe: Recipe, paid: Paid) -> Price:
         prompt=sizes.prompt,
         target=rolled.target(sizes),
         own=rolled.writes(sizes) * epochs * rows,
-        own_tokens=rolled.new(sizes),
+        own_tokens=rolled.new(sizes, rows),
         beside=beside(tuned.loss_weights(distillation or {"loss": PLAIN})) if "teacher" in distillation else None,
         damaged=sizes.rows if "damaged" in recipe.inputs else 0,
     )

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
-from sdd.finetuning.modes import GROWN, MODES
+from sdd.finetuning.modes import MODES, rollout_limit
 from sdd.planning import estimates
 from sdd.planning.cost_model import CostModel
 from sdd.planning.estimates import Estimate
@@ -57,25 +58,27 @@ def target(sizes: Sizes) -> float:
     return share * sizes.answer + (1 - share) * sizes.written
 
 
-def new(sizes: Sizes) -> float:
-    """Tokens of an answer that the student writes, on average over the steps."""
-    return min(sizes.written, _limit(sizes))
+def new(sizes: Sizes, rows: int) -> float:
+    """Tokens of an answer that the student writes, on average over the steps of an epoch's `rows`."""
+    return fmean(min(sizes.written, limit) for limit in _limits(sizes, rows))
 
 
-def _limit(sizes: Sizes) -> float:
-    """Tokens of a rollout at most, on average over the steps."""
-    short, full = sizes.config.finetune.rollout_tokens
-    return float(full - GROWN * (full - short) / 2)
+def _limits(sizes: Sizes, rows: int) -> list[int]:
+    """Tokens of a rollout at most, step by step; those of a window have that of its first."""
+    finetune = sizes.config.finetune
+    steps, window = finetune.epochs * math.ceil(rows / finetune.batch_size), finetune.rollout_steps
+    return [rollout_limit(step // window * window, steps, finetune.rollout_tokens) for step in range(steps)]
 
 
 def with_writing(sizes: Sizes, tuning: Estimate, student: CostModel, rows: int, validations: int) -> Estimate:
-    """Tuning on `rows` rows in all, and what the student writes before: window by window, and of the held-out rows."""
+    """Tuning on `rows` an epoch, and what the student writes before: window by window, and of the held-out rows."""
     share, finetune, batch = writes(sizes), sizes.config.finetune, sizes.setting("trainer.inference_batch_size")
     if not share:
         return tuning
     window = math.ceil(share * finetune.rollout_steps * finetune.batch_size)
-    limit, full = _limit(sizes), finetune.rollout_tokens[1]
-    parts = [estimates.rewrites(student, math.ceil(share * rows), sizes.prompt, new(sizes), limit, batch, window)]
+    limit, full = fmean(_limits(sizes, rows)), finetune.rollout_tokens[1]
+    written = math.ceil(share * finetune.epochs * rows)
+    parts = [estimates.rewrites(student, written, sizes.prompt, new(sizes, rows), limit, batch, window)]
     if held_out := sizes.config.finetune.validation_rows:
         held_out_new = min(sizes.written, full)
         settings = sizes.prompt, held_out_new, full, batch, held_out

@@ -261,10 +261,11 @@ LAST = ("finetune.max_length",)
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     spec, finetune = Tuned.read(recipe.spec), sizes.config.finetune
-    rows = finetune.epochs * drawn_rows(sizes, spec)
+    drawn = drawn_rows(sizes, spec)
+    rows = finetune.epochs * drawn
     longest = min(sizes.longest, sizes.setting("finetune.max_length"))
     share, target = rolled.writes(sizes), rolled.target(sizes)
-    target += share * (rolled.new(sizes) - target)
+    target += share * (rolled.new(sizes, drawn) - target) if share else 0
     length, micro = min(sizes.prompt + target, longest), sizes.setting("trainer.micro_batch_tokens")
     cost_model = sizes.student(PRECISIONS[finetune.precision])
     teacher = _teacher(sizes, spec)
@@ -274,7 +275,7 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
         together = max(longest, min(micro, finetune.batch_size * length))
         states = sizes.kept * together * teacher.width * teacher.shape.hidden
         needed = replace(needed, memory=needed.memory + states)
-    return rolled.with_writing(sizes, needed, cost_model, rows, VALIDATIONS)
+    return rolled.with_writing(sizes, needed, cost_model, drawn, VALIDATIONS)
 
 
 def drawn_rows(sizes: Sizes, spec: Tuned) -> int:
