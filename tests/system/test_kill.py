@@ -1,13 +1,18 @@
 """Processes that are killed, and processes that ask for the same: nothing is half there, nothing is made twice."""
 
 import contextlib
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from launching import artifacts_of, files_of, run, spawn
+from launching import PATIENCE, REPOSITORY, artifacts_of, files_of, run, spawn
 
 from sdd.store import SCRATCH
 
@@ -167,3 +172,32 @@ def test_many_at_once_on_an_empty_folder(small: list[str], study: Path, tmp_path
     built = [name for outcome in outcomes for name in outcome.built]
     assert len(built) == len(set(built)) == 8
     assert files_of(study / "artifacts").items() <= files_of(tmp_path / "artifacts").items()
+
+
+SWEEP = """
+import os, pathlib, time
+from joblib import Parallel, delayed
+
+def job(sweep):
+    from sdd.cli.workers import end_with_sweep
+    pathlib.Path(f"{os.getpid()}.begun").touch()
+    while os.getppid() == sweep:
+        time.sleep(0.02)
+    end_with_sweep()
+    time.sleep(600)
+
+Parallel(n_jobs=2)(delayed(job)(os.getpid()) for _ in range(2))
+"""
+
+
+def test_workers_that_find_their_sweep_killed_do_no_work(tmp_path: Path) -> None:
+    """Jobs lie in a queue that outlives the sweep, and imports come before the first."""
+    path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEP], cwd=tmp_path, env=path)
+    deadline = time.monotonic() + PATIENCE
+    while len(begun := list(tmp_path.glob("*.begun"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [psutil.Process(int(one.stem)) for one in begun]
+    sweep.kill()
+    sweep.wait()
+    assert len(psutil.wait_procs(workers, 60)[0]) == 2
