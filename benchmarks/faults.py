@@ -2,19 +2,22 @@
 
     python -m benchmarks.faults [--kills 1000] [--seconds S] [--seed 0] [--folder DIR] [--out faults.json] [KIND ...]
 
-Kinds are the stages, and `sweep`, `joblib`, `pair` (two sweeps on one folder), `ranks` (two processes that train
-together). A trial takes what a stage needs from a study on the embedded model that nothing disturbed, has the stage
-built, and kills that at a moment drawn uniformly over the time that it takes, by SIGKILL or SIGTERM; then again, up to
-`IN_A_ROW` times; then it is let go on, now and then by the whole command that asks for the stage. In the end everything
-must be there, byte for byte as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at
-any time, no row lost or doubled, no process and no lock that outlives the one that was killed. Only that process gets
-the signal: what it started has to notice. Then come a disk that is full at a drawn size, a folder that can only be
-read, a bit flipped in a file or a manifest, a manifest cut short.
+Kinds are the stages, and `sweep`, `joblib`, `pair` (a sweep beside another on one folder, which goes on), `ranks` (two
+processes that train together), `launched` (the same, each of which has imported its libraries anew). A trial takes what
+a stage needs from a study on the embedded model that nothing disturbed, has the stage built, and kills that at a moment
+drawn uniformly over the processor's time that it takes, by SIGKILL or SIGTERM; then again, up to `IN_A_ROW` times; then
+it is let go on, now and then by the whole command that asks for the stage. In the end everything must be there, byte
+for byte as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at any time, no row lost
+or doubled, no process and no lock that outlives the one that was killed. Only that process gets the signal: what it
+started has to notice. Of ranks every other signal goes to one of them, which has to end the command by one line. Then
+come a disk that is full at a drawn size, a folder that can only be read, a bit flipped in a file or a manifest, a
+manifest cut short.
 
 What is killed is forked from a process that has composed the command, up to where the store is asked, and builds the
-stage alone: a kill costs what that takes, no imports and nothing downstream. Sweeps are killed as whole commands. A
-trial is a function of (seed, its number), but for what else the machine does. Counts by what was being built when the
-signal came go to --out after every trial, where a later call with the same arguments goes on, and as a table to stdout.
+stage alone: a kill costs what that takes, no imports and nothing downstream. Sweeps are killed as whole commands, and
+so is what `launched` starts: imports are most of its time. A trial is a function of (seed, its number), but for what
+else the machine does. Counts by kind, and by what was being built when the signal came, go to --out after every trial,
+where a later call with the same arguments goes on, and as tables to stdout.
 Exit code 1 where anything was not as it must be.
 """
 
@@ -39,9 +42,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -92,12 +95,18 @@ WORDS = {
     "sweep": SWEPT,
     "pair": SWEPT,
     "joblib": [*SWEPT, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "launched": ["train", "trainer.devices=2"],
     "ranks": ["train", "trainer.devices=2"],
 }
 """By kind, the command of its trials."""
+STARTED_ANEW = util.spawnv_passfds
 LIBRARIES += ["sdd.api", *(f"sdd.stages.{stage}" for stage in ASKED_BY)]
 FROM_NOTHING = ("sweep", "pair", "joblib")
-OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "ranks": 1}
+BUILDS = {stage: stage for stage in ASKED_BY} | {"launched": "tuned", "ranks": "tuned"}
+"""By kind that begins with what a stage needs, the stage."""
+FORKED = (*ASKED_BY, "ranks")
+"""Kinds that a composed process forks itself for."""
+OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "launched": 1}
 """How often a kind comes, relative to the others: processes that import the libraries anew take ten times as long."""
 IN_A_ROW = 20
 """Kills of one command before it may end."""
@@ -106,7 +115,13 @@ WHOLE = 0.1
 PATIENCE = 600.0
 """Seconds for a process to end that was asked to, on a machine that may have much else to do."""
 MOMENT = 60.0
-"""Seconds that what a killed process started may take to notice."""
+"""Seconds that what a killed process started may take to notice, and as many more a second that it has of a processor.
+"""
+PROCESSORS = os.cpu_count() or 1
+WORK = {"joblib": 20.0, "launched": 20.0}
+"""Seconds of the processor that it may take, by kind: imports are not interrupted."""
+LITTLE_WORK = 3.0
+"""The same of what has nothing to import: it looks every second."""
 launching.PATIENCE = 6 * PATIENCE
 
 
@@ -121,28 +136,65 @@ def adopting() -> Iterator[None]:
         libc.prctl(36, 0, 0, 0, 0)
 
 
-def descendants(beside: Collection[int] = ()) -> dict[int, str]:
-    """The names of the processes below this one, by number, without those `beside` and what is below them.
+class Process(NamedTuple):
+    """What the system says of one; `seconds` are the processor's, with those of the processes it has waited for."""
+
+    name: str
+    state: str
+    parent: int
+    group: int
+    seconds: float
+
+
+def processes() -> dict[int, Process]:
+    """All of this machine, by number."""
+    ticks, everyone = os.sysconf("SC_CLK_TCK"), {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().partition(" (")[2].rpartition(") ")
+            state, *numbers = rest.split()
+            parent, group, *_ = map(int, numbers[:2])
+            everyone[int(path.parent.name)] = Process(name, state, parent, group, sum(map(int, numbers[10:14])) / ticks)
+    return everyone
+
+
+def processor(group: int) -> float:
+    """Seconds that a group of processes has had; a busy machine makes a run longer, and a kill not earlier."""
+    return sum(one.seconds for one in processes().values() if one.group == group)
+
+
+def descendants(beside: Collection[int] = ()) -> dict[int, Process]:
+    """The processes below this one, by number, without those `beside` and what is below them.
 
     Those that have ended are let go.
     """
-    everyone: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = path.read_text().partition(" (")[2].rpartition(") ")
-        except OSError:
-            continue
-        (state, parent), pid = rest.split()[:2], int(path.parent.name)
-        if state == "Z" and int(parent) == os.getpid():
+    everyone = {}
+    for pid, one in processes().items():
+        if one.state == "Z" and one.parent == os.getpid():
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        elif state not in "ZX" and pid not in beside:
-            everyone[pid] = int(parent), name
-    own: dict[int, str] = {}
+        elif one.state not in "ZX" and pid not in beside:
+            everyone[pid] = one
+    own: dict[int, Process] = {}
     level = {os.getpid()}
-    while level := {pid for pid, (parent, _) in everyone.items() if parent in level}:
-        own |= {pid: everyone[pid][1] for pid in level}
+    while level := {pid for pid, one in everyone.items() if one.parent in level}:
+        own |= {pid: everyone[pid] for pid in level}
     return own
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that a server of forks has begun for a command."""
+    group = {pid: one for pid, one in processes().items() if one.group == launcher}
+    return [pid for pid, one in group.items() if pid != launcher and one.parent != launcher and one.parent in group]
+
+
+def watched(running: Running) -> tuple[Outcome, float]:
+    """How a process ends, and the seconds of the processor that it and what it started were seen to take."""
+    seconds = 0.0
+    while running.process.exitcode is None:
+        seconds = max(seconds, processor(running.process.pid))
+        running.process.join(0.02)
+    return running.outcome(), seconds
 
 
 def doing(running: Running) -> str:
@@ -179,12 +231,6 @@ class Forked:
         if self.exitcode is None and self.pipe.poll(seconds):
             self.exitcode = self.pipe.recv()
 
-    def seconds(self) -> float:
-        """Of the processor; a busy machine makes a run longer, and a kill not earlier."""
-        with contextlib.suppress(OSError):
-            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
-        return float("inf")
-
 
 class Composed:
     """A process that has composed a command to be run in a folder, and forks itself to build a stage of it there."""
@@ -212,6 +258,7 @@ class Composed:
 
 def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
     from sdd.api import compose
+    from sdd.cli.app import USER, explained
 
     os.chdir(folder)
     script, *overrides = words
@@ -231,18 +278,40 @@ def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
             for number, stream in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
             os.setpgid(0, 0)
+            util.spawnv_passfds = _forked_server
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
             for recipe in recipes:
                 if recipe.stage == stage:
                     print(job.build(recipe, script), flush=True)
-            Path(f"{name}.seconds").write_text(f"{time.thread_time()}")
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
+        except Exception as error:
+            code, said = explained(error)
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            if code != USER:
+                traceback.print_exc()
         finally:
             os._exit(code)
+
+
+def _forked_server(path: str, words: list[str], kept: Sequence[int]) -> int:
+    """In the place of multiprocessing's function that begins a server of forks: one that has its imports from here."""
+    *_, flag, program = words
+    if flag != "-c" or "forkserver" not in program:
+        return STARTED_ANEW(path, words, kept)
+    threads = list(Path("/proc/self/task").iterdir())
+    assert len(threads) == 1, f"a fork of {len(threads)} threads has one"
+    if pid := os.fork():
+        return pid
+    try:
+        for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+            if number > 2 and number not in kept:
+                with contextlib.suppress(OSError):  # that of the listing
+                    os.close(number)
+        exec(program, {})
+    finally:
+        os._exit(0)
 
 
 @dataclass
@@ -252,6 +321,7 @@ class Trial:
     folder: Path
     words: Sequence[str]
     beside: set[int] = field(default_factory=set)
+    work: float = LITTLE_WORK
     kills: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     started: int = 0
@@ -266,19 +336,23 @@ class Trial:
         script, *words = self.words
         return spawn(script, *words, cwd=self.folder, name=f"process{self.started}")
 
-    def kill(self, running: Running, after: float, number: signal.Signals) -> bool:
-        """Whether the process was there to be killed after so many seconds."""
-        forked, began = isinstance(running.process, Forked), time.monotonic()
-        while (left := after - (running.process.seconds() if forked else time.monotonic() - began)) > 0:
-            running.process.join(max(0.002, left))  # so long at least, since no processor is faster than the clock
+    def kill(self, running: Running, after: float, number: signal.Signals, rank: int | None = None) -> bool:
+        """Whether the process, or that of its ranks, was there to be killed after so many seconds of the processor."""
+        pid = running.process.pid
+        while (left := after - processor(pid)) > 0:
+            running.process.join(max(0.005, left / PROCESSORS))
             if running.process.exitcode is not None:
                 if running.process.exitcode != 0:
                     self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
                 return False
+        hit = pid
+        if rank is not None and (ranks := sorted(ranks_of(pid))):
+            hit = ranks[rank % len(ranks)]
         with contextlib.suppress(ProcessLookupError):  # it has ended since it was looked at
-            os.kill(running.process.pid, number)
+            os.kill(hit, number)
         running.process.join(PATIENCE)
-        when = f"{number.name} while {doing(running)}"
+        what = doing(running) if hit == pid else "rank"
+        when = f"{number.name} while {what}"
         if running.process.exitcode is None:
             self.problems.append(f"{when}: not obeyed")
             running.kill()
@@ -286,20 +360,25 @@ class Trial:
             if not running.stream("stdout"):
                 self.problems.append(f"{when}: exit code 0 and nothing printed")
             return False
+        elif hit != pid:
+            outcome = running.outcome()
+            self.problems += [f"{when}: {wrong}" for wrong in one_line(outcome, "error: process ")]
         elif running.process.exitcode not in (-number, 128 + number):
             self.problems.append(f"{when}: exit code {running.process.exitcode}")
-        self.kills[f"{doing(running)} {number.name}"] += 1
+        self.kills[f"{what} {number.name}"] += 1
         self.check(when)
         return True
 
     def check(self, when: str) -> None:
         """Nothing of what has ended is left running, and no artifact is torn."""
-        deadline = time.monotonic() + MOMENT
+        began, before = time.monotonic(), descendants(self.beside)
         while left := descendants(self.beside):
-            if time.monotonic() > deadline:
-                self.problems += [f"{when}: a process {name} is left" for name in left.values()]
+            work = max(one.seconds - (before[pid].seconds if pid in before else 0) for pid, one in left.items())
+            if work > self.work or time.monotonic() - began > MOMENT * (1 + work):
+                self.problems += [f"{when}: a process {one.name} is left" for one in left.values()]
                 for pid in left:
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.02)
         store = Store(self.artifacts)
@@ -353,14 +432,13 @@ class Campaign:
 
     def trial(self, kind: str, name: str) -> Trial:
         shutil.rmtree(self.folder / name, ignore_errors=True)
-        return Trial(self.folder / name, self.words(kind), self.beside)
+        return Trial(self.folder / name, self.words(kind), self.beside, WORK.get(kind, LITTLE_WORK))
 
     def reference(self, kind: str) -> tuple[Path, set[str], float]:
         """Artifacts to compare with; which of them the kind's command asks for, inputs included; its seconds.
 
         The study grows by what the command makes of nothing. Then the stage is built of what it needs, and has the
-        same bytes. Several ranks round sums otherwise, and are compared with themselves. Seconds are a fork's of the
-        processor, a whole command's on the clock.
+        same bytes. Several ranks round sums otherwise, and are compared with the undisturbed of `launched`.
         """
         note = self.folder / f"{kind}.json"
         if kind not in self.kept and note.exists():
@@ -368,25 +446,27 @@ class Campaign:
             self.kept[kind] = Path(place), set(names), seconds
         if kind in self.kept:
             return self.kept[kind]
-        first = Trial(self.study.parent, self.words("tuned" if kind == "ranks" else kind), self.beside)
-        outcome = first.start().outcome()
-        assert outcome.code == 0, outcome.stderr
-        trial = self.trial(kind, kind if kind in ASKED_BY else f"undisturbed-{kind}")
-        if kind in ASKED_BY:
+        if kind == "ranks":
+            place, wanted, _ = self.reference("launched")
+        else:
+            first = Trial(self.study.parent, self.words(BUILDS.get(kind, kind)), self.beside)
+            outcome = first.start().outcome()
+            assert outcome.code == 0, outcome.stderr
+            place = self.study
+        trial = self.trial(kind, kind if kind in FORKED else f"undisturbed-{kind}")
+        if kind in FORKED:
             wanted = self.composing(kind, trial).wanted
         else:
             composed = [Composed(words, trial.folder, kind) for words in self.jobs(kind)]
             wanted = set[str]().union(*(one.wanted for one in composed))
             for one in composed:
                 one.end()
-        self.kept[kind] = self.study, wanted, 0.0
-        expected, began = self.fill(kind, trial), time.monotonic()
-        running = self.composed[kind].start() if kind in ASKED_BY else trial.start()
-        outcome, seconds = running.outcome(), time.monotonic() - began
-        if kind in ASKED_BY and outcome.code == 0:
-            seconds = float((trial.folder / f"{running.name}.seconds").read_text())
-        place = trial.artifacts if kind == "ranks" else self.study
-        trial.compare(outcome, place, expected if kind in ASKED_BY else wanted)
+        self.kept[kind] = place, wanted, 0.0
+        expected = self.fill(kind, trial)
+        outcome, seconds = watched(self.composed[kind].start() if kind in FORKED else trial.start())
+        if kind == "launched":
+            place = trial.artifacts
+        trial.compare(outcome, place, expected if kind in BUILDS else wanted)
         assert not trial.problems, trial.problems
         self.kept[kind] = place, wanted, seconds
         write_atomically(note, json.dumps([str(place), sorted(wanted), seconds]))
@@ -403,7 +483,7 @@ class Campaign:
     def composing(self, kind: str, trial: Trial) -> Composed:
         """The process that builds the stage in all trials of a kind."""
         if kind not in self.composed:
-            self.composed[kind] = Composed(trial.words, trial.folder, kind)
+            self.composed[kind] = Composed(trial.words, trial.folder, BUILDS[kind])
             self.beside.add(self.composed[kind].process.pid)
         return self.composed[kind]
 
@@ -413,9 +493,9 @@ class Campaign:
         Returns what is there once the stage is built.
         """
         reference, wanted, _ = self.kept[kind]
-        first = "tuned" if kind == "ranks" else kind
+        first = BUILDS.get(kind)
         inputs = {name: set(manifest["inputs"].values()) for name, manifest in artifacts_of(reference).items()}
-        gone = {name for name in wanted if kind in FROM_NOTHING or name.split("/")[0] == first}
+        gone = {name for name in wanted if name.split("/")[0] == first or first is None}
         while more := {name for name in wanted - gone if inputs[name] & {one.split("/")[1] for one in gone}}:
             gone |= more
         trial.folder.mkdir(parents=True, exist_ok=True)
@@ -430,16 +510,16 @@ class Campaign:
         trial = self.trial(kind, kind)
         expected = self.fill(kind, trial)
         trial.whole |= set(Store(trial.artifacts).folders())
-        composed = self.composing(kind, trial) if kind in ASKED_BY else None
+        composed = self.composing(kind, trial) if kind in FORKED else None
+        other = trial.start() if kind == "pair" else None
+        trial.beside = self.beside | ({other.process.pid} if other else set())
         for _ in range(draw.randint(1, IN_A_ROW)):
             after, sent = draw.uniform(0, seconds), draw.choice([signal.SIGKILL, signal.SIGTERM])
-            other = trial.start() if kind == "pair" else None
-            trial.beside = self.beside | ({other.process.pid} if other else set())
-            killed = trial.kill(composed.start() if composed else trial.start(), after, sent)
-            if other and other.outcome().code != 0:
-                trial.problems.append(f"beside a killed one: {other.stream('stderr')[-500:]}")
-            if not killed:
+            rank = draw.randrange(2) if kind in ("launched", "ranks") and draw.random() < 0.5 else None
+            if not trial.kill(composed.start() if composed else trial.start(), after, sent, rank):
                 break
+        if other and other.outcome().code != 0:
+            trial.problems.append(f"beside killed ones: {other.stream('stderr')[-500:]}")
         trial.beside = self.beside
         if composed and draw.random() >= WHOLE:
             trial.compare(composed.start().outcome(), reference, expected)
@@ -545,17 +625,14 @@ OTHERS = {"full": full_disk, "read-only": read_only, "damage": damage}
 """Trials that kill nothing."""
 
 
-def table(trials: dict[str, Any]) -> str:
-    """What happened how often, by what was being built."""
-    counts: Counter[str] = Counter()
-    for trial in trials.values():
-        counts.update(trial["kills"])
-    what = sorted({key.split()[1] for key in counts}, key=lambda one: (not one.startswith("SIG"), one))
-    lines = [f"| while | {' | '.join(what)} |", "|---" * (len(what) + 1) + "|"]
-    for stage in [*ASKED_BY, *sorted({key.split()[0] for key in counts} - set(ASKED_BY))]:
-        lines.append(f"| {stage} | {' | '.join(str(counts[f'{stage} {one}']) for one in what)} |")
-    totals = [sum(count for key, count in counts.items() if key.split()[1] == one) for one in what]
-    return "\n".join([*lines, f"| all | {' | '.join(map(str, totals))} |"])
+def table(head: str, counts: Counter[tuple[str, str]]) -> str:
+    """How often what was done, by (row, what)."""
+    rows = sorted({row for row, _ in counts}, key=lambda row: ([*OFTEN, row].index(row), row))
+    columns = sorted({what for _, what in counts}, key=lambda what: (not what.startswith("SIG"), what))
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(str(counts[row, what]) for what in columns)} |" for row in rows]
+    totals = [sum(count for (_, what), count in counts.items() if what == one) for one in columns]
+    return "\n".join([*lines, f"| all | {' | '.join(map(str, totals))} |", ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -604,7 +681,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind, number in tqdm(names, desc="others", disable=not names):
             if (name := f"{kind}-{number}") not in trials and time.monotonic() < deadline:
                 keep(name, OTHERS[kind](campaign, number))
-    print(table(trials))
+    by_kind, by_stage = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for name, one in trials.items():
+        for key, count in one["kills"].items():
+            stage, what = key.split()
+            by_kind[name.rpartition("-")[0], what] += count
+            by_stage[stage, what] += count
+    print(table("kind", by_kind), table("while", by_stage), sep="\n")
     problems = [f"{name}: {problem}" for name, one in trials.items() for problem in one["problems"]]
     print("\n".join([*problems, f"{len(trials)} trials, {sent()} signals, {len(problems)} problems"]))
     return 1 if problems else 0
