@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -157,7 +158,11 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) 
 
 
 def end_with_launcher() -> None:
-    """In a rank, end as soon as the process that began it is gone: one that waits for another heeds no signal."""
+    """In a rank, end as soon as the process that began it is gone, or at once by SIGTERM.
+
+    One that waits for another heeds no signal, and Lightning's way to heed it tells the other ranks in the midst of
+    their gradients, so that all would wait for each other.
+    """
     launcher = multiprocessing.parent_process()
     assert launcher is not None, "ranks are begun by multiprocessing"
 
@@ -165,7 +170,13 @@ def end_with_launcher() -> None:
         launcher.join()
         os._exit(1)
 
-    threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
+    def obey() -> None:
+        signal.sigwait({signal.SIGTERM})
+        os._exit(128 + signal.SIGTERM)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread, and in those that it begins
+    for end in (watch, obey):
+        threading.Thread(target=end, name="end-with-launcher", daemon=True).start()
 
 
 def _rank(

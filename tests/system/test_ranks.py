@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -272,6 +273,21 @@ def _fails(out: Path) -> None:
 def test_a_rank_that_waits_for_another_leaves_the_reason_to_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^no room$"):
         ranks.launch(_fails, (tmp_path,), 2)
+
+
+def _is_told_to_end(out: Path) -> None:
+    ranks.told(b"")
+    if ranks.rank() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: ranks.told(b"the end"))  # as Lightning does
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    else:
+        ranks.told(b"gradients")
+
+
+def test_a_rank_that_is_told_to_end_does(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^process 1 of trainer.devices=2 ended \(exit code 143\)"):
+        ranks.launch(_is_told_to_end, (tmp_path,), 2)
 
 
 LAUNCHER = """
