@@ -114,6 +114,8 @@ WHOLE = 0.1
 """Share of a stage's trials that the whole command ends, with all that it builds downstream."""
 PATIENCE = 600.0
 """Seconds for a process to end that was asked to, on a machine that may have much else to do."""
+HEEDED = 0.5
+"""Seconds of the processor that a process may end its work in which a signal has come too late for."""
 MOMENT = 60.0
 """Seconds that what a killed process started may take to notice, and as many more a second that it has of a processor.
 """
@@ -350,7 +352,7 @@ class Trial:
             hit = ranks[rank % len(ranks)]
         with contextlib.suppress(ProcessLookupError):  # it has ended since it was looked at
             os.kill(hit, number)
-        running.process.join(PATIENCE)
+        work = self.join(running)
         what = doing(running) if hit == pid else "rank"
         when = f"{number.name} while {what}"
         if running.process.exitcode is None:
@@ -359,6 +361,8 @@ class Trial:
         elif running.process.exitcode == 0:
             if not running.stream("stdout"):
                 self.problems.append(f"{when}: exit code 0 and nothing printed")
+            if work > HEEDED:
+                self.problems.append(f"{when}: not heeded, {work:.1f} s more of work")
             return False
         elif hit != pid:
             outcome = running.outcome()
@@ -368,6 +372,14 @@ class Trial:
         self.kills[f"{what} {number.name}"] += 1
         self.check(when)
         return True
+
+    def join(self, running: Running) -> float:
+        """Wait for a process to end, `PATIENCE` at most; the seconds of the processor that it was seen to take."""
+        seconds, deadline = [processor(running.process.pid)], time.monotonic() + PATIENCE
+        while running.process.exitcode is None and time.monotonic() < deadline:
+            running.process.join(0.1)
+            seconds.append(processor(running.process.pid))
+        return max(seconds) - seconds[0]
 
     def check(self, when: str) -> None:
         """Nothing of what has ended is left running, and no artifact is torn."""
@@ -394,8 +406,8 @@ class Trial:
             return
         self.whole.clear()
         self.check("at the end")
-        made, whole = contents(self.artifacts), contents(reference)
-        expected = {file: digest for file, digest in whole.items() if of_artifact(file) in wanted}
+        made, whole = contents(self.artifacts), artifacts_of(self.artifacts)
+        expected = {file: digest for file, digest in contents(reference).items() if of_artifact(file) in wanted}
         self.problems += [f"other bytes: {file}" for file, digest in expected.items() if made.get(file) != digest]
         self.problems += [f"unasked: {file}" for file in made.keys() - expected.keys()]
         for file in sorted(file for file in made.keys() & expected.keys() if file.endswith(".jsonl")):
@@ -404,6 +416,11 @@ class Trial:
                 self.problems.append(f"{file}: {len(set(right) - set(ids))} rows lost, {len(ids)} of {len(right)}")
         partial = self.artifacts / ".partial"
         self.problems += [f"left: {path}" for path in partial.glob("*/*") if path.suffix != ".lock"]
+        for path in self.artifacts.rglob("*"):
+            name = path.relative_to(self.artifacts)
+            is_note = name.parts[0] == ".digests" and not path.name.startswith(".")
+            if path.is_file() and name.parts[0] != ".partial" and not is_note and of_artifact(str(name)) not in whole:
+                self.problems.append(f"left: {path}")
         for path in partial.glob("*/*.lock"):
             with path.open("rb") as file:  # a folder that can only be read has its locks opened no other way
                 try:
