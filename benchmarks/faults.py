@@ -28,6 +28,7 @@ import fcntl
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -113,7 +114,7 @@ IN_A_ROW = 20
 WHOLE = 0.1
 """Share of a stage's trials that the whole command ends, with all that it builds downstream."""
 PATIENCE = 600.0
-"""Seconds for a process to end that was asked to, on a machine that may have much else to do."""
+"""Seconds for a process to end, and as many more a second that it has of a processor."""
 HEEDED = 0.5
 """Seconds of the processor that a process may end its work in which a signal has come too late for."""
 MOMENT = 60.0
@@ -341,30 +342,26 @@ class Trial:
     def kill(self, running: Running, after: float, number: signal.Signals, rank: int | None = None) -> bool:
         """Whether the process, or that of its ranks, was there to be killed after so many seconds of the processor."""
         pid = running.process.pid
-        while (left := after - processor(pid)) > 0:
-            running.process.join(max(0.005, left / PROCESSORS))
-            if running.process.exitcode is not None:
-                if running.process.exitcode != 0:
-                    self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
-                return False
+        self.watch(running, after)
+        if running.process.exitcode is not None:
+            if running.process.exitcode != 0:
+                self.problems.append(f"not killed, and ended: {running.stream('stderr')[-500:]}")
+            return False
         hit = pid
         if rank is not None and (ranks := sorted(ranks_of(pid))):
             hit = ranks[rank % len(ranks)]
         with contextlib.suppress(ProcessLookupError):  # it has ended since it was looked at
             os.kill(hit, number)
-        work = self.join(running)
+        work = -processor(pid) + self.watch(running)
         what = doing(running) if hit == pid else "rank"
         when = f"{number.name} while {what}"
-        if running.process.exitcode is None:
-            self.problems.append(f"{when}: not obeyed")
-            running.kill()
-        elif running.process.exitcode == 0:
+        if running.process.exitcode == 0:
             if not running.stream("stdout"):
                 self.problems.append(f"{when}: exit code 0 and nothing printed")
             if work > HEEDED:
                 self.problems.append(f"{when}: not heeded, {work:.1f} s more of work")
             return False
-        elif hit != pid:
+        if hit != pid:
             outcome = running.outcome()
             self.problems += [f"{when}: {wrong}" for wrong in one_line(outcome, "error: process ")]
         elif running.process.exitcode not in (-number, 128 + number):
@@ -373,13 +370,26 @@ class Trial:
         self.check(when)
         return True
 
-    def join(self, running: Running) -> float:
-        """Wait for a process to end, `PATIENCE` at most; the seconds of the processor that it was seen to take."""
-        seconds, deadline = [processor(running.process.pid)], time.monotonic() + PATIENCE
-        while running.process.exitcode is None and time.monotonic() < deadline:
-            running.process.join(0.1)
-            seconds.append(processor(running.process.pid))
-        return max(seconds) - seconds[0]
+    def watch(self, running: Running, after: float = math.inf) -> float:
+        """Wait for a process to end, or to have had so many seconds of the processor; those that it was seen to have.
+
+        One that is stuck is a problem, and ended with what it has started.
+        """
+        began, before = time.monotonic(), processor(running.process.pid)
+        seconds = before
+        while running.process.exitcode is None:
+            seconds = max(seconds, processor(running.process.pid))
+            if seconds >= after:
+                break
+            if time.monotonic() - began > PATIENCE * (1 + seconds - before):
+                self.problems.append(f"stuck while {doing(running)}: {running.stream('stderr')[-500:]}")
+                running.kill()
+            running.process.join(max(0.005, min(0.2, (after - seconds) / PROCESSORS)))
+        return seconds
+
+    def end(self, running: Running) -> Outcome:
+        self.watch(running)
+        return running.outcome()
 
     def check(self, when: str) -> None:
         """Nothing of what has ended is left running, and no artifact is torn."""
@@ -535,13 +545,13 @@ class Campaign:
             rank = draw.randrange(2) if kind in ("launched", "ranks") and draw.random() < 0.5 else None
             if not trial.kill(composed.start() if composed else trial.start(), after, sent, rank):
                 break
-        if other and other.outcome().code != 0:
+        if other and trial.end(other).code != 0:
             trial.problems.append(f"beside killed ones: {other.stream('stderr')[-500:]}")
         trial.beside = self.beside
         if composed and draw.random() >= WHOLE:
-            trial.compare(composed.start().outcome(), reference, expected)
+            trial.compare(trial.end(composed.start()), reference, expected)
         else:
-            trial.compare(trial.start().outcome(), reference, wanted)
+            trial.compare(trial.end(trial.start()), reference, wanted)
         if trial.problems:
             trial.folder.rename(self.folder / f"{kind}-{number}")
         return trial
