@@ -553,7 +553,9 @@ class Campaign:
         else:
             trial.compare(trial.end(trial.start()), reference, wanted)
         if trial.problems:
-            trial.folder.rename(self.folder / f"{kind}-{number}")
+            kept = self.folder / f"{kind}-{number}"
+            shutil.rmtree(kept, ignore_errors=True)
+            trial.folder.rename(kept)
         return trial
 
     def close(self) -> None:
