@@ -540,8 +540,11 @@ class Campaign:
         composed = self.composing(kind, trial) if kind in FORKED else None
         other = trial.start() if kind == "pair" else None
         trial.beside = self.beside | ({other.process.pid} if other else set())
+        span = seconds / 2 if kind == "pair" else seconds  # the other does its part
         for _ in range(draw.randint(1, IN_A_ROW)):
-            after, sent = draw.uniform(0, seconds), draw.choice([signal.SIGKILL, signal.SIGTERM])
+            after, sent = draw.uniform(0, span), draw.choice([signal.SIGKILL, signal.SIGTERM])
+            if kind in FROM_NOTHING:  # what is built stays
+                span = max(span - after, seconds / IN_A_ROW)
             rank = draw.randrange(2) if kind in ("launched", "ranks") and draw.random() < 0.5 else None
             if not trial.kill(composed.start() if composed else trial.start(), after, sent, rank):
                 break
