@@ -11,9 +11,11 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class ModelServer(ThreadingHTTPServer):
-    """`answer` is called with a request's authorization and body, one at a time; `asked` are these."""
+    """`answer` is called with a request's authorization and body, one at a time; `asked` are these. It says which
+    models it has where it `lists` them."""
 
     daemon_threads = True
+    lists = False
 
     def __init__(self, answer: Callable[[str | None, dict[str, Any]], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Asked)
@@ -28,10 +30,13 @@ class ModelServer(ThreadingHTTPServer):
 class _Asked(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Any = self.server
-        asked = self.headers["Authorization"], json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.headers["Authorization"], json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         with server.one:
             server.asked.append(asked)
-            status, headers, content = server.answer(*asked)
+            answer = server.answer(*asked)
+        self._send(*answer)
+
+    def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, value)
@@ -40,7 +45,10 @@ class _Asked(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self) -> None:
-        self.send_error(404)
+        if not getattr(self.server, "lists", False):
+            self.send_error(404)
+            return
+        self._send(200, {}, b'{"object": "list", "data": []}')
 
     def log_message(self, *words: Any) -> None:
         pass

@@ -60,6 +60,7 @@ SCENES: dict[str, list[list[str]]] = {
         *([f"finetune={mode}"] for mode in ("skew_kl", "jsd", "taid", "dac_kl", "redi", "on_policy")),
     ],
     "judge": [["engine.temperature=0.7", "engine.tries=2", "finetune.choice=judge", "judge.model=served"]],
+    "rollouts": [["finetune=on_policy"]],
     "adapter": [[], ["adapter=lora_beside_cut"]],
     "engine": [[], ["engine.temperature=0.7", "engine.tries=2"]],
     "merge": [],

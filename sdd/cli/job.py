@@ -144,7 +144,7 @@ class Job:
 
     def _builder(self, wanted: Recipe, missing: list[Recipe]) -> Builder:
         """What builds them, after all that would stop it has been looked at."""
-        from sdd.stages import builder, evaluated, graph, targets
+        from sdd.stages import builder, evaluated, graph, rolled, targets
 
         graph.read_data(self.study, missing)
         self.fit(missing)
@@ -154,6 +154,8 @@ class Job:
         for recipe in missing:
             if recipe.stage == "targets":
                 targets.check(runtime, recipe)
+            if recipe.stage == "tuned":
+                rolled.check(runtime, recipe, self.root)
         if wanted.stage == "evaluated":
             evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
         if "tuned" in stages:

@@ -29,6 +29,7 @@ CHOICES = {
     "finetune.precision": ("32", "bf16"),
     "finetune.choose": ("random", "damage"),
     "finetune.keep": ("last", "best"),
+    "rollouts.backend": ("hf", "transformers", "vllm"),
     "adapter.method": ("lora", "head_and_norms", "full"),
     "adapter.scope": ("all", "beside_cut", "last"),
     "pruning.ratio_of": ("all", "mlp"),
@@ -69,6 +70,8 @@ AT_LEAST = {
     "judge.max_new_tokens": 1,
     "judge.concurrency": 1,
     "judge.retries": 0,
+    "rollouts.concurrency": 1,
+    "rollouts.retries": 0,
     "analysis.num_prompts": 1,
     "analysis.max_new_tokens": 1,
     "analysis.timed_prompts": 1,
@@ -105,6 +108,7 @@ AT_MOST = {
     "engine.concurrency": 10_000,
     "evaluation.concurrency": 10_000,
     "judge.concurrency": 10_000,
+    "rollouts.concurrency": 10_000,
 }
 """Where less than `LARGEST` is too much for any machine."""
 WITHIN = {
@@ -130,6 +134,7 @@ WITHIN = {
     "engine.timeout": (1e-3, 1e6),
     "evaluation.timeout": (1.0, 1e6),
     "judge.timeout": (1e-3, 1e6),
+    "rollouts.timeout": (1e-3, 1e6),
     **{
         f"{metric}.{key}": limits
         for metric in ("metric", "width_metric")
@@ -260,6 +265,7 @@ def check_values(config: DictConfig) -> None:
             "leave one of them out"
         )
     _check_backend(config.evaluation)
+    _check_rollouts(config.rollouts, adapter)
     _check_merge(config.merge)
     for key in ("draft_lengths", "timed_lengths"):
         if any(length < 1 for length in config.analysis[key]):
@@ -407,6 +413,21 @@ def _check_draw(finetune: Any) -> None:
             f"finetune.weights=damage weighs cross-entropy, and finetune={finetune.mode} has another loss; leave it "
             "out, or choose finetune=sft or self_distill without finetune.loss"
         )
+
+
+def _check_rollouts(rollouts: Any, adapter: Any) -> None:
+    if rollouts.backend == "hf":
+        if rollouts.base_url is not None:
+            raise UserError("rollouts.base_url belongs to a server; add rollouts.backend=transformers, or leave it out")
+        return
+    backend = f"rollouts.backend={rollouts.backend}"
+    if adapter.quantisation is not None:
+        raise UserError(
+            f"{backend} would serve another student than learns: adapter.quantisation={adapter.quantisation} keeps its "
+            "base in 4 bits here; leave one of them out"
+        )
+    if rollouts.backend == "vllm" and adapter.method != "lora":
+        raise UserError(f"{backend} has the server load an adapter; choose adapter=lora, or rollouts.backend=hf")
 
 
 def _check_backend(evaluation: Any) -> None:

@@ -194,6 +194,17 @@ class Judge:
 
 
 @dataclass
+class Rollouts:
+    """Who writes what the student says itself with finetune=on_policy."""
+
+    backend: str = described("hf in this process; a server: transformers (`transformers serve`) or vllm", "hf")
+    base_url: str | None = described("where the server answers, http://HOST/v1; of the command line alone", None)
+    concurrency: int = described("requests that are on their way to the server at once", 16)
+    retries: int = described("how often a request is sent again, after waits of up to 8 seconds", 12)
+    timeout: float = described("seconds that an answer may take", 300.0)
+
+
+@dataclass
 class Adapter:
     """What is trained of the student."""
 
@@ -315,6 +326,7 @@ class Config:
     dataset: Dataset = described("the rows that are rewritten and trained on", Dataset)
     finetune: Finetune = described("whose answers are the targets, and how long and hard is trained", Finetune)
     judge: Judge = described("who chooses among rewrites with finetune.choice=judge", Judge)
+    rollouts: Rollouts = described("who writes the student's own answers with finetune=on_policy", Rollouts)
     adapter: Adapter = described("what is trained of the student", Adapter)
     engine: dict[str, Any] = described("how rewrites are generated", {})
     merge: Merge = described("how several students become one", Merge)

@@ -38,7 +38,7 @@ MOST_JOBS = 10_000
 TRACKED = ("project", "group", "job_type", "tags", "notes")
 """What a file may say to a tracker: words. Whether there is one, for whom, and whether it is online, its user says."""
 NEVER_SWEPT = ("hydra", "paths", "logger", "allow")
-SERVERS = ("engine.base_url", "evaluation.base_url", "judge.base_url")
+SERVERS = ("engine.base_url", "evaluation.base_url", "judge.base_url", "rollouts.base_url")
 """Where servers answer, to which rows and templates are sent: of no file, nor of a word that a file holds."""
 AT_LEAST_ONE = ("n_jobs", "n_trials", "max_batch_size", "nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
 LARGEST_NUMBER = 1_000_000

@@ -81,7 +81,12 @@ def place_of(tensor: str, num_blocks: int) -> float:
 
 
 def merge_checkpoints(
-    base: Checkpoint, students: list[Student], method: dict[str, Any], target: Path, dtype: str | None = None
+    base: Checkpoint,
+    students: list[Student],
+    method: dict[str, Any],
+    target: Path,
+    dtype: str | None = None,
+    shown: bool = True,
 ) -> dict[str, Any]:
     """Write the merged checkpoint into the folder `target`, in files cut as those of `base`.
 
@@ -97,7 +102,7 @@ def merge_checkpoints(
         student.check(names)
     facts: dict[str, Any] = {"tensors": {}, "copied": []}
     total, weight_map = 0, dict[str, str]()
-    with tqdm(total=len(names), desc="merge", unit="tensor") as progress:
+    with tqdm(total=len(names), desc="merge", unit="tensor", disable=not shown) as progress:
         for shard, (entries, metadata, start) in zip(shards, headers, strict=True):
             if not entries:
                 continue

@@ -5,6 +5,7 @@ and 5xx, after waits that double up to 8 seconds and are varied at random, or as
 server is, the command line says; its key is in the environment. Knows nothing of what is asked.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,6 +42,10 @@ class Server:
     def where(self) -> str:
         return f"{self.group}.base_url={self.url}"
 
+    def named(self, model: str | None) -> str:
+        """A model as the config names it; a student in training has a name of its own at each time."""
+        return "the student" if self.group == "rollouts" else f"{self.group}.model={model}"
+
 
 def client_of(server: Server, retries: int | None = None) -> Any:
     """The official client; `retries` where it is not to try as often as the server's settings say."""
@@ -48,6 +53,8 @@ def client_of(server: Server, retries: int | None = None) -> Any:
         raise UserError(f"{server.where}: a server is asked by the package openai; run: pip install 'sdd[server]'")
     from openai import OpenAI
 
+    for name in ("httpx", "httpx2"):  # else a line for every request, between the progress bars
+        logging.getLogger(name).setLevel(logging.WARNING)
     return OpenAI(
         base_url=server.url,
         api_key=os.environ.get(server.key) or "none",
@@ -61,7 +68,7 @@ def refusal(error: Exception, server: Server, model: str | None, client: Any, ki
     import openai
 
     where, said = server.where, said_by(error)
-    again = "finished rows are kept, run the same command again"
+    again = "what is finished is kept, run the same command again"
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         return UserError(f"{where}: the server refuses the key ({said}); set {server.key} in the environment")
     if isinstance(error, openai.APITimeoutError):
@@ -69,7 +76,7 @@ def refusal(error: Exception, server: Server, model: str | None, client: Any, ki
     if isinstance(error, openai.APIConnectionError):
         return UserError(f"{where}: no server can be reached there ({said}); {again}")
     if isinstance(error, openai.NotFoundError | openai.BadRequestError | openai.UnprocessableEntityError):
-        return UserError(f"{where}: the server refuses {server.group}.model={model} ({said}){_models(client)}")
+        return UserError(f"{where}: the server refuses {server.named(model)} ({said}){_models(client)}")
     if isinstance(error, openai.APIStatusError):
         return UserError(f"{where}: the server gives up ({said}); {again}")
     if not isinstance(error, openai.OpenAIError | ValueError):

@@ -3,7 +3,7 @@
 How it is reached, and what is tried again, is `sdd.models.served`'s business.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,10 @@ class OpenAIEngine:
     kind = "openai"
     asks_alone = True
     asked_by, group = "engine=openai", "engine"
+    keeps_space = False
+    """Whether what stands around an answer's words is a part of it."""
+    also: Mapping[str, Any] = {}
+    """What a request says besides."""
 
     def __init__(
         self,
@@ -102,18 +106,23 @@ class OpenAIEngine:
             return None
         return chat_messages(*words) if self.endpoint == "chat" else completion_prompt(*words)
 
+    def _limit(self, request: Request) -> int:
+        """Tokens of its answer at most."""
+        return self.max_new_tokens
+
     def _completed(self, client: Any, request: Request, prompt: Any) -> Completion:
         try:
-            text, finish = self._answer(client, prompt, self.max_new_tokens, seed_of(self.seed, request))
+            text, finish, tokens = self._answer(client, prompt, self._limit(request), seed_of(self.seed, request))
         except Exception as error:
             if getattr(error, "status_code", None) == 400 and any(words in said_by(error) for words in TOO_LONG):
                 return Completion(request.id, "", "too_long")
             raise self._refusal(error, self.place, client) from None
-        return Completion(request.id, text, finish)
+        return Completion(request.id, text if self.keeps_space else text.strip(), finish, tokens)
 
-    def _answer(self, client: Any, prompt: Any, limit: int, seed: int) -> tuple[str, str]:
-        """(text, "stop" or "length") of one request."""
+    def _answer(self, client: Any, prompt: Any, limit: int, seed: int) -> tuple[str, str, tuple[int, ...]]:
+        """(text, "stop" or "length", token ids where they are asked for and given) of one request."""
         settings: dict[str, Any] = {"model": self.model, "max_tokens": limit, "temperature": self.temperature}
+        settings |= self.also
         if self.temperature > 0:
             settings |= {"top_p": self.top_p, "seed": seed}
         if self.endpoint == "chat":
@@ -125,10 +134,11 @@ class OpenAIEngine:
             text, finish = choice.message.content if self.endpoint == "chat" else choice.text, choice.finish_reason
         except (AttributeError, TypeError, ValueError):
             raise ValueError(f"{response}") from None
-        if not isinstance(text, str | None) or not isinstance(finish, str):
+        tokens = (getattr(choice, "token_ids", None) or ()) if self.also else ()
+        if not isinstance(text, str | None) or not isinstance(finish, str) or not all(type(id) is int for id in tokens):
             raise ValueError(f"{choice}")
         whole = (text or "").encode("utf-8", "replace").decode()  # half a character is none
-        return whole.strip(), "stop" if finish == "stop" else "length"
+        return whole, "stop" if finish == "stop" else "length", tuple(tokens)
 
     @cached_property
     def client(self) -> Any:

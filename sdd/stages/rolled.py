@@ -1,17 +1,31 @@
 """What a student writes while it is tuned: by which engine, and what that takes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sdd.errors import UserError
 from sdd.finetuning.modes import MODES, rollout_limit
+from sdd.forward import ranks
+from sdd.forward.decoding import Ending
 from sdd.planning import estimates
 from sdd.planning.cost_model import CostModel
 from sdd.planning.estimates import Estimate
+from sdd.rewriting.continued import ServedStudent
 from sdd.rewriting.engines import HFEngine
+from sdd.stages import handover
+from sdd.stages.handover import WAYS, Handover
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
+from sdd.store import Recipe
+
+
+def writer(rollouts: Any) -> dict[str, str]:
+    """What is in the key of who writes: nothing where that is this process, nor where a server is."""
+    return {} if rollouts.backend == "hf" else {"backend": rollouts.backend}
 
 
 def rollouts_of(
@@ -20,16 +34,31 @@ def rollouts_of(
     tokenizer: Any,
     model: Any,
     rows: Sequence[Any],
+    validation: Sequence[Any],
     plan: Sequence[Sequence[int]],
     max_length: int,
+    student: Handover,
     runtime: Runtime,
 ) -> Any:
-    """The student's own answers to the rows of `plan`, in this process; None where it writes none."""
+    """The student's own answers to the rows of `plan`, by this process or a server; None where it writes none."""
     if settings is None:
         return None
     from sdd.finetuning.rollouts import Policy, Rollouts
-    from sdd.forward.decoding import Ending
     from sdd.models.chats import stop_ids
+
+    stops = stop_ids(tokenizer, model.generation_config)
+    if "backend" in settings:
+        prompts = (row.ids[: row.prompt_length] for row in chain(rows, validation))
+        sample = _by_server(settings, seed, tokenizer, stops, prompts, student, runtime)
+    else:
+        sample = _here(settings, seed, tokenizer, runtime)
+    short, full = settings["rollout_tokens"]
+    policy = Policy(settings["student_share"], (short, full), settings["rollout_steps"], seed, len(plan))
+    return Rollouts(policy, rows, plan, max_length, stops, sample)
+
+
+def _here(settings: dict[str, Any], seed: int, tokenizer: Any, runtime: Runtime) -> Any:
+    """The sampling of `Rollouts` by the model as it is in this process."""
 
     def sample(
         model: Any, prompts: Sequence[list[int]], names: Sequence[str], limit: int, ending: Ending
@@ -38,9 +67,46 @@ def rollouts_of(
         engine.take(model, tokenizer, None, runtime.inference_batch_size)
         return engine.continued(prompts, names, ending)
 
-    short, full = settings["rollout_tokens"]
-    policy = Policy(settings["student_share"], (short, full), settings["rollout_steps"], seed, len(plan))
-    return Rollouts(policy, rows, plan, max_length, stop_ids(tokenizer, model.generation_config), sample)
+    return sample
+
+
+def _by_server(
+    settings: dict[str, Any],
+    seed: int,
+    tokenizer: Any,
+    stops: list[int],
+    prompts: Iterable[list[int]],
+    student: Handover,
+    runtime: Runtime,
+) -> Any:
+    """The same by a server. Of several ranks the first asks, and all hear."""
+    backend, temperature = settings["backend"], settings["rollout_temperature"]
+    server, context = runtime.servers.get("rollouts"), student.base.config.get("max_position_embeddings")
+    if server is None:
+        raise UserError("a server wrote this student's rollouts; say where it is with --server URL")
+    asking = ServedStudent(tokenizer, stops, context, backend == "transformers", temperature, seed, server)
+    if asking.as_text:
+        for prompt in prompts:
+            asking.text_of(prompt)  # refused before the first step
+
+    def asked(
+        model: Any, prompts: Sequence[list[int]], names: Sequence[str], limit: int, ending: Ending
+    ) -> Iterator[tuple[int, list[int]]]:
+        with WAYS[backend](student, asking.client, server, stops, temperature > 0) as name:
+            yield from asking.continued(name, prompts, names, limit, ending)
+
+    def sample(*request: Any) -> Iterator[tuple[int, list[int]]]:
+        if not ranks.is_rank():
+            return asked(*request)
+        return iter(ranks.merged(dict(asked(*request)) if ranks.rank() == 0 else {}).items())
+
+    return sample
+
+
+def check(runtime: Runtime, recipe: Recipe, folder: Path) -> None:
+    """Refuse a server that cannot write a student's rollouts, before any work; `folder` is one that it has to see."""
+    if backend := ((recipe.spec.get("distillation") or {}).get("rollouts") or {}).get("backend"):
+        handover.check(backend, runtime.servers.get("rollouts"), folder)
 
 
 def writes(sizes: Sizes) -> float:

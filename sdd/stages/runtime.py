@@ -59,7 +59,8 @@ class Runtime:
     @staticmethod
     def servers_of(config: Any) -> dict[str, Server]:
         """The servers that a composed config's groups ask, by group."""
-        asking = {group: config[group] for group in ("engine", "evaluation", "judge") if config[group].get("base_url")}
+        groups = ("engine", "evaluation", "judge", "rollouts")
+        asking = {group: config[group] for group in groups if config[group].get("base_url")}
         return {
             group: Server(
                 str(node["base_url"]), **{key: node[key] for key in ("concurrency", "retries", "timeout")}, group=group

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", action="append", default=[], metavar="DIGEST=PATH", help="a model (folder or hub id) or data file"
     )
-    parser.add_argument("--server", metavar="URL", help="the server that rewrites or answers, where one did")
+    parser.add_argument("--server", metavar="URL", help="the server that rewrote, answered or wrote rollouts")
 
 
 def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
@@ -36,5 +36,5 @@ def runtime_of(arguments: argparse.Namespace, **settings: Any) -> Runtime:
         sources[digest] = folder
     servers: dict[str, Server] = {}
     if arguments.server:
-        servers = {group: Server(arguments.server, group=group) for group in ("engine", "evaluation")}
+        servers = {group: Server(arguments.server, group=group) for group in ("engine", "evaluation", "rollouts")}
     return Runtime(sources=sources, servers=servers, **settings)

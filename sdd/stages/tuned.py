@@ -31,6 +31,7 @@ from sdd.planning.cost_model import BYTES, CostModel
 from sdd.planning.estimates import Estimate, Training
 from sdd.stages import damaged, draws, pruned, rolled, targets, taught
 from sdd.stages.figures import learning_curve
+from sdd.stages.handover import Handover
 from sdd.stages.runtime import Runtime
 from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
@@ -118,7 +119,7 @@ def _distillation(study: Study) -> dict[str, Any] | None:
         spec = {"teacher": models.teacher_digest, "dtype": study.config.model.dtype}
     spec |= {key: finetune[key] for name in weights for key in LOSSES[name].settings}
     if MODES[finetune.mode].rollouts and finetune.student_share > 0:
-        spec |= {"rollouts": {key: plain(finetune)[key] for key in ROLLOUTS}}
+        spec |= {"rollouts": {key: plain(finetune)[key] for key in ROLLOUTS} | rolled.writer(study.config.rollouts)}
     ce_share = weights.get("cross_entropy", 0.0)
     if weights | {"cross_entropy": ce_share} == {"forward_kl": 1 - ce_share, "cross_entropy": ce_share}:
         return spec | {"ce_share": ce_share}
@@ -432,7 +433,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
     if cache := getattr(loss, "cache", None):
         _check_places(cache, training, validation)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
-    history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, scratch)
+    handed = Handover(student, base, base_name, PRECISIONS[spec.precision], scratch)
+    history, kept = _fit(handed, tokenizer, loss, training, validation, recipe, runtime)
     if runtime.is_sharded:
         gather_trained(student, keep=ranks.rank() == 0)
     if ranks.rank() > 0:
@@ -547,14 +549,13 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
 
 def _fit(
-    student: Any,
+    handed: Handover,
     tokenizer: Any,
     loss: Any,
     training: Sequence[Any],
     validation: Sequence[Any],
     recipe: Recipe,
     runtime: Runtime,
-    scratch: Path,
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The history, and the step whose student is kept where that is the best."""
     import pytorch_lightning as pl
@@ -565,7 +566,7 @@ def _fit(
     from sdd.finetuning.module import Optimisation, StudentModule, SummedGradients, WholeCheckpoints, step_rows
     from sdd.finetuning.sharded import Sharded, Shards
 
-    spec = Tuned.read(recipe.spec)
+    spec, student, scratch = Tuned.read(recipe.spec), handed.student, handed.scratch
     settings, seed = spec.finetune, spec.seed
     plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)
     optimisation = Optimisation(
@@ -608,8 +609,10 @@ def _fit(
                 tokenizer,
                 causal_lm(student),
                 training,
+                validation,
                 plan,
                 settings["max_length"],
+                handed,
                 runtime,
             ),
             keep_best=settings.get("keep") == "best",

@@ -68,6 +68,7 @@ REPAIRED = ["repair=ridge"]
 SDM = ["metric=sdm", "pruning=mlp20"]
 LOGITS = ["finetune=logit_distill"]
 OWN = ["finetune=on_policy"]
+WRITTEN = {"rollouts.backend": "transformers"}
 CACHED = {"finetune.cached": "top_k"}
 
 SERVED = {"evaluation.backend": "server", "evaluation.model": "m"}
@@ -157,6 +158,8 @@ IN_KEY: list[tuple[str, Any, set[str], list[str], dict[str, Any]]] = [
     ("finetune.rollout_tokens", [2, 9], {"tuned"}, OWN, {}),
     ("finetune.rollout_steps", 2, {"tuned"}, OWN, {}),
     ("finetune.rollout_temperature", 0.5, {"tuned"}, OWN, {}),
+    ("rollouts.backend", "transformers", {"tuned"}, OWN, {}),
+    ("rollouts.backend", "vllm", {"tuned"}, OWN, WRITTEN),
     ("finetune.epochs", 1, {"tuned"}, [], {}),
     ("finetune.learning_rate", 1e-4, {"tuned"}, [], {}),
     ("finetune.batch_size", 5, {"tuned"}, [], {}),
@@ -238,6 +241,12 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("judge.retries", 3, [], JUDGED),
     ("judge.timeout", 3.0, [], JUDGED),
     ("judge.model", "another", [], {**JUDGED, "finetune.choice": "shortest"}),
+    ("rollouts.backend", "transformers", ["finetune=logit_distill"], {}),
+    ("rollouts.backend", "transformers", OWN, {"finetune.student_share": 0.0}),
+    ("rollouts.base_url", "http://b/v1", OWN, WRITTEN),
+    ("rollouts.concurrency", 3, OWN, WRITTEN),
+    ("rollouts.retries", 3, OWN, WRITTEN),
+    ("rollouts.timeout", 3.0, OWN, WRITTEN),
     ("evaluation.batch_size", "auto", [], {}),
     ("evaluation.base_url", "http://b/v1", [], SERVED),
     ("evaluation.concurrency", 3, [], SERVED),

@@ -42,18 +42,29 @@ LONG = "pear " * 400
 
 
 class Serving:
-    """`transformers serve` in a process of its own, which can be killed and started again at its place."""
+    """`transformers serve` in a process of its own, which can be killed and started again at its place; `pinned` to the
+    teacher, or free to open what is asked for."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, pinned: bool = True) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log, self.url = log, f"http://127.0.0.1:{self.port}/v1"
+        self.log, self.pinned, self.url = log, pinned, f"http://127.0.0.1:{self.port}/v1"
         self.start()
 
     def start(self) -> None:
         program = Path(sys.executable).with_name("transformers")
-        words = [str(TEACHER), "--port", str(self.port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+        words = [
+            *([str(TEACHER)] if self.pinned else []),
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(program), "serve", *words], stdout=log, stderr=log, env={**os.environ}
@@ -299,6 +310,7 @@ FILES = {
     "a sweep": "defaults: [override /engine: openai]\nhydra: {sweeper: {params: {engine.base_url: '%s'}}}",
     "by a reference": "defaults: [override /engine: openai]\nstudy: {url: %s}\nengine: {base_url: '${study.url}'}",
     "a judge's": "judge: {base_url: %s, model: m}\nfinetune: {choice: judge}\nengine: {tries: 2, temperature: 0.7}",
+    "a student's": "defaults: [override /finetune: on_policy]\nrollouts: {backend: transformers, base_url: %s}",
     "an evaluation's": "evaluation: {backend: server, base_url: %s, model: m}",
     "a student": "defaults: [override /merge: linear, override /engine: openai]\nengine: {model: m}\n"
     "merge: {students: [['engine.base_url=%s'], [seed=1]]}",
@@ -312,7 +324,8 @@ def test_a_file_names_no_server(way: str, tmp_path: Path) -> None:
     words = ["--config-dir=given", "experiment=theirs", *(["-m"] if way == "a sweep" else []), "dry_run=true"]
     outcome = run("evaluate" if way == "a student" else "generate", *words, cwd=tmp_path)
     assert outcome.code == 2
-    setting = {"an evaluation's": "evaluation.base_url", "a judge's": "judge.base_url"}.get(way, "engine.base_url")
+    groups = {"an evaluation's": "evaluation", "a judge's": "judge", "a student's": "rollouts"}
+    setting = f"{groups.get(way, 'engine')}.base_url"
     assert setting in outcome.stderr and not outcome.built
 
 

@@ -198,6 +198,17 @@ BAD = {
         ["finetune=on_policy", "trainer.strategy=fsdp", "trainer.devices=2"],
         "finetune=on_policy has each device write answers of its own",
     ),
+    "rollouts of 4 bits": (
+        "train",
+        ["finetune=on_policy", "rollouts.backend=transformers", "adapter.quantisation=nf4"],
+        "would serve another student than learns",
+    ),
+    "rollouts by an adapter that is none": (
+        "train",
+        ["finetune=on_policy", "rollouts.backend=vllm", "adapter=full"],
+        "rollouts.backend=vllm has the server load an adapter",
+    ),
+    "rollouts without a server": ("train", ["rollouts.base_url=http://a/v1"], "rollouts.base_url belongs to a server"),
     "device map": ("train", ["trainer.device_map=best"], "trainer.device_map=best is unknown; choose one of auto"),
     "memory of a map": (
         "train",
