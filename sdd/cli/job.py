@@ -155,7 +155,7 @@ class Job:
             if recipe.stage == "targets":
                 targets.check(runtime, recipe)
             if recipe.stage == "tuned":
-                rolled.check(runtime, recipe, self.root)
+                rolled.check(runtime, recipe, self.root / ".partial")
         if wanted.stage == "evaluated":
             evaluated.check_backend(self.study, runtime, evaluated.read_spec(wanted))
         if "tuned" in stages:

@@ -18,7 +18,8 @@ from sdd.rewriting.server import OpenAIEngine
 
 
 class ServedStudent(OpenAIEngine):
-    """Answers by the model that a server calls `model`, up to one of `stops`; it reads `context` tokens at most.
+    """Answers by the model that a server calls `model`, up to one of `stops`; it has `vocabulary` tokens, and reads
+    `context` of them at most.
 
     Greedy answers in float32 are those of `HFEngine`; a sampled one has a seed of its own.
     """
@@ -30,6 +31,7 @@ class ServedStudent(OpenAIEngine):
         self,
         tokenizer: Any,
         stops: Sequence[int],
+        vocabulary: int,
         context: int | None,
         as_text: bool,
         temperature: float,
@@ -37,7 +39,8 @@ class ServedStudent(OpenAIEngine):
         server: Server | None,
     ) -> None:
         super().__init__(endpoint="completions", temperature=temperature, seed=seed)
-        self.tokenizer, self.stops, self.context, self.as_text = tokenizer, frozenset(stops), context, as_text
+        self.tokenizer, self.stops, self.as_text = tokenizer, frozenset(stops), as_text
+        self.vocabulary, self.context = vocabulary, context
         self.also = {} if as_text else {"extra_body": {"return_token_ids": True}}
         self.place, self.prompts = Place(server=server), dict[str, list[int]]()
 
@@ -78,6 +81,8 @@ class ServedStudent(OpenAIEngine):
         if completion.finish == "too_long":
             raise UserError(f"the server takes no prompt of {len(prompt)} tokens; lower finetune.max_length")
         tokens = list(completion.tokens) or self._tokens(prompt, completion.text)
+        if unknown := next((token for token in tokens if not 0 <= token < self.vocabulary), None):
+            raise UserError(f"the server says the token {unknown}, which the student has not; it serves another model")
         end = next((at + 1 for at, token in enumerate(tokens) if token in self.stops), None)
         if end is None and (completion.finish == "stop" or not tokens):
             tokens.append(end_of_turn(self.tokenizer))

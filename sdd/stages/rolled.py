@@ -21,6 +21,7 @@ from sdd.stages.handover import WAYS, Handover
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.store import Recipe
+from sdd.untrusted import printable
 
 
 def writer(rollouts: Any) -> dict[str, str]:
@@ -49,7 +50,8 @@ def rollouts_of(
     stops = stop_ids(tokenizer, model.generation_config)
     if "backend" in settings:
         prompts = (row.ids[: row.prompt_length] for row in chain(rows, validation))
-        sample = _by_server(settings, seed, tokenizer, stops, prompts, student, runtime)
+        asking = _asking(settings, seed, tokenizer, stops, model.config, runtime)
+        sample = _by_server(settings, asking, prompts, student)
     else:
         sample = _here(settings, seed, tokenizer, runtime)
     short, full = settings["rollout_tokens"]
@@ -70,21 +72,24 @@ def _here(settings: dict[str, Any], seed: int, tokenizer: Any, runtime: Runtime)
     return sample
 
 
-def _by_server(
-    settings: dict[str, Any],
-    seed: int,
-    tokenizer: Any,
-    stops: list[int],
-    prompts: Iterable[list[int]],
-    student: Handover,
-    runtime: Runtime,
-) -> Any:
-    """The same by a server. Of several ranks the first asks, and all hear."""
-    backend, temperature = settings["backend"], settings["rollout_temperature"]
-    server, context = runtime.servers.get("rollouts"), student.base.config.get("max_position_embeddings")
+def _asking(
+    settings: dict[str, Any], seed: int, tokenizer: Any, stops: list[int], config: Any, runtime: Runtime
+) -> ServedStudent:
+    server, context = runtime.servers.get("rollouts"), getattr(config, "max_position_embeddings", None)
+    if settings["backend"] not in tuple(WAYS):
+        raise UserError(
+            f"the recipe's rollouts are by {printable(str(settings['backend'])[:40])}, which is not known here"
+        )
     if server is None:
         raise UserError("a server wrote this student's rollouts; say where it is with --server URL")
-    asking = ServedStudent(tokenizer, stops, context, backend == "transformers", temperature, seed, server)
+    as_text = settings["backend"] == "transformers"
+    said = config.vocab_size, context, as_text, settings["rollout_temperature"], seed, server
+    return ServedStudent(tokenizer, stops, *said)
+
+
+def _by_server(settings: dict[str, Any], asking: ServedStudent, prompts: Iterable[list[int]], student: Handover) -> Any:
+    """The same by a server. Of several ranks the first asks, and all hear."""
+    server, sampled = asking.place.server, settings["rollout_temperature"] > 0
     if asking.as_text:
         for prompt in prompts:
             asking.text_of(prompt)  # refused before the first step
@@ -92,7 +97,7 @@ def _by_server(
     def asked(
         model: Any, prompts: Sequence[list[int]], names: Sequence[str], limit: int, ending: Ending
     ) -> Iterator[tuple[int, list[int]]]:
-        with WAYS[backend](student, asking.client, server, stops, temperature > 0) as name:
+        with WAYS[settings["backend"]](student, asking.client, server, sorted(asking.stops), sampled) as name:
             yield from asking.continued(name, prompts, names, limit, ending)
 
     def sample(*request: Any) -> Iterator[tuple[int, list[int]]]:

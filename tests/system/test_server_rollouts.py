@@ -159,7 +159,7 @@ def test_text_of_a_server_becomes_tokens(text: str, finish: str, kept: str | Non
     body = json.dumps({"id": "1", "object": "text_completion", "choices": [choice]}).encode()
     server = ModelServer(lambda *_: (200, {}, body))
     end = end_of_turn(tokenizer)
-    asking = ServedStudent(tokenizer, [end], 60, True, 0.0, 0, Server(server.url, group="rollouts"))
+    asking = ServedStudent(tokenizer, [end], 768, 60, True, 0.0, 0, Server(server.url, group="rollouts"))
     ((at, tokens),) = asking.continued("m", [prompt], ["r"], 50, lambda tokens, fresh: 9 if len(tokens) == 50 else None)
     assert at == 0 and 1 <= len(tokens) <= 50
     if kept is not None:
