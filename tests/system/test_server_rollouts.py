@@ -109,7 +109,6 @@ def test_a_server_that_has_the_students_adapter_writes_what_this_process_would(
     assert history_of(tuned) == history_of(own)
     assert adapter_of(tuned) == adapter_of(own)
     assert tuned != own and served.url not in (tuned / "manifest.json").read_text()
-    assert run("train", *words, cwd=copied).path == tuned, "what is there is nobody asked for"
 
 
 @pytest.mark.parametrize("method", ["lora", "head_and_norms", "full"])
