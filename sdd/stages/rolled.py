@@ -38,7 +38,7 @@ def rollouts_of(
     validation: Sequence[Any],
     plan: Sequence[Sequence[int]],
     max_length: int,
-    student: Handover,
+    student: Handover | None,
     runtime: Runtime,
 ) -> Any:
     """The student's own answers to the rows of `plan`, by this process or a server; None where it writes none."""
@@ -49,6 +49,7 @@ def rollouts_of(
 
     stops = stop_ids(tokenizer, model.generation_config)
     if "backend" in settings:
+        assert student is not None, "a server is handed a student"
         prompts = (row.ids[: row.prompt_length] for row in chain(rows, validation))
         asking = _asking(settings, seed, tokenizer, stops, model.config, runtime)
         sample = _by_server(settings, asking, prompts, student)

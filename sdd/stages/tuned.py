@@ -434,7 +434,7 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
         _check_places(cache, training, validation)
     base_name = f"pruned/{inputs['pruned'].name}" if "pruned" in inputs else f"model/{spec.model}"
     handed = Handover(student, base, base_name, PRECISIONS[spec.precision], scratch)
-    history, kept = _fit(handed, tokenizer, loss, training, validation, recipe, runtime)
+    history, kept = _fit(student, tokenizer, loss, training, validation, recipe, runtime, scratch, handed)
     if runtime.is_sharded:
         gather_trained(student, keep=ranks.rank() == 0)
     if ranks.rank() > 0:
@@ -549,15 +549,17 @@ def _checkpoint(scratch: Path, module: Any) -> tuple[Path | None, dict[str, Any]
 
 
 def _fit(
-    handed: Handover,
+    student: Any,
     tokenizer: Any,
     loss: Any,
     training: Sequence[Any],
     validation: Sequence[Any],
     recipe: Recipe,
     runtime: Runtime,
+    scratch: Path,
+    handed: Handover | None = None,
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """The history, and the step whose student is kept where that is the best."""
+    """The history, and the step whose student is kept where that is the best; `handed` is for a server that writes."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -566,7 +568,7 @@ def _fit(
     from sdd.finetuning.module import Optimisation, StudentModule, SummedGradients, WholeCheckpoints, step_rows
     from sdd.finetuning.sharded import Sharded, Shards
 
-    spec, student, scratch = Tuned.read(recipe.spec), handed.student, handed.scratch
+    spec = Tuned.read(recipe.spec)
     settings, seed = spec.finetune, spec.seed
     plan = step_rows(len(training), settings["batch_size"], settings["epochs"], seed)
     optimisation = Optimisation(
