@@ -28,9 +28,11 @@ from sdd.cli.others import OtherJobs
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
 from sdd.cli.workers import end_with_sweep
+from sdd.config import check_values
 from sdd.config.nodes import quick_nodes
 from sdd.errors import UserError
 from sdd.forward.memory import is_short
+from sdd.forward.nodes import Elsewhere, Nodes, place, together
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
 from sdd.store.files import read_facts
@@ -120,6 +122,8 @@ def explained(error: BaseException) -> tuple[int, str]:
             "out of memory; ask for less at once: trainer.micro_batch_tokens or trainer.gradient_checkpointing=true in "
             "fine-tuning, engine.batch_size, evaluation.batch_size or trainer.inference_batch_size elsewhere"
         )
+    if isinstance(error, Elsewhere):
+        return error.code, printable(str(error))
     if isinstance(error, UserError):
         return USER, printable(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
@@ -132,7 +136,23 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
     """Check the config, derive the recipe, and have it built; what the job's record says of it."""
-    job = Job(config, typed(), run_folder)
+    with _nodes(config) as nodes:
+        return _made(script, config, run_folder, nodes)
+
+
+def _nodes(config: DictConfig) -> contextlib.AbstractContextManager[Nodes | None]:
+    """The commands of all machines that do this job together, once they have come."""
+    trainer = config.trainer
+    if trainer.num_nodes == 1 or config.dry_run or config.fetch:
+        return contextlib.nullcontext()
+    check_values(config)
+    if str(HydraConfig.get().launcher._target_).endswith("JoblibLauncher"):
+        raise UserError("trainer.num_nodes: its jobs come one after another; leave out hydra/launcher=joblib")
+    return together(place(trainer.num_nodes, trainer.devices), explained)
+
+
+def _made(script: str, config: DictConfig, run_folder: Path, nodes: Nodes | None) -> dict[str, Any]:
+    job = Job(config, typed(), run_folder, nodes)
     wanted = job.wanted(script)
     if config.dry_run:
         job.fit(job.store(script).missing(wanted) if wanted else [])
@@ -145,9 +165,10 @@ def make(script: str, config: DictConfig, run_folder: Path) -> dict[str, Any]:
         folder = job.study.models.checkpoint.folder
         print(folder, flush=True)
         return {"stage": "model", "path": str(folder)}
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    with bars_into(run_folder) if is_sweep else contextlib.nullcontext():
-        path = job.build(wanted, script, OtherJobs(script, run_folder).advance if is_sweep else lambda: False)
+    is_sweep, is_first = HydraConfig.get().mode == RunMode.MULTIRUN, nodes is None or nodes.is_first
+    with bars_into(run_folder) if is_sweep and is_first else contextlib.nullcontext():
+        others = OtherJobs(script, run_folder).advance if is_sweep and nodes is None else lambda: False
+        path = job.build(wanted, script, others)
     from sdd.cli.endings import ending
 
     number = HydraConfig.get().job.num if is_sweep else None

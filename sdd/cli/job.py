@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from sdd.config import check_values, plain
 from sdd.config.allowed import build as build_part
 from sdd.config.parts import TENSORBOARD
 from sdd.errors import UserError
-from sdd.store import STAGES, Builder, Recipe, Store
+from sdd.store import STAGES, Builder, Recipe, Store, digest_of
 from sdd.untrusted import expanded
 
 if TYPE_CHECKING:
+    from sdd.forward.nodes import Nodes
     from sdd.study import Study
 
 
@@ -32,18 +34,22 @@ def typed() -> list[str]:
 
 
 class Job:
-    """One config, composed with `overrides` and checked; its trackers and logs go to `run_folder`.
+    """One config, composed with `overrides` and checked; its trackers and logs go to `run_folder`; `nodes` are the
+    commands of other machines that do the same job.
 
     Make it while Hydra is there, which composes the students of a merge.
     """
 
-    def __init__(self, config: DictConfig, overrides: Iterable[str], run_folder: Path) -> None:
+    def __init__(
+        self, config: DictConfig, overrides: Iterable[str], run_folder: Path, nodes: Nodes | None = None
+    ) -> None:
         check_values(config)
         if config.dry_run:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported, here or in a worker
         else:
             _check_machine(config.trainer)
         self.config, self.overrides, self.run_folder = config, list(overrides), run_folder
+        self.nodes = nodes
         self.choices = dict(HydraConfig.get().runtime.choices)
         self.root = expanded(config.paths.artifacts).absolute()
         self.commands: list[tuple[Study, list[str]]] = []
@@ -117,11 +123,44 @@ class Job:
     def build(self, wanted: Recipe, script: str | None = None, meanwhile: Callable[[], bool] = lambda: False) -> Path:
         """The folder of an artifact, built with all that it lacks; `meanwhile` as in the store."""
         store = self.store(script or STAGES[wanted.stage].script)
-        if missing := store.missing(wanted):
+        missing = store.missing(wanted)
+        if self.nodes:
+            named = set(self.nodes.agree(self._asked(wanted), [one.address for one in missing]))
+            missing = [recipe for recipe in wanted.walk() if recipe.address in named]
+        elif self.config.trainer.num_nodes > 1 and missing:
+            raise UserError("trainer.num_nodes: several machines run the scripts, each the same command")
+        if self.nodes and not self.nodes.is_first:
+            self._lend(self.nodes, store, wanted, missing)
+        elif missing:
             build = self._builder(wanted, missing)
             for own, recipe in self._steps(store, wanted, missing):
                 own.ensure(recipe, build, self.config.store.missing, meanwhile)
         return store.folder(wanted)
+
+    def _asked(self, wanted: Recipe) -> str:
+        """The artifact, and a digest of how the ranks go about it, which all nodes have to be told alike."""
+        from sdd.stages.runtime import Runtime
+
+        how = digest_of([plain(self.config.trainer), Runtime.sizes(self.config)])
+        return f"{wanted.stage}/{wanted.address} (trainer {how[:8]})"
+
+    def _lend(self, nodes: Nodes, store: Store, wanted: Recipe, missing: list[Recipe]) -> None:
+        """Have this machine's ranks take part in what the first node builds, until the artifact is there."""
+        from sdd.stages.sharing import SEEN
+
+        build = self._builder(wanted, missing) if missing else None
+        recipes = {recipe.address: recipe for recipe in missing}
+        for address in nodes.stages():
+            assert build is not None
+            build(recipes[address], store.inputs(recipes[address]), store.partial(recipes[address]))
+        until = time.monotonic() + SEEN
+        while not store.has(wanted):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{store.folder(wanted)} is not there, and node 0 has built it; paths.artifacts has to be a folder "
+                    "that all nodes share"
+                )
+            time.sleep(1.0)
 
     def advance(self, wanted: Recipe, script: str) -> bool:
         """Build one artifact that is missing for another and that nobody builds; whether there was one."""
@@ -191,6 +230,8 @@ class Job:
             tasks=self.study.tasks,
             accelerator=trainer.accelerator,
             devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            nodes=self.nodes,
             strategy=trainer.strategy,
             spread=spread if trainer.device_map else None,
             attention=trainer.attention,

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from sdd.cli.progress import Progress, number_of_jobs
 from sdd.config.checks import LOGGER_SETTINGS
 from sdd.errors import UserError
+from sdd.forward.nodes import place
 from sdd.untrusted import ANY, check_shape, printable, read_json, read_text
 
 RECORD = {
@@ -81,7 +82,7 @@ class SweepEnd(Callback):
             for line in [*by_gpu(plans), *by_way(ways)]:
                 log.info(line)
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]
-        if not evaluated:
+        if not evaluated or not is_first(config.trainer):
             return
         from sdd.report import write_report
 
@@ -105,6 +106,12 @@ class SweepEnd(Callback):
             except Exception:
                 log.exception("the report was written, but could not be logged")
                 app.outcome.append(app.FAILURE)
+
+
+def is_first(trainer: Any) -> bool:
+    """Whether this command is alone, or the first node's."""
+    nodes = place(trainer.num_nodes, trainer.devices) if trainer.num_nodes > 1 else None
+    return nodes is None or nodes.node == 0
 
 
 def _tracker(folder: Path) -> dict[str, Any] | None:

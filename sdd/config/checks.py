@@ -81,6 +81,7 @@ AT_LEAST = {
     "analysis.new_tokens": 1,
     "analysis.batch_size": 1,
     "trainer.devices": 1,
+    "trainer.num_nodes": 1,
     "trainer.threads": 1,
     "trainer.micro_batch_tokens": 1,
     "trainer.inference_batch_size": 1,
@@ -375,9 +376,11 @@ def _check_trainer(config: DictConfig) -> None:
         raise UserError(f"trainer.max_memory={memory} must be amounts by device, such as {{gpu0: 70GiB, cpu: 100GiB}}")
     if amounts and trainer.device_map is None:
         raise UserError("trainer.max_memory is for a model that is spread; add trainer.device_map=auto")
+    if trainer.num_nodes > 1 and (by_memory := [key for key in AUTO if OmegaConf.select(config, key) == "auto"]):
+        raise UserError(f"{by_memory[0]}=auto is what one machine has room for; with trainer.num_nodes choose a number")
     if trainer.strategy != "fsdp":
         return
-    if trainer.devices < 2:
+    if trainer.devices * trainer.num_nodes < 2:
         raise UserError("trainer.strategy=fsdp splits the student over devices; add trainer.devices=2, or leave it out")
     if config.adapter.quantisation is not None:
         raise UserError(

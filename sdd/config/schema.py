@@ -283,6 +283,7 @@ class Trainer:
 
     accelerator: str = described("cpu or gpu", "cpu")
     devices: int = described("devices that share a job's passes and training", 1)
+    num_nodes: int = described("machines that do so together, each with so many devices and the same command", 1)
     strategy: str = described("ddp: each device trains with the whole model; fsdp: with its part of each tensor", "ddp")
     device_map: str | None = described(
         "how a model that no device holds is spread over them to be passed, such as auto; null: not", None

@@ -92,18 +92,23 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module: Any = self.lightning_module
-        return {name: whole(parameter.detach()).cpu() for name, parameter in module.trained().items()}
+        return {name: self._written(parameter.detach()) for name, parameter in module.trained().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state: dict[str, Any] = optimizer.state_dict()
         return state | {
             "state": {
                 index: {
-                    key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in moments.items()
+                    key: self._written(value) if isinstance(value, Tensor) else value for key, value in moments.items()
                 }
                 for index, moments in state["state"].items()
             }
         }
+
+    def _written(self, tensor: Any) -> Tensor:
+        """A tensor, whole, on the CPU of the process that writes checkpoints; a machine would not hold one for each."""
+        gathered = whole(tensor)
+        return gathered.cpu() if self.is_global_zero else torch.empty(0)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint: dict[str, Any] = Strategy.load_checkpoint(self, checkpoint_path, weights_only)

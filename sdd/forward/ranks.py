@@ -1,9 +1,10 @@
-"""Several processes of one machine at one piece of work, a device each: what is told apart by rank, and told to all.
+"""Several processes at one piece of work, a device each: what is told apart by rank, and told to all.
 
 All of them go through the same work. Of passes that do not depend on each other each rank takes its `own` and hears of
 the others', so that all end with what one process has. In training the ranks' gradients are summed: since losses are
 sums over target tokens, divided by those of the whole global batch, that is the gradient of one process; it rounds
-otherwise. Knows nothing of what is computed.
+otherwise. They are of one machine, or of several whose commands act together (`nodes.py`), numbered node by node. Knows
+nothing of what is computed.
 """
 
 import json
@@ -12,23 +13,26 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdd.errors import UserError
+from sdd.forward.nodes import Nodes, Place, free_port
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LIBRARIES = ["sdd.finetuning.module", "transformers", "peft"]
 GRACE = 2.0
-"""Seconds that a rank waits with a reason that may follow from another's."""
+"""Seconds that a rank waits with a reason that may follow from another's, and others have to end by themselves."""
+LOOK_ROUND = 0.5
+"""Seconds between two looks at what the other nodes say."""
 BUCKET = 1 << 24
 """Numbers that are summed together."""
 
@@ -38,18 +42,22 @@ T = TypeVar("T")
 # ---- in a rank, or alone ----------------------------------------------------------------------------------------
 
 
+_one_of = (0, 1)
+"""This process's number, and how many there are; what the environment says may be of whoever started the command."""
+
+
 def is_rank() -> bool:
     """Whether this process is one of several at the same work."""
-    return "LOCAL_RANK" in os.environ
+    return number() > 1
 
 
 def rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _one_of[0]
 
 
 def number() -> int:
     """How many there are."""
-    return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
+    return _one_of[1]
 
 
 def own(items: Sequence[T]) -> Sequence[T]:
@@ -131,30 +139,40 @@ def summed(values: Sequence[float], device: Any) -> list[float]:
 # ---- the process that starts them -------------------------------------------------------------------------------
 
 
-def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int) -> None:
-    """Run `work(*arguments)` in so many processes; one that fails, or is killed, ends all of them with its reason."""
+def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int, nodes: Nodes | None = None) -> None:
+    """Run `work(*arguments)` in so many processes, beside those of other nodes; one that fails, or is killed, ends all
+    of them with its reason. None outlives this call, however it ends."""
     import torch
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
     multiprocessing.set_forkserver_preload(LIBRARIES)  # imported once, and not by every rank
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    where = replace(nodes.place, port=nodes.port) if nodes else Place("127.0.0.1", free_port(), 0, 1, devices)
     threads = max(1, torch.get_num_threads() // devices)
+    told = work, arguments, where, threads, dict(os.environ), str(Path.cwd())
+    begun = start_processes(_rank, told, devices, join=False, start_method="forkserver")
     try:
-        here = dict(os.environ), str(Path.cwd())
-        start_processes(_rank, (work, arguments, devices, port, threads, *here), devices, start_method="forkserver")
+        while not begun.join(LOOK_ROUND if nodes else None, GRACE):
+            if nodes:
+                nodes.look()
     except ProcessRaisedException as error:
         if said := re.search(r"^sdd\.errors\.UserError: (.*)", str(error), re.M):
             raise UserError(said[1]) from None
+        if nodes:
+            nodes.look(GRACE)
         raise
     except ProcessExitedException as error:
         how = error.signal_name or f"exit code {error.exit_code}"
+        on = f" on node {where.node}" if nodes else ""
         raise UserError(
-            f"process {error.error_index} of trainer.devices={devices} ended ({how}); if memory was short, ask for "
+            f"process {error.error_index} of trainer.devices={devices}{on} ended ({how}); if memory was short, ask for "
             "less at once (trainer.micro_batch_tokens, trainer.inference_batch_size); the same command goes on from "
             "what it left"
         ) from None
+    finally:
+        for process in begun.processes:  # a command that is told to end would wait for them
+            process.kill()
+        for process in begun.processes:
+            process.join(GRACE)
 
 
 def end_with_launcher() -> None:
@@ -180,27 +198,31 @@ def end_with_launcher() -> None:
 
 
 def _rank(
-    place: int,
+    device: int,
     work: Callable[..., None],
     arguments: tuple[Any, ...],
-    devices: int,
-    port: int,
+    where: Place,
     threads: int,
     environment: dict[str, str],
     folder: str,
 ) -> None:
     import torch
 
+    global _one_of
+
     end_with_launcher()
     os.environ |= environment
     os.chdir(folder)
-    os.environ |= {"LOCAL_RANK": str(place), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if place > 0:
+    _one_of = where.node * where.devices + device, where.nodes * where.devices
+    os.environ |= {"LOCAL_RANK": str(device), "NODE_RANK": str(where.node), "WORLD_SIZE": str(number())}
+    os.environ |= {"MASTER_ADDR": where.address, "MASTER_PORT": str(where.port)}
+    for name in [name for name in os.environ if name == "RANK" or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # of the command, where torchrun started it
+    if rank() > 0:
         logging.disable(logging.WARNING)  # the first says it, and shows how far it is
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if torch.cuda.is_available():
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads)
     try:

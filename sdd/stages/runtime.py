@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
+from sdd.forward.nodes import Nodes
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.served import Server
 from sdd.models.spread import Spread
@@ -15,7 +16,7 @@ from sdd.rewriting.engines import Place
 class Runtime:
     """`sources` and `texts` resolve digests to folders, files and calibration texts of this machine; `tasks` are those
     of lm-eval that were built when their rows were checked, each to be taken once; `servers` are those that a group of
-    the config asks.
+    the config asks; `nodes` are the commands of all machines that act together, each with so many devices.
 
     The defaults are those of `trainer=cpu`, so that a rebuilt artifact is rounded as the first one was.
     """
@@ -25,6 +26,8 @@ class Runtime:
     tasks: dict[str, Any] = field(default_factory=dict)
     accelerator: str = "cpu"
     devices: int = 1
+    num_nodes: int = 1
+    nodes: Nodes | None = None
     strategy: str = "ddp"
     spread: Spread | None = None
     attention: str = "eager"
@@ -42,9 +45,14 @@ class Runtime:
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
+    def ranks(self) -> int:
+        """Processes that share a stage, on all machines."""
+        return self.devices * self.num_nodes
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each rank trains its part of the student's tensors."""
-        return self.strategy == "fsdp" and self.devices > 1
+        return self.strategy == "fsdp" and self.ranks > 1
 
     @property
     def placed(self) -> str | Spread:

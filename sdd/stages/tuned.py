@@ -92,6 +92,7 @@ def recipe(study: Study) -> Recipe:
         inputs["damaged"] = damaged.recipe(study, f"finetune.{asked}")
     if taught.is_asked(study):
         inputs["taught"] = taught.recipe(study)
+    together = config.trainer.devices * config.trainer.num_nodes
     spec = Tuned(
         adapter=adapter,
         base_quantisation=config.adapter.quantisation,
@@ -102,7 +103,7 @@ def recipe(study: Study) -> Recipe:
         chat_template=models.plain_template(models.digest),
         distillation=_distillation(study),
         micro_batch_tokens=config.trainer.micro_batch_tokens if adapter.get("dropout", 0) > 0 else None,
-        devices=config.trainer.devices if adapter.get("dropout", 0) > 0 and config.trainer.devices > 1 else None,
+        devices=together if adapter.get("dropout", 0) > 0 and together > 1 else None,
         model=models.digest if cut is None else None,
     )
     return study.recipe("tuned", spec, inputs if cut is None else inputs | {"pruned": cut}, study.rows.labels)
@@ -584,7 +585,7 @@ def _fit(
         logging.getLogger(name).setLevel(logging.WARNING)
     shown = {"desc": "tune", "unit": "step", "disable": ranks.rank() > 0}
     models = [student] if getattr(loss, "teacher", None) is None else [student, loss.teacher]
-    strategy = Sharded(runtime.devices) if runtime.is_sharded else SummedGradients()
+    strategy = Sharded(runtime.ranks) if runtime.is_sharded else SummedGradients()
     with tqdm(total=len(plan), **shown) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
 
@@ -626,7 +627,8 @@ def _fit(
         trainer = pl.Trainer(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
-            strategy=strategy if runtime.devices > 1 else "auto",
+            num_nodes=runtime.num_nodes,
+            strategy=strategy if runtime.ranks > 1 else "auto",
             use_distributed_sampler=False,  # every rank goes through all steps
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),

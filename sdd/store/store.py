@@ -87,6 +87,13 @@ class Store:
     def folder(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.address
 
+    def partial(self, recipe: Recipe) -> Path:
+        """Where its artifact is built."""
+        return self.root / ".partial" / recipe.stage / recipe.address
+
+    def inputs(self, recipe: Recipe) -> dict[str, Path]:
+        return {name: self.folder(upstream) for name, upstream in recipe.inputs.items()}
+
     def has(self, recipe: Recipe) -> bool:
         return is_complete(self.folder(recipe))
 
@@ -140,7 +147,7 @@ class Store:
 
     def _built(self, recipe: Recipe, build: Builder, patience: float) -> bool:
         """Whether the artifact is there, built here if need be; no, if another process holds it for so many seconds."""
-        folder, partial = self.folder(recipe), self.root / ".partial" / recipe.stage / recipe.address
+        folder, partial = self.folder(recipe), self.partial(recipe)
         self._make(partial.parent)
         _warn_of_locks(self.root)
         lock = FileLock(partial.with_suffix(".lock"))
@@ -156,8 +163,7 @@ class Store:
             if isinstance(lock, SoftFileLock):  # what stands in for a lock there outlives its holder
                 raise self._without_locks()
             if not is_complete(folder):
-                inputs = {name: self.folder(upstream) for name, upstream in recipe.inputs.items()}
-                self._build(recipe, inputs, build, partial, folder)
+                self._build(recipe, self.inputs(recipe), build, partial, folder)
         finally:
             lock.release()
         return True

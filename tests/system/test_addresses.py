@@ -218,6 +218,7 @@ NOT_IN_KEY: list[tuple[str, Any, list[str], dict[str, Any]]] = [
     ("trainer.accelerator", "gpu", [], {}),
     ("model.shape", {"num_hidden_layers": 3}, [], {}),
     ("trainer.devices", 2, [], {}),
+    ("trainer.num_nodes", 2, [], {}),
     ("trainer.strategy", "fsdp", ["trainer.devices=2"], {}),
     ("trainer.device_map", "auto", [], {}),
     ("trainer.max_memory", {"cpu": "3MB"}, ["trainer.device_map=auto"], {}),

@@ -2,26 +2,35 @@
 
 import dataclasses
 import importlib.util
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
-from launching import files_of, run
+from launching import files_of, run, spawn
 from omegaconf import DictConfig, OmegaConf
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 IS_THERE = importlib.util.find_spec(SUBMITIT) is not None
 MINUTES = {"prune": 120, "generate": 720, "train": 480, "evaluate": 120}
 """Of a job of each script before it is queued again."""
+MOMENT = 60.0
+"""Seconds in which a job makes room, on a machine with much else to do."""
 
 
 @pytest.mark.parametrize("script", MINUTES)
 def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Callable[..., DictConfig]) -> None:
-    words = [f"hydra/launcher=slurm_{script}", "hydra.launcher.partition=a100", "trainer.devices=4"]
+    words = [
+        f"hydra/launcher=slurm_{script}",
+        "hydra.launcher.partition=a100",
+        "trainer.devices=4",
+        "trainer.num_nodes=2",
+    ]
     config = composed(*words)
     asked = OmegaConf.to_container(OmegaConf.masked_copy(config, ["hydra", "trainer"]).hydra.launcher, resolve=False)
     resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "timeout_min", "partition")}
-    assert resolved == {"nodes": 1, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
+    assert resolved == {"nodes": 2, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
     assert (asked["tasks_per_node"], asked["additional_parameters"]) == (1, {"requeue": True})
     assert asked["max_num_timeout"] > 0, "a job that is out of time goes on"
     if IS_THERE:
@@ -50,3 +59,33 @@ def test_jobs_of_submitit_build_what_one_process_does(small: list[str], tmp_path
     made = files_of(tmp_path / "alone" / "artifacts")
     assert len({name.split("/")[1] for name in made if name.startswith("pruned/")}) == 2
     assert files_of(tmp_path / "jobs" / "artifacts") == made
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not IS_THERE, reason="needs the package hydra-submitit-launcher")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_job_whose_time_is_nearly_out_is_queued_again_and_goes_on(
+    small: list[str], tmp_path: Path, devices: int
+) -> None:
+    """By the signal that Slurm sends then, to the job in the midst of training; the same bytes in the end."""
+    words = [
+        *small,
+        "finetune=sft",
+        "trainer.threads=1",
+        "trainer.micro_batch_tokens=256",
+        "trainer.checkpoint_every=1",
+    ]
+    sweep = ["-m", *words, "seed=0", "hydra.sweep.dir=sweep", f"trainer.devices={devices}"]
+    alone = run("train", *words, cwd=tmp_path / "alone")
+    jobs = spawn("train", *sweep, "hydra/launcher=submitit_local", cwd=tmp_path / "jobs")
+    scratch = tmp_path / "jobs" / "artifacts" / ".partial" / "tuned"
+    jobs.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
+    below = psutil.Process(jobs.process.pid).children(recursive=True)
+    (job,) = [one for one in below if "submitit.core._submit" in " ".join(one.cmdline())]
+    job.send_signal(signal.SIGUSR2)
+    job.wait(MOMENT)
+    assert jobs.outcome().code == 0, jobs.stream("stderr")
+    (log,) = (tmp_path / "jobs" / "sweep" / ".submitit").glob("*/*_0_log.err")
+    assert log.read_text().count("Requeued job") == 1 and log.read_text().count("building tuned/") == 2
+    assert files_of(tmp_path / "jobs" / "artifacts") == files_of(tmp_path / "alone" / "artifacts")
+    assert alone.code == 0

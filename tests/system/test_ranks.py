@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import PATIENCE, REPOSITORY, files_of, run, spawn
+from launching import PATIENCE, REPOSITORY, Running, files_of, run, spawn
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -38,6 +38,7 @@ from sdd.finetuning.sharded import Shards, whole
 from sdd.forward import ranks
 from sdd.forward.batches import show_texts, tokenize_texts
 from sdd.forward.bypass import Row
+from sdd.forward.nodes import free_port
 from sdd.importance.channels import TaylorWidth
 from sdd.importance.removal import Perplexity
 from sdd.importance.states import Angular, BlockInfluence
@@ -48,6 +49,8 @@ from sdd.rewriting.engines import HFEngine, Request
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
 STEPS = ["trainer.threads=1", "trainer.micro_batch_tokens=256", "trainer.checkpoint_every=2"]
 """Passes of which a step, and the validation, has two."""
+MOMENT = 60.0
+"""Seconds in which a command ends whose part on another node is gone, on a machine with much else to do."""
 
 
 def _rows() -> list[TrainingRow]:
@@ -146,8 +149,7 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     killed = spawn("train", *both, cwd=tmp_path / "killed")
     scratch = tmp_path / "killed" / "artifacts" / ".partial" / "tuned"
     killed.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
-    servers = [one for one in psutil.Process(killed.process.pid).children() if "forkserver" in " ".join(one.cmdline())]
-    trainers = [rank for server in servers for rank in server.children()]
+    trainers = _ranks_of(killed)
     assert len(trainers) == 2
     trainers[-1].kill()
     outcome = killed.outcome()
@@ -160,6 +162,11 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     assert (again.code, again.lines[0].rsplit("/", 1)[1]) == (0, alone.path.name), again.stderr
     made = files_of(tmp_path / "alone" / "artifacts")
     assert made and made == files_of(tmp_path / "killed" / "artifacts")
+
+
+def _ranks_of(command: Running) -> list[psutil.Process]:
+    servers = [one for one in psutil.Process(command.process.pid).children() if "forkserver" in " ".join(one.cmdline())]
+    return [rank for server in servers for rank in server.children()]
 
 
 FULL = ["adapter=full", "finetune=sft", "finetune.learning_rate=1e-3"]
@@ -199,6 +206,75 @@ def test_two_processes_train_in_shards_what_one_does_whole(small: list[str], tmp
 def _weights(artifact: Path) -> Path:
     (path,) = [*artifact.glob("checkpoint/model.safetensors"), *artifact.glob("adapter/adapter_model.safetensors")]
     return path
+
+
+def _on_nodes(script: str, *words: str, cwd: Path) -> list[Running]:
+    """The same command twice, as two machines would run it that share a folder; a device each."""
+    commands, port = [], free_port()
+    for node in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": node}.items():
+                patch.setenv(name, str(value))
+            commands.append(spawn(script, *words, "trainer.num_nodes=2", cwd=cwd, name=f"node{node}"))
+    return commands
+
+
+def _both(commands: list[Running]) -> Path:
+    """The artifact that both say they have."""
+    first, second = (command.outcome() for command in commands)
+    assert first.path == second.path, second.stderr
+    assert not second.built, "one holds the locks"
+    return first.path
+
+
+@pytest.mark.peer
+def test_two_nodes_build_what_one_process_does(small: list[str], tmp_path: Path) -> None:
+    """Byte by byte, also after a rank was killed, of which both commands tell; each has one device."""
+    words = [*small, "metric=perplexity", "finetune=sft", *STEPS]
+    cwd, scratch = tmp_path / "nodes", tmp_path / "nodes" / "artifacts" / ".partial" / "tuned"
+    for script in ("evaluate", "generate"):
+        assert run(script, *words, cwd=tmp_path / "alone").code == 0
+    commands = _on_nodes("evaluate", *words, cwd=cwd)
+    commands[0].until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
+    (trainer,) = _ranks_of(commands[1])
+    trainer.kill()
+    began = time.monotonic()
+    first, second = (command.outcome() for command in commands)
+    assert time.monotonic() - began < MOMENT
+    assert (first.code, second.code, first.errors) == (2, 2, second.errors)
+    assert "process 0 of trainer.devices=1 on node 1 ended (SIGKILL)" in first.errors[0]
+    _both(_on_nodes("evaluate", *words, cwd=cwd))
+    _both(_on_nodes("generate", *words, cwd=cwd))
+    made = files_of(tmp_path / "alone" / "artifacts")
+    assert {name.split("/")[0] for name in made} >= {"scores", "rewrites", "tuned", "evaluated"}
+    assert files_of(cwd / "artifacts") == made
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("gone", [0, 1])
+def test_two_nodes_train_in_shards_and_one_ends_with_the_other(small: list[str], tmp_path: Path, gone: int) -> None:
+    """A command that SIGKILL ends closes nothing itself; the other says in one line that it is gone."""
+    words = [*small, *FULL, *STEPS]
+    shards = [*words, "trainer.strategy=fsdp"]
+    scratch = tmp_path / "nodes" / "artifacts" / ".partial" / "tuned"
+    commands = _on_nodes("train", *shards, cwd=tmp_path / "nodes")
+    commands[0].until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
+    trainers = [rank for command in commands for rank in _ranks_of(command)]
+    commands[gone].process.kill()
+    began, other = time.monotonic(), commands[1 - gone].outcome()
+    assert time.monotonic() - began < MOMENT
+    assert (other.code, len(other.errors), other.stdout) == (2, 1, "")
+    assert f"the command on node {gone} of trainer.num_nodes=2 is gone" in other.errors[0]
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in trainers)
+    if gone == 0:
+        return
+    made = _both(_on_nodes("train", *shards, cwd=tmp_path / "nodes"))
+    alone = run("train", *words, cwd=tmp_path / "alone").path
+    assert made.name == alone.name
+    one, two = (load_file(_weights(path)) for path in (alone, made))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 # ---- without gradients ------------------------------------------------------------------------------------------
