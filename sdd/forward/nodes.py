@@ -138,6 +138,8 @@ class Nodes:
         """What the first node finds missing; all have to be asked for the same."""
         if self.is_first:
             self._say("asked", wanted, missing)
+            for node in self.others:
+                self._hear("agreed", node)
             return missing
         _, other, missing = self._hear("asked")
         if other != wanted:
@@ -145,6 +147,7 @@ class Nodes:
                 f"node {self.place.node} is asked for {wanted}, and node 0 for {other}: every node runs the same "
                 "command on the same files"
             )
+        self._say("agreed")
         return missing
 
     def begin(self, stage: str) -> None:

@@ -159,7 +159,7 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int, 
             raise UserError(said[1]) from None
         if nodes:
             nodes.look(GRACE)
-        raise
+        raise RuntimeError(re.findall(r"^[\w.]+(?:: .*)?$", str(error), re.M)[-1]) from error
     except ProcessExitedException as error:
         how = error.signal_name or f"exit code {error.exit_code}"
         on = f" on node {where.node}" if nodes else ""
@@ -169,10 +169,13 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], devices: int, 
             "what it left"
         ) from None
     finally:
-        for process in begun.processes:  # a command that is told to end would wait for them
+        left = [process for process in begun.processes if process.is_alive()]
+        for process in left:  # a command that is told to end would wait for them
             process.kill()
-        for process in begun.processes:
+        for process in left:
             process.join(GRACE)
+        if left:
+            print(file=sys.stderr)  # a bar that one of them showed has no end of its line
 
 
 def end_with_launcher() -> None:

@@ -49,8 +49,7 @@ def _see_the_same(folders: Iterable[Path]) -> None:
     """Wait until all ranks have the same files in these folders: what each goes on from decides what it computes."""
     until = time.monotonic() + SEEN
     while True:
-        files = [sorted((str(path.relative_to(top)), path.stat().st_size) for path in _files(top)) for top in folders]
-        late = [time.monotonic() > until, digest_of(files)]
+        late = [time.monotonic() > until, digest_of([_files(top) for top in folders])]
         seen = [json.loads(one) for one in ranks.told(json.dumps(late).encode())]
         if len({digest for _, digest in seen}) == 1:
             return
@@ -63,5 +62,8 @@ def _see_the_same(folders: Iterable[Path]) -> None:
         time.sleep(1.0)
 
 
-def _files(top: Path) -> Iterable[Path]:
-    return (path for path in top.rglob("*") if path.is_file())
+def _files(top: Path) -> list[tuple[str, int]] | None:
+    """Names and sizes; None where there is no such folder."""
+    if not top.is_dir():
+        return None
+    return sorted((str(path.relative_to(top)), path.stat().st_size) for path in top.rglob("*") if path.is_file())
