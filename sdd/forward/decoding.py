@@ -2,9 +2,9 @@
 
 A row that ends leaves the batch, and the next one takes its place. Keys and values lie in tensors that are made once,
 token t of a row in column t, so that no pass copies them and no row is padded on the left. What all prompts begin with
-is read once. The last tokens of a row often stand in it before, since a rewrite repeats its reference: what followed
-them there is drafted, and verified in the pass that says the next token (Yang et al. 2023, arXiv 2304.04487). A drafted
-token is kept where the model says it too, so that the output is that of one token a pass.
+is read once. The last tokens of a row often stand in it before, since a rewrite repeats its reference, or in another
+row's answer: what followed them there is drafted, and verified in the pass that says the next token (Yang et al. 2023,
+arXiv 2304.04487). A drafted token is kept where the model says it too, so that the output is that of one token a pass.
 
 Knows nothing of text, and not of caches other than one key and one value a token and block: see `keeps_all`.
 """
@@ -30,6 +30,11 @@ NGRAM = 2
 """Last tokens that are looked up in what stands before them."""
 DRAFT, DRAFT_PASS = 5, 16
 """Tokens drafted at most for a row, and of a pass with drafts at most: a larger pass takes longer with every token."""
+SMALL, PAYS = 2**25, 0.4
+"""Tokens of a pass times parameters of a block up to which calls and cache count for as much as products do; there one
+token is drafted for every row while so large a share of them is guessed right."""
+SAID = 2**18
+"""N-grams of answers that are known at most: some 40 MB."""
 
 Choose = Callable[[Any, Sequence[tuple[int, int]]], Any]
 """(N, V) logits, and (index of the prompt, number of the token) of each -> (N,) token ids."""
@@ -96,6 +101,8 @@ def _decoded(
     waiting = deque(order)
     begun: dict[int, _Row] = {}
     places, columns, shared = batch_size, len(prompts[order[0]]) + max_new_tokens, _shared(prompts)
+    said: dict[tuple[int, ...], int] = {}
+    small, guessed = SMALL // _block_parameters(model), PAYS
     batch: _Batch | None = None
     rows: list[_Row] = []
     while waiting or rows:
@@ -107,10 +114,11 @@ def _decoded(
             free = places - len(rows)
             if waiting and free >= min(max(1, places // REFILL), len(waiting)):
                 taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                new = _sorted(begun.pop(index) if index in begun else _Row(index, prompts[index]) for index in taken)
+                new = _sorted(begun.pop(index, None) or _Row(index, prompts[index], said) for index in taken)
                 rows += new
                 batch.read(len(rows) - len(new), [row.tokens for row in new])
-            most = max(0, min(DRAFT, DRAFT_PASS // len(rows) - 1))
+            one = 2 * len(rows) <= small and guessed >= PAYS
+            most = min(DRAFT, max(DRAFT_PASS // len(rows) - 1, int(one)))
             for row in rows:
                 row.draft(min(most, max_new_tokens - row.new - 1))
             choices = batch.step(rows, choose)
@@ -126,6 +134,8 @@ def _decoded(
             waiting.extendleft(row.index for row in reversed(rows[places:]))
             rows = rows[:places]
             continue
+        right = sum(row.guess == chosen[0] for row, chosen in zip(rows, choices, strict=True)) / len(rows)
+        guessed += (right - guessed) / 8
         ended = [row.take(chosen, max_new_tokens, stops, ending) for row, chosen in zip(rows, choices, strict=True)]
         if any(ended):
             finished = [row for row, end in zip(rows, ended, strict=True) if end]
@@ -145,18 +155,26 @@ def _shared(prompts: Sequence[list[int]]) -> list[int]:
     return first[: next((at for at in range(most) if first[at] != last[at]), most)]
 
 
+def _block_parameters(model: Any) -> int:
+    """The model's parameters, a block."""
+    return max(1, sum(parameter.numel() for parameter in model.parameters()) // len(checkpoints.blocks(model)))
+
+
 @dataclass
 class _Row:
-    """One prompt and what the model has said to it; `after` holds where an n-gram last ended."""
+    """One prompt and what the model says to it; `after` holds what last followed an n-gram, `said` in any answer."""
 
     index: int
     prompt: list[int]
+    said: dict[tuple[int, ...], int]
     tokens: list[int] = field(init=False, default_factory=list)
     drafted: list[int] = field(init=False, default_factory=list)
+    guess: int | None = field(init=False, default=None)
     after: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._append(self.prompt)
+        self.tokens = list(self.prompt)
+        self.after = dict(self._followed(NGRAM))
 
     @property
     def new(self) -> int:
@@ -171,16 +189,30 @@ class _Row:
         """What the next pass is over."""
         return [self.tokens[-1], *self.drafted]
 
+    def _followed(self, start: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """N-grams, and the tokens behind them from `start` on."""
+        for end in range(max(start, NGRAM), len(self.tokens)):
+            yield tuple(self.tokens[end - NGRAM : end]), self.tokens[end]
+
     def _append(self, tokens: list[int]) -> None:
-        """The last n-gram is left out, so that it can be looked up."""
         known = len(self.tokens)
         self.tokens += tokens
-        for end in range(max(known, NGRAM), len(self.tokens)):
-            self.after[tuple(self.tokens[end - NGRAM : end])] = end
+        followed = dict(self._followed(known))
+        self.after |= followed
+        if len(self.said) < SAID:
+            self.said |= followed
 
     def draft(self, most: int) -> None:
-        start = self.after.get(tuple(self.tokens[-NGRAM:]))
-        self.drafted = [] if start is None else self.tokens[start : start + most]
+        """The next tokens as they are guessed, of which the first is kept as `guess` even where none is drafted."""
+        self.drafted, last = [], tuple(self.tokens[-NGRAM:])
+        self.guess = token = self._behind(last)
+        while token is not None and len(self.drafted) < most:
+            self.drafted.append(token)
+            last = (*last[1:], token)
+            token = self._behind(last)
+
+    def _behind(self, last: tuple[int, ...]) -> int | None:
+        return self.after.get(last, self.said.get(last))
 
     def take(self, choices: list[int], limit: int, stops: Collection[int], ending: Ending | None) -> bool:
         """Append what stands of the choices made behind every token shown; whether the row ends."""

@@ -114,6 +114,16 @@ def test_what_repeats_is_drafted_and_the_answer_stays(monkeypatch: pytest.Monkey
     assert steps < 0.9 * plain_steps
 
 
+@pytest.mark.parametrize("batch_size", [1, 12])
+def test_what_other_rows_said_is_drafted(model: Any, prompts: list[list[int]], batch_size: int) -> None:
+    """One token for every row of a larger batch, as the model is small, once enough of them are guessed."""
+    rows = prompts[:1] * batch_size
+    once, steps = passes_of(model, lambda: dict(decode(model, rows, NEW, [], batch_size)))
+    twice, more = passes_of(model, lambda: dict(decode(model, 2 * rows, NEW, [], batch_size)))
+    assert twice == dict.fromkeys(range(2 * batch_size), once[0])
+    assert more <= 1.75 * steps
+
+
 def test_chosen_tokens_are_told_by_prompt_and_number(model: Any, prompts: list[list[int]]) -> None:
     """A choice that is a function of (prompt, number) and the logits is made once for every token that stands."""
 
