@@ -114,7 +114,9 @@ def _decoded(
             free = places - len(rows)
             if waiting and free >= min(max(1, places // REFILL), len(waiting)):
                 taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                new = _sorted(begun.pop(index, None) or _Row(index, prompts[index], said) for index in taken)
+                new = _sorted(
+                    begun.pop(index) if index in begun else _Row(index, prompts[index], said) for index in taken
+                )
                 rows += new
                 batch.read(len(rows) - len(new), [row.tokens for row in new])
             one = 2 * len(rows) <= small and guessed >= PAYS
@@ -157,7 +159,8 @@ def _shared(prompts: Sequence[list[int]]) -> list[int]:
 
 def _block_parameters(model: Any) -> int:
     """The model's parameters, a block."""
-    return max(1, sum(parameter.numel() for parameter in model.parameters()) // len(checkpoints.blocks(model)))
+    parameters = sum(int(parameter.numel()) for parameter in model.parameters())
+    return max(1, parameters // len(checkpoints.blocks(model)))
 
 
 @dataclass
