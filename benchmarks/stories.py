@@ -28,7 +28,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-WAYS = ("sft", "teacher_answers", "logit_distill", "jsd", "hidden_states", "on_policy")
+WAYS = ("sft", "teacher_answers", "logit_distill", "reverse_kl", "skew_kl", "jsd", "taid", "total_variation", "dac_kl")
+WAYS += ("hidden_states", "relations", "on_policy")
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
 TEMPLATE += "{{ eos_token }}{% endif %}{% endfor %}"
 """A story is its beginning and the rest, with no words between."""
