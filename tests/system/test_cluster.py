@@ -26,12 +26,14 @@ def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Cal
         "hydra.launcher.partition=a100",
         "trainer.devices=4",
         "trainer.num_nodes=2",
+        "hydra.launcher.setup=[module load cuda]",  # typed, as no file may
     ]
     config = composed(*words)
     asked = OmegaConf.to_container(OmegaConf.masked_copy(config, ["hydra", "trainer"]).hydra.launcher, resolve=False)
     resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "timeout_min", "partition")}
     assert resolved == {"nodes": 2, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
     assert (asked["tasks_per_node"], asked["additional_parameters"]) == (1, {"requeue": True})
+    assert asked["setup"] == ["module load cuda"]
     assert asked["max_num_timeout"] > 0, "a job that is out of time goes on"
     if IS_THERE:
         from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
