@@ -72,7 +72,10 @@ def server_command(
 
 @contextlib.contextmanager
 def serving(command: Sequence[str], url: str, seconds: float, log: Path) -> Iterator[None]:
-    """A server, from when it says that it is well until the block ends; it and all it started then end too."""
+    """A server, from when it says that it is well until the block ends; it and all it started then end too.
+
+    Where it has ended before, that is told, and its last words.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -84,6 +87,8 @@ def serving(command: Sequence[str], url: str, seconds: float, log: Path) -> Iter
                 raise UserError(f"{command[0]} does not answer after {seconds:g} seconds: {_last_line(log)}")
             time.sleep(POLL)
         yield
+        if process.poll() is not None:
+            print(f"{command[0]} ended with code {process.returncode}: {_last_line(log)}", file=sys.stderr)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

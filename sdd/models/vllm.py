@@ -1,5 +1,6 @@
 """vLLM in this process, an optional package: whether it is here, and computes on the device that is asked for."""
 
+import os
 from importlib.util import find_spec
 
 from sdd.errors import UserError
@@ -10,6 +11,7 @@ def check_vllm(asked_by: str, device: str | Spread, instead: str) -> None:
     """Refuse what cannot work, before anything is opened; a build of vLLM computes on one kind of device."""
     if find_spec("vllm") is None:
         raise UserError(f"{asked_by} needs the package vllm; run: pip install vllm, or choose {instead}")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
     if device == "cpu" and not current_platform.is_cpu():

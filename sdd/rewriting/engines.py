@@ -144,6 +144,11 @@ class HFEngine:
         self.batch_size = self.batch_size or batch_size
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that is still answered."""
+        return self.max_prompt_tokens
+
+    @property
     def stops(self) -> list[int]:
         """Ids that end an answer."""
         return stop_ids(self.tokenizer, self.model.generation_config)
@@ -152,9 +157,9 @@ class HFEngine:
         """Completions in an order of the engine's choosing; match them by id."""
         rows = [chat_prompt_ids(self.tokenizer, one.prompt, self.system_prompt, one.before) for one in requests]
         for request, row in zip(requests, rows, strict=True):
-            if len(row) > self.max_prompt_tokens:
+            if len(row) > self.longest_prompt:
                 yield Completion(request.id, "", "too_long")
-        fitting = [index for index, row in enumerate(rows) if len(row) <= self.max_prompt_tokens]
+        fitting = [index for index, row in enumerate(rows) if len(row) <= self.longest_prompt]
         if not fitting:
             return
         requests, rows = [requests[index] for index in fitting], [rows[index] for index in fitting]

@@ -20,12 +20,23 @@ class VLLMEngine(HFEngine):
 
     kind = "vllm"
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.context = self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def longest_prompt(self) -> int:
+        """It takes no prompt that leaves no room for a word of an answer."""
+        return min(self.max_prompt_tokens, self.context - 1)
+
     def check(self, place: Place) -> None:
         check_vllm("engine=vllm", place.device, "engine=hf or openai")
 
     def open(self, checkpoint: Checkpoint, dtype: str, system_prompt: str | None, place: Place) -> None:
         from vllm import LLM  # type: ignore[import-not-found]
 
+        context = checkpoint.config.get("max_position_embeddings")
+        self.context = min(self.context, int(context)) if context else self.context
         self.llm = LLM(model=str(checkpoint.folder), **self.settings(dtype))
         self.tokenizer, self.system_prompt = checkpoint.tokenizer(), system_prompt
         self.ending_ids = checkpoint.ending_ids
@@ -39,7 +50,7 @@ class VLLMEngine(HFEngine):
         return {
             "dtype": dtype,
             "seed": 0,
-            "max_model_len": self.max_prompt_tokens + self.max_new_tokens,
+            "max_model_len": self.context,
             "trust_remote_code": False,
             "disable_log_stats": True,
         }

@@ -61,6 +61,16 @@ def test_answers_are_read_as_every_engines(stand_in: dict[str, Any]) -> None:
     assert all(how["temperature"] == 0 and "seed" not in how for how in stand_in["asked"])
 
 
+def test_a_model_with_less_room_than_the_limits_is_opened_with_what_it_has(stand_in: dict[str, Any]) -> None:
+    """The embedded model has 256 places; vLLM refuses a model that is to have more, and a prompt that fills them."""
+    engine = VLLMEngine(max_new_tokens=8, max_prompt_tokens=1024)
+    engine.open(Checkpoint(TEACHER), "float32", None, Place())
+    assert stand_in["opened"]["max_model_len"] == 256
+    room = [Request("most", "pear " * 40), Request("over", "pear " * 255)]
+    assert {one.id: one.finish == "too_long" for one in engine.complete(room)} == {"most": False, "over": True}
+    assert engine.spec()["max_prompt_tokens"] == 1024
+
+
 def test_every_try_draws_by_a_seed_of_its_own() -> None:
     engine = VLLMEngine(temperature=0.7, top_p=0.9, tries=2, seed=3)
     seeds = [
