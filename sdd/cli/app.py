@@ -27,7 +27,6 @@ from sdd.cli.loader import CheckedConfigLoader
 from sdd.cli.others import OtherJobs
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
-from sdd.cli.workers import end_with_sweep
 from sdd.config import check_values
 from sdd.config.nodes import quick_nodes
 from sdd.errors import UserError
@@ -69,7 +68,6 @@ outcome: list[int] = []
 def _task(script: str) -> Callable[[DictConfig], float | None]:
     def task(config: DictConfig) -> float | None:
         """What a sweeper that searches (Optuna) makes better: an evaluation's average; None where there is none."""
-        end_with_sweep()
         return measure(HydraConfig.get().runtime.output_dir) if run_job(script, config) == 0 else None
 
     task.__module__ = f"sdd.{script}"  # Hydra names the job after it

@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from sdd.cli.progress import Progress, number_of_jobs
+from sdd.cli.workers import watched_workers
 from sdd.config.checks import LOGGER_SETTINGS
 from sdd.errors import UserError
 from sdd.forward.nodes import place
@@ -41,7 +42,10 @@ class SweepEnd(Callback):
         self.progress: Progress | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the records that an earlier sweep left in the same folder, and begin to tell how far this one is."""
+        """Remember the records that an earlier sweep left in the same folder, and begin to tell how far this one is;
+        have joblib's workers, if there will be any, end with this process."""
+        if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
+            watched_workers()
         folder = Path(config.hydra.sweep.dir)
         self.earlier = set(_records(folder))
         self.progress = Progress(folder, number_of_jobs(config))

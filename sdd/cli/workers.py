@@ -4,20 +4,26 @@ import multiprocessing
 import os
 import threading
 import time
+from functools import partial
 
 LOOKED_AFTER = 1.0
 """Seconds between two looks."""
 
 
-def end_with_sweep() -> None:
-    """In a worker of joblib's, end as soon as the process that began it is gone; artifacts bear that at any time.
+def watched_workers() -> None:
+    """From here on joblib's workers watch this process before they read anything from it.
 
-    It may be gone already: imports take long, and the first job lies in a queue that outlives the sweep.
+    Later is too late: one that is given a long job when this process is killed would wait for the rest of it for ever,
+    since it holds the other end of that pipe itself.
     """
-    name = "end-with-sweep"
-    kind = type(multiprocessing.current_process()).__module__
-    if ".loky." not in kind or name in (thread.name for thread in threading.enumerate()):
-        return
+    from joblib import register_parallel_backend  # type: ignore[import-untyped]
+    from joblib.parallel import LokyBackend  # type: ignore[import-untyped]
+
+    register_parallel_backend("loky", partial(LokyBackend, initializer=end_with_sweep))
+
+
+def end_with_sweep() -> None:
+    """In a worker of joblib's, end as soon as the process that began it is gone; artifacts bear that at any time."""
     sweep = multiprocessing.parent_process()
     assert sweep is not None, "workers are begun by multiprocessing"
 
@@ -26,4 +32,4 @@ def end_with_sweep() -> None:
             time.sleep(LOOKED_AFTER)
         os._exit(1)
 
-    threading.Thread(target=watch, name=name, daemon=True).start()
+    threading.Thread(target=watch, name="end-with-sweep", daemon=True).start()

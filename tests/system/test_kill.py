@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -175,29 +174,27 @@ def test_many_at_once_on_an_empty_folder(small: list[str], study: Path, tmp_path
 
 
 SWEEP = """
-import os, pathlib, time
+import time
 from joblib import Parallel, delayed
+from sdd.cli.workers import watched_workers
 
-def job(sweep):
-    from sdd.cli.workers import end_with_sweep
-    pathlib.Path(f"{os.getpid()}.begun").touch()
-    while os.getppid() == sweep:
-        time.sleep(0.02)
-    end_with_sweep()
+def job(data):
     time.sleep(600)
 
-Parallel(n_jobs=2)(delayed(job)(os.getpid()) for _ in range(2))
+watched_workers()
+Parallel(n_jobs=2)(delayed(job)(bytes(1 << 20)) for _ in range(2))
 """
 
 
-def test_workers_that_find_their_sweep_killed_do_no_work(tmp_path: Path) -> None:
-    """Jobs lie in a queue that outlives the sweep, and imports come before the first."""
-    path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    sweep = subprocess.Popen([sys.executable, "-c", SWEEP], cwd=tmp_path, env=path)
+def test_workers_end_with_a_sweep_that_is_killed_while_it_hands_them_their_jobs(tmp_path: Path) -> None:
+    """A job is longer than a pipe holds: its worker, which begins later, reads what there is and waits for the rest."""
+    sweep = psutil.Popen([sys.executable, "-c", SWEEP], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     deadline = time.monotonic() + PATIENCE
-    while len(begun := list(tmp_path.glob("*.begun"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    workers = [psutil.Process(int(one.stem)) for one in begun]
+    while len(sweep.children()) < 3 and time.monotonic() < deadline:  # two workers and their tracker
+        time.sleep(0.01)
+    time.sleep(0.1)
+    begun = sweep.children()
     sweep.kill()
     sweep.wait()
-    assert len(psutil.wait_procs(workers, 60)[0]) == 2
+    assert len(begun) >= 3
+    assert psutil.wait_procs(begun, 60)[1] == []
