@@ -2,8 +2,8 @@
 what they have loaded by its name.
 
 `transformers serve` opens the folder that a request names as its model: a stock checkpoint, the adapter merged in.
-vLLM's server has the student's base and loads the adapter beside it, if it may (VLLM_ALLOW_RUNTIME_LORA_UPDATING);
-nobody here has run that. Either reads files that are written here, and has to see them by the same path.
+vLLM's server has the student's base and loads the adapter beside it, if it may (VLLM_ALLOW_RUNTIME_LORA_UPDATING).
+Either reads files that are written here, and has to see them by the same path.
 """
 
 import contextlib

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launching import PATIENCE, Running, run, spawn
 from model_server import Answer, ModelServer, refused, said
@@ -24,6 +25,7 @@ from model_server import Answer, ModelServer, refused, said
 import sdd
 from sdd.cli.program import main
 from sdd.errors import UserError
+from sdd.export.serving import free_port
 from sdd.export.serving import serving as serving_of
 from sdd.models.chats import chat_prompt_ids, completion_prompt
 from sdd.models.checkpoints import Checkpoint
@@ -166,6 +168,32 @@ def test_a_server_that_does_not_start_is_one_line(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("error: ") for line in lines] == [True] * 2
     assert "--draft needs --program vllm" in lines[1]
+
+
+ONCE = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Well(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Well).handle_request()
+raise SystemExit("no room for two models")
+"""
+
+
+def test_a_server_that_ends_while_it_is_asked_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port("127.0.0.1")
+    command = [sys.executable, "-c", ONCE, str(port)]
+    others = {one.pid for one in psutil.Process().children()}
+    with serving_of(command, f"http://127.0.0.1:{port}", 60, tmp_path / "log"):
+        (server,) = (one for one in psutil.Process().children() if one.pid not in others)
+        deadline = time.monotonic() + PATIENCE
+        while server.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert capsys.readouterr().err.endswith(" ended with code 1: no room for two models\n")
 
 
 def test_answers_equal_this_process(serving: Serving) -> None:
