@@ -55,41 +55,30 @@ class Part:
 def _copy_part(source: BufferedReader, target: HashedFile, entry: dict[str, Any], base: int, part: Part) -> None:
     """Copy the bytes of one tensor, or of what is kept of it; `base` is the file's first data byte."""
     begin, end = (base + offset for offset in entry["data_offsets"])
-    if part.columns is not None:
-        _copy_columns(source, target, entry["shape"], begin, end, part.columns)
-        return
-    step = (end - begin) // entry["shape"][0] if part.rows else 0
-    for first, last in [(0, 1)] if part.rows is None else _runs(part.rows):
-        start, stop = (begin, end) if part.rows is None else (begin + first * step, begin + last * step)
-        source.seek(start)
-        target.copy(source, stop - start)
+    source.seek(begin)
+    if part.rows is None and part.columns is None:
+        target.copy(source, end - begin)
+    else:
+        _copy_some(source, target, entry["shape"], end - begin, part)
 
 
-def _runs(indices: list[int]) -> list[tuple[int, int]]:
-    """Sorted indices as half-open ranges: [1, 2, 5] -> [(1, 3), (5, 6)]."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs
-
-
-def _copy_columns(
-    source: BufferedReader, target: HashedFile, shape: list[int], begin: int, end: int, kept: list[int]
-) -> None:
-    """Copy the `kept` columns of a matrix, some rows at a time."""
+def _copy_some(source: BufferedReader, target: HashedFile, shape: list[int], size: int, part: Part) -> None:
+    """Copy the kept rows or columns of a tensor of `size` bytes that begins here, some rows at a time."""
     import numpy as np
 
-    rows, columns = shape
-    width = (end - begin) // (rows * columns)
-    step = max(1, CHUNK // (columns * width))
-    source.seek(begin)
+    rows = shape[0]
+    width = size // (rows if part.columns is None else rows * shape[1])
+    kept = np.array(part.rows if part.columns is None else part.columns)
+    step = max(1, CHUNK // (size // rows))
     for row in range(0, rows, step):
-        data = source.read(min(step, rows - row) * columns * width)
-        table = np.frombuffer(data, dtype=np.uint8).reshape(-1, columns, width)
-        target.write(np.ascontiguousarray(table[:, kept]))
+        data = source.read(min(step, rows - row) * (size // rows))
+        table = np.frombuffer(data, dtype=f"V{width}").reshape(min(step, rows - row), -1)
+        if part.columns is None:
+            first, last = np.searchsorted(kept, [row, row + step])
+            some = table.take(kept[first:last] - row, axis=0)
+        else:
+            some = table.take(kept, axis=1)
+        target.write(some.view(np.uint8))
 
 
 def write_header(file: HashedFile, metadata: dict[str, str] | None, entries: Header) -> int:
