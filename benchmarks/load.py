@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from benchmarks.faults import adopting, descendants
+from benchmarks.peak import own_peak
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOUNDS = {"cached job": 0.3, "growth": 0.05, "report": 20.0}
@@ -279,18 +280,15 @@ def measure_rows(folder: Path, rows: int) -> Iterator[dict[str, Any]]:
         assert ids == [f"row-{number}" for number in range(rows)], f"{name}: rows lost, doubled or moved"
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-
-
 def phase(name: str, folder: Path) -> None:
     """One step in this process: its peak in GiB, that of its imports alone, and its seconds."""
     from sdd.models import checkpoints  # noqa: F401
     from sdd.stages import rewrites, targets, tuned  # noqa: F401
 
-    before, started = peak(), time.process_time()
+    before, started = own_peak(), time.process_time()
     PHASES[name](folder)
-    print(json.dumps({"gib": peak(), "before": before, "seconds": time.process_time() - started}))
+    gib, seconds = 1 << 30, time.process_time() - started
+    print(json.dumps({"gib": own_peak() / gib, "before": before / gib, "seconds": seconds}))
 
 
 # ---- artifacts ----------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ take turns. The results are compared in the same run, in bfloat16 steps. Prints 
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peak import used_by
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -145,21 +146,9 @@ def compared(ours: Path, other: Path) -> dict[str, Any]:
 
 def timed(commands: list[list[str]]) -> dict[str, float]:
     """Wall and CPU seconds of commands one after another, and the most memory that one of them held, bytes."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    wall = processor = memory = 0.0
-    for command in commands:
-        started = time.perf_counter()
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            assert process.stdout is not None
-            output = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{command[:3]} failed:\n{output.decode()[-2000:]}")
-        wall += time.perf_counter() - started
-        processor += usage.ru_utime + usage.ru_stime
-        memory = max(memory, usage.ru_maxrss * 1024.0)
-    return {"wall": wall, "cpu": processor, "memory": memory}
+    used = [used_by(command, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}) for command in commands]
+    wall, cpu = (sum(getattr(one, which) for one in used) for which in ("wall", "cpu"))
+    return {"wall": wall, "cpu": cpu, "memory": max(one.memory for one in used)}
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peak import own_peak
 from benchmarks.rows import Ratio, ratio
 
 FORMS = ("naive", "sdd")
@@ -143,7 +143,7 @@ def peak_memory(device: str) -> float:
 
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return own_peak()
 
 
 def largest_difference(folder: Path) -> float:
