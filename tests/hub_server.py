@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from sdd.evaluation.suites import REVISIONS
+
 TOKEN = "hf_of_a_test"
 
 
@@ -62,7 +64,8 @@ def settings(url: str, cache: Path) -> dict[str, str]:
 
 
 def commit_of(repo: str) -> str:
-    return hashlib.sha1(repo.encode()).hexdigest()
+    """The one commit of a repository: for a benchmark's data the one that its suite pins."""
+    return REVISIONS.get(repo) or hashlib.sha1(repo.encode()).hexdigest()
 
 
 def entry_of(path: Path, folder: Path) -> dict[str, Any]:
@@ -131,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_json({"name": "somebody", "type": "user"})
             else:
                 self.refuse(401)
+        elif parts[0] == "api" and len(parts) < 4:
+            self.refuse(404)
         elif parts[0] == "api":
             self.describe(*parts[1:])
         elif parts[0] == "datasets":

@@ -98,7 +98,7 @@ def streamed_rows(
 
 
 def stream(source: Repository, setting: str, seed: int | None) -> Generator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a stream that has no end for practical purposes; close it where it is left.
+    """(place, row) of a stream; close it where it is left.
 
     What was read of it before, on this machine, is not asked of the hub again.
     """
@@ -107,13 +107,17 @@ def stream(source: Repository, setting: str, seed: int | None) -> Generator[tupl
     if kept.is_file():
         for number, (_, row) in enumerate(read_rows([kept], setting), 1):
             yield f"{place} {number} of the stream", row
+    if _end_of(kept).is_file():
+        return
     fresh: list[dict[str, Any]] = []
+    is_whole = False
     try:
         for row in islice(_asked(source, setting, seed), number, None):
             fresh.append(row)
             yield f"{place} {number + len(fresh)} of the stream", row
+        is_whole = True
     finally:
-        _keep(kept, number, fresh)
+        _keep(kept, number, fresh, is_whole)
 
 
 def _kept_file(source: Repository, seed: int | None) -> Path:
@@ -123,10 +127,15 @@ def _kept_file(source: Repository, seed: int | None) -> Path:
     return Path(HF_HOME) / "sdd" / "streams" / f"{digest_of([source.spec(), seed])[:16]}.jsonl"
 
 
-def _keep(path: Path, number: int, fresh: list[dict[str, Any]]) -> None:
+def _end_of(kept: Path) -> Path:
+    """A file that is there where the kept rows are all that the stream has."""
+    return kept.with_suffix(".end")
+
+
+def _keep(path: Path, number: int, fresh: list[dict[str, Any]], is_whole: bool) -> None:
     """Add rows to the `number` that are kept, unless another process did, or the disk does not take them."""
     lines = [json.dumps(row, ensure_ascii=False, default=str) for row in fresh]
-    if not fresh or any(json.loads(line) != row for line, row in zip(lines, fresh, strict=True)):
+    if not (fresh or is_whole) or any(json.loads(line) != row for line, row in zip(lines, fresh, strict=True)):
         return  # rows of more than JSON's own types would be others when they are read again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +145,8 @@ def _keep(path: Path, number: int, fresh: list[dict[str, Any]]) -> None:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
             file.write(before + "".join(f"{line}\n" for line in lines))
         os.replace(file.name, path)
+        if is_whole:
+            _end_of(path).touch()
     except OSError as error:
         log.warning("rows of a stream cannot be kept at %s: %s", path, error.strerror)
 

@@ -16,6 +16,7 @@ from sdd.errors import UserError
 from sdd.evaluation import safety
 from sdd.evaluation.definitions import Definition, Entry, find
 from sdd.evaluation.files import check_file, find_file, folder_of, read_rows
+from sdd.evaluation.hub import COMMIT, rows_at
 from sdd.evaluation.suites import REVISIONS, asked
 from sdd.store import digest_of, remembered_digest
 from sdd.untrusted import expanded
@@ -170,8 +171,12 @@ class Benchmark:
         dataset = str(task.setting("dataset_path"))
         if dataset not in REVISIONS:
             log.warning("%s: the commit of %s is not known here; its newest rows are read", task.name, dataset)
-        given = dict(task.setting("dataset_kwargs") or {})
-        return {"dataset_kwargs": {"revision": REVISIONS.get(dataset, "main"), **given}}
+        asked = {"revision": REVISIONS.get(dataset, "main"), **(task.setting("dataset_kwargs") or {})}
+        if not COMMIT.fullmatch(str(asked["revision"])):
+            return {"dataset_kwargs": asked}
+        asked.pop("trust_remote_code", None)  # of no effect
+        asked["name"] = task.setting("dataset_name")
+        return {"custom_dataset": lambda **_: rows_at(dataset, **asked), "dataset_kwargs": None}
 
     def _from_files(self, task: Definition, files: Mapping[str, Path]) -> dict[str, Any]:
         shots, source = self._shots[task.name], task.shots_split

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
+from datasets.arrow_writer import ArrowWriter
 
 from sdd.errors import UserError
 from sdd.evaluation import definitions, safety
 from sdd.evaluation.benchmark import Benchmark, Outcome, chosen_metric
 from sdd.evaluation.definitions import _folders_with, find, packaged
+from sdd.evaluation.hub import rows_at
 from sdd.evaluation.suites import REVISIONS, SUITES, asked
 from sdd.store import digest_of
 
@@ -180,6 +183,26 @@ def test_hub_data_is_pinned_where_its_commit_is_known() -> None:
     }
     assert Benchmark("lm_eval", ["social_iqa"], None).revisions() == {"lighteval/siqa": "main"}
     assert all(len(revision) == 40 for revision in REVISIONS.values())
+
+
+def test_kept_rows_of_another_commit_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a hub the library itself takes the ones that came last."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    commit, other, neither = ("a" * 40, "b" * 40, "c" * 40)
+    for kept in (commit, other):
+        folder = tmp_path / "allenai___ai2_arc" / "ARC-Easy" / "0.0.0" / kept
+        folder.mkdir(parents=True)
+        rows = Dataset.from_list([ARC | {"question": f"{kept}?"}])
+        with ArrowWriter(path=str(folder / "ai2_arc-test.arrow"), features=rows.features) as writer:
+            writer.write_table(rows.data.table)
+            writer.finalize()
+        split = SplitInfo("test", num_examples=1, dataset_name="ai2_arc")
+        facts = {"config_name": "ARC-Easy", "dataset_name": "ai2_arc", "splits": SplitDict({"test": split})}
+        DatasetInfo(features=rows.features, **facts).write_to_directory(str(folder))
+    assert rows_at("allenai/ai2_arc", "ARC-Easy", commit)["test"]["question"][:] == [f"{commit}?"]
+    message = f"the hub cannot be reached, and the rows that are kept are those of commit {other}, not of {neither}"
+    with pytest.raises(UserError, match=message):
+        rows_at("allenai/ai2_arc", "ARC-Easy", neither)
 
 
 # ---- local rows ------------------------------------------------------------------------------------------------------
