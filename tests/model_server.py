@@ -1,5 +1,6 @@
 """A server with OpenAI's interface for tests: real HTTP, and answers that a function makes of what is asked."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -41,8 +42,9 @@ class _Asked(BaseHTTPRequestHandler):
         for name, value in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
+            self.end_headers()
+            self.wfile.write(content)
 
     def do_GET(self) -> None:
         if not getattr(self.server, "lists", False):

@@ -6,6 +6,7 @@ How it is reached, and what is tried again, is `sdd.models.served`'s business.
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 from sdd.errors import UserError
@@ -83,7 +84,10 @@ class OpenAIEngine:
         self.tokenizer, self.system_prompt, self.place = checkpoint.tokenizer(), system_prompt, place
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Completions as they come; prompts that begin alike are asked one after another, which caches like."""
+        """Completions as they come; prompts that begin alike are asked one after another, which caches like.
+
+        After a failure nothing more is asked; what was on its way, and is paid for, comes before it is told.
+        """
         asked = []
         for request in requests:
             if (prompt := self._prompt(request)) is None:
@@ -91,13 +95,17 @@ class OpenAIEngine:
             else:
                 asked.append((request, prompt))  # made here: a tokenizer serves one thread at a time
         asked.sort(key=lambda pair: task_text(pair[0].prompt, pair[0].before))
-        client = self.client
-        pool = ThreadPoolExecutor(self.place.at_once, thread_name_prefix="server")
-        try:
-            for future in as_completed([pool.submit(self._completed, client, *pair) for pair in asked]):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        client, failed = self.client, Event()
+        with ThreadPoolExecutor(self.place.at_once, thread_name_prefix="server") as pool:
+            futures = [pool.submit(self._completed, client, failed, *pair) for pair in asked]
+            try:
+                for future in as_completed(futures):
+                    if future.exception() is None and (completion := future.result()) is not None:
+                        yield completion
+            finally:
+                failed.set()  # where it is left early, too
+        for future in futures:
+            future.result()
 
     def _prompt(self, request: Request) -> Any:
         """Messages, or for the endpoint "completions" a text; None where it has too many tokens."""
@@ -110,12 +118,16 @@ class OpenAIEngine:
         """Tokens of its answer at most."""
         return self.max_new_tokens
 
-    def _completed(self, client: Any, request: Request, prompt: Any) -> Completion:
+    def _completed(self, client: Any, failed: Event, request: Request, prompt: Any) -> Completion | None:
+        """None where another has failed before it is asked."""
+        if failed.is_set():
+            return None
         try:
             text, finish, tokens = self._answer(client, prompt, self._limit(request), seed_of(self.seed, request))
         except Exception as error:
             if getattr(error, "status_code", None) == 400 and any(words in said_by(error) for words in TOO_LONG):
                 return Completion(request.id, "", "too_long")
+            failed.set()
             raise self._refusal(error, self.place, client) from None
         return Completion(request.id, text if self.keeps_space else text.strip(), finish, tokens)
 

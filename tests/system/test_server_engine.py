@@ -4,6 +4,7 @@ That server knows no keys and always answers what was asked, so that what refuse
 stand-in of this file.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -13,8 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -307,6 +311,67 @@ def test_busy_servers_are_asked_again_and_long_prompts_are_told(monkeypatch: pyt
     assert [body["messages"][-1]["content"] for body in bodies] == ["first"] * 3 + ["second", "first"]
     assert bodies[0] == bodies[2] and bodies[0]["seed"] != bodies[-1]["seed"]
     assert (bodies[0]["temperature"], bodies[0]["top_p"]) == (0.7, 0.9)
+
+
+class Slow(ModelServer):
+    """Answers each prompt after its own seconds, a time after another, at once where none are left; refuses `no`."""
+
+    def __init__(self, **seconds: list[float]) -> None:
+        super().__init__(self._answered)
+        self.seconds, self.ended, self.one = seconds, Event(), contextlib.nullcontext()
+
+    def _answered(self, _: str | None, body: dict[str, Any]) -> Answer:
+        prompt = body["messages"][-1]["content"]
+        waits = self.seconds.get(prompt, [])
+        self.ended.wait(waits.pop(0) if waits else 0)
+        return (401, {}, b"{}") if prompt == "no" else (200, {}, said(f"of {prompt}"))
+
+    def times(self) -> Counter[str]:
+        return Counter(body["messages"][-1]["content"] for _, body in self.asked)
+
+
+def test_answers_that_do_not_come_in_time_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After waits that double; `late` is answered after its time once, `never` at none of three times, which is told;
+    what has been answered by then is kept, and the same call asks for the rest."""
+    waits: list[float] = []
+    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=waits.append, time=time.time))
+    server = Slow(late=[0.25], never=[60.0] * 3)
+    engine = OpenAIEngine("m")
+    engine.open(Checkpoint(TEACHER), "float32", None, Place(server=Server(server.url, 4, 2, 0.2)))
+    requests = [Request(name, name) for name in ("a", "late", "never", "z")]
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match=r"no answer within engine\.timeout=0\.2 seconds; what is finished is kept"):
+        list(Journal(engine, path).complete(requests))
+    assert server.times()["never"] == 3 and server.times()["late"] >= 2
+    assert sorted(read["id"] for read in read_jsonl(path)) == ["a", "late", "z"]
+    assert len(waits) >= 3 and 0.3 < min(waits) <= 0.5 and 0.7 < max(waits) <= 1.0
+    before = server.times()
+    whole = {one.id: (one.text, one.finish) for one in Journal(engine, path).complete(requests)}
+    assert whole == {name: (f"of {name}", "stop") for name in ("a", "late", "never", "z")}
+    assert len(list(read_jsonl(path))) == 4 and set(server.times() - before) == {"never"}
+    server.ended.set()
+
+
+def test_what_is_on_its_way_when_another_fails_is_kept(tmp_path: Path) -> None:
+    """And nothing more is asked."""
+    server = Slow(no=[0.2], slow=[0.4])
+    engine = OpenAIEngine("m")
+    engine.open(Checkpoint(TEACHER), "float32", None, Place(server=Server(server.url, 2, 0, 5.0)))
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match="the server refuses the key"):
+        list(Journal(engine, path).complete([Request(name, name) for name in ("slow", "no", "then", "thereafter")]))
+    assert [read["id"] for read in read_jsonl(path)] == ["slow"]
+    assert server.times() == {"no": 1, "slow": 1}
+
+
+def test_a_server_that_never_answers_costs_one_line(tmp_path: Path) -> None:
+    server = Slow(Hello=[60.0] * 2)
+    words = ["engine=openai", f"engine.base_url={server.url}", "engine.model=m", "engine.timeout=0.1"]
+    outcome = run("generate", *ROWS, *words, cwd=tmp_path)
+    server.ended.set()
+    assert (outcome.code, outcome.built, outcome.stdout) == (2, [], "")
+    (line,) = outcome.errors
+    assert f"engine.base_url={server.url}: no answer within engine.timeout=0.1 seconds" in line
 
 
 def test_a_journal_asks_for_what_it_lacks(tmp_path: Path) -> None:
