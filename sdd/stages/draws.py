@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,22 @@ def drawn(
     return chosen, rows.at(held_out)
 
 
+class Said:
+    """What rows say, prompt and reference, read as it is asked for."""
+
+    def __init__(self, rows: Lines) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{task_of(row)}\n{row['reference']}" for row in self.rows)
+
+    def __getitem__(self, at: int) -> str:
+        return next(iter(Said(self.rows.at([at]))))
+
+
 def _deduplicated(rows: Lines, pool: list[int], held_out: list[int], settings: Mapping[str, Any]) -> list[int]:
     """The pool without rows that say what a held-out or an earlier one says; the same for every seed and every arm.
 
@@ -108,8 +124,7 @@ def _deduplicated(rows: Lines, pool: list[int], held_out: list[int], settings: M
     """
     threshold, kept_out = settings["deduplicate"], set(held_out)
     ordered = held_out + [place for place in range(len(rows)) if place not in kept_out]
-    texts = [f"{task_of(row)}\n{row['reference']}" for row in rows.at(ordered)]
-    kept = {ordered[at] for at in distinct(texts, threshold)}
+    kept = {ordered[at] for at in distinct(Said(rows.at(ordered)), threshold)}
     left = [place for place in pool if place in kept]
     log.info("finetune.deduplicate: %d of %d rows are like another and left out", len(pool) - len(left), len(pool))
     if (settings["num_rows"] or 1) > len(left):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdd.data import duplicates
 from sdd.data.draws import Damage, by_damage, interleaved, shares_by_damage, split_rows, weights_by_damage
 from sdd.data.duplicates import distinct, grams, similarity
 from sdd.errors import UserError
@@ -103,8 +104,13 @@ def test_similarity_is_that_of_word_5_grams() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 1.0])
-def test_no_pair_is_overlooked(threshold: float) -> None:
-    """Against a comparison of all pairs."""
+@pytest.mark.parametrize("bits", [64, 8, 0])
+def test_no_pair_is_overlooked(threshold: float, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a comparison of all pairs; with hashes that collide, too, and looked at in many small batches."""
+    if bits < 64:
+        monkeypatch.setattr(duplicates, "hash", lambda gram: hash(gram) % (1 << bits), raising=False)
+        monkeypatch.setattr(duplicates, "AT_ONCE", 100)
+        monkeypatch.setattr(duplicates, "SORTED", 50)
     texts = [f"{row['prompt']} {row['reference']}" for row in ROWS]
     texts += [text.replace("the", "a") for text in texts[::3]] + [text + " again" for text in texts[::4]]
     sets, kept = [grams(text) for text in texts], list[int]()
