@@ -4,17 +4,19 @@
 
 `jobs`: a sweep by joblib of cuts of the embedded model, then the same again, when all is there. `rows`: a dataset of a
 million short rows, rewritten by an engine that says what it was shown (its answers go through the journal), chosen,
-once with noise, and made the training input of a student; then their likelihoods, of which the bookkeeping is looked at
-and none is computed; each in a process of its own, whose peak is told. Texts repeat, so that rendering them as chats,
-whose time is not looked at here, is remembered; every row is held as if they did not. `report`: over artifacts of arms
-and seeds whose answers are copies of one student's. Seconds are the processor's. A table goes to stdout, the numbers to
---out; exit code 1 where a bound is missed.
+once with noise, and made the training input of a student; their likelihoods, of which the bookkeeping is looked at and
+none is computed; then as many rows without duplicates. Each is a process of its own, whose peak is told. Texts repeat
+(but where duplicates are looked for), so that rendering them as chats, whose time is not looked at here, is remembered;
+every row is held as if they did not. `report`: over artifacts of arms and seeds whose answers are copies of one
+student's. Seconds are the processor's. A table goes to stdout, the numbers to --out; exit code 1 where a bound is
+missed.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -25,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from benchmarks.peak import own_peak
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOUNDS = {"cached job": 0.3, "growth": 0.05, "report": 20.0}
-BOUNDS |= dict.fromkeys(("rewrites", "targets", "noise", "training input", "surprisals", "damaged"), 1.0)
+BOUNDS |= dict.fromkeys(("rewrites", "targets", "noise", "training input", "surprisals", "damaged", "deduplicate"), 1.0)
 """Seconds, share of the parent's memory after a quarter of the jobs, GiB, seconds."""
 SIZES = 4
 ARMS = 12
@@ -255,6 +257,30 @@ def take_in(folder: Path) -> None:
     print(sum(len(row.ids) for row in training) / len(training))
 
 
+def deduplicate(folder: Path) -> None:
+    """Rows of words drawn as a language has them, every tenth of which says again what the one before it says."""
+    from sdd.data.draws import split_rows
+    from sdd.stages import draws
+    from sdd.store.files import Lines
+
+    with (folder / "rows.jsonl").open() as file:
+        number = sum(1 for _ in file)
+    draw = random.Random(0)
+    words = [f"w{n}" for n in range(20_000)]
+    often = list(accumulate(1 / (n + 1) for n in range(len(words))))
+    with (folder / "words.jsonl").open("w") as file:
+        for index in range(number):
+            if index % 10 != 9:
+                said = draw.choices(words, cum_weights=often, k=50)
+            row = {"id": f"row-{index}", "prompt": " ".join(said[:20]), "reference": " ".join(said[20:])}
+            file.write(json.dumps(row) + "\n")
+    rows = Lines(folder / "words.jsonl")
+    pool, held_out = split_rows(range(len(rows)), 100, None, 0)
+    left = draws._deduplicated(rows, pool, held_out, {"deduplicate": 0.7, "num_rows": None})
+    assert len({place - (place % 10 == 9) for place in left}) == len(left)
+    assert abs(len(left) - 0.9 * number) <= 100
+
+
 PHASES: Mapping[str, Callable[[Path], None]] = {
     "rewrites": rewrite,
     "targets": choose,
@@ -262,6 +288,7 @@ PHASES: Mapping[str, Callable[[Path], None]] = {
     "training input": take_in,
     "surprisals": partial(look_at, "surprisals"),
     "damaged": partial(look_at, "damaged"),
+    "deduplicate": deduplicate,
 }
 
 
