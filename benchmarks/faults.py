@@ -5,13 +5,17 @@
 Kinds are the stages, and `sweep`, `joblib`, `pair` (a sweep beside another on one folder, which goes on), `ranks` (two
 processes that train together), `launched` (the same, each of which has imported its libraries anew). A trial takes what
 a stage needs from a study on the embedded model that nothing disturbed, has the stage built, and kills that at a moment
-drawn uniformly over the processor's time that it takes, by SIGKILL or SIGTERM; then again, up to `IN_A_ROW` times; then
-it is let go on, now and then by the whole command that asks for the stage. In the end everything must be there, byte
-for byte as in the undisturbed study (`timings.json` aside), and nothing else: no torn artifact at any time, no row lost
-or doubled, no process and no lock that outlives the one that was killed. Only that process gets the signal: what it
-started has to notice. Of ranks every other signal goes to one of them, which has to end the command by one line. Then
-come a disk that is full at a drawn size, a folder that can only be read, a bit flipped in a file or a manifest, a
-manifest cut short.
+drawn uniformly over the processor's time that it takes, by SIGKILL or SIGTERM; then again, up to `IN_A_ROW` times; or
+at a step, then at the next one. Then it is let go on, now and then by the whole command that asks for the stage. In the
+end everything must be there, byte for byte as in the undisturbed study (`timings.json` aside), and nothing else: no
+torn artifact at any time, no row lost or doubled, no process and no lock that outlives the one that was killed. Only
+that process gets the signal: what it started has to notice. Of ranks every other signal goes to one of them, which has
+to end the command by one line. Then come a disk that is full at a drawn size, a folder that can only be read, a bit
+flipped in a file or a manifest, a manifest cut short.
+
+Steps are Python's calls that change what lies in the folder of artifacts: files opened for writing, renamed, removed,
+folders made. A moment hardly ever falls between two of them that follow at once. Before one is done the stage's process
+kills itself.
 
 What is killed is forked from a process that has composed the command, up to where the store is asked, and builds the
 stage alone: a kill costs what that takes, no imports and nothing downstream. Sweeps are killed as whole commands, and
@@ -26,6 +30,7 @@ import contextlib
 import ctypes
 import fcntl
 import io
+import itertools
 import json
 import logging
 import math
@@ -105,6 +110,11 @@ LIBRARIES += ["sdd.api", *(f"sdd.stages.{stage}" for stage in ASKED_BY)]
 FROM_NOTHING = ("sweep", "pair", "joblib")
 BUILDS = {stage: stage for stage in ASKED_BY} | {"launched": "tuned", "ranks": "tuned"}
 """By kind that begins with what a stage needs, the stage."""
+BY_STEP = 0.5
+"""Share of a stage's trials whose kills come at steps: at `IN_A_ROW` of them, one after another."""
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
+"""What Python tells before it does it."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 FORKED = (*ASKED_BY, "ranks")
 """Kinds that a composed process forks itself for."""
 OFTEN = dict.fromkeys(WORDS, 8) | {"pair": 4, "joblib": 1, "launched": 1}
@@ -248,10 +258,11 @@ class Composed:
         other.close()  # so that its end is noticed here
         self.wanted: set[str] = self.pipe.recv()
 
-    def start(self) -> Running:
+    def start(self, step: int | None = None) -> Running:
+        """Begin the stage; with `step`, it is to kill itself before that step."""
         self.forks += 1
         name = f"fork{self.forks}"
-        self.pipe.send(name)
+        self.pipe.send((name, step))
         return Running(Forked(self.pipe.recv(), self.pipe), self.folder, name)
 
     def end(self) -> None:
@@ -270,7 +281,8 @@ def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
     assert wanted is not None
     recipes = list(wanted.walk())
     pipe.send({f"{recipe.stage}/{recipe.address}" for recipe in recipes})
-    while name := pipe.recv():
+    while request := pipe.recv():
+        name, step = request
         if pid := os.fork():
             pipe.send(pid)
             pipe.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
@@ -283,9 +295,11 @@ def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
             os.setpgid(0, 0)
             util.spawnv_passfds = _forked_server
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+            counted = count_steps(folder / "artifacts", step)
             for recipe in recipes:
                 if recipe.stage == stage:
                     print(job.build(recipe, script), flush=True)
+            Path(f"{name}.steps").write_text(str(next(counted)))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -296,6 +310,27 @@ def _compose(words: list[str], folder: Path, stage: str, pipe: Any) -> None:
                 traceback.print_exc()
         finally:
             os._exit(code)
+
+
+def count_steps(folder: Path, last: int | None) -> "itertools.count[int]":
+    """Counts this process's changes below a folder from now on, from 0, and kills it before the `last`."""
+    counted, process = itertools.count(), os.getpid()
+
+    def is_below(path: Any) -> bool:
+        return isinstance(path, str | bytes | os.PathLike) and Path(os.fsdecode(path)).absolute().is_relative_to(folder)
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGES or os.getpid() != process:
+            return
+        if event == "open":
+            is_change = bool((arguments[2] or 0) & WRITING) and is_below(arguments[0])
+        else:  # of a path in a folder that is open, too: how trees are removed
+            is_change = any(map(is_below, arguments[:2])) or arguments[-1] not in (-1, None)
+        if is_change and next(counted) == last:
+            os.kill(process, signal.SIGKILL)
+
+    sys.addaudithook(look)
+    return counted
 
 
 def _forked_server(path: str, words: list[str], kept: Sequence[int]) -> int:
@@ -370,6 +405,18 @@ class Trial:
         self.check(when)
         return True
 
+    def stopped(self, running: Running) -> bool:
+        """Whether the process, which was to kill itself at a step, came to it."""
+        self.watch(running)
+        if running.process.exitcode == 0:
+            return False
+        when = f"SIGKILL at a step while {doing(running)}"
+        if running.process.exitcode != -signal.SIGKILL:
+            self.problems.append(f"{when}: exit code {running.process.exitcode}: {running.stream('stderr')[-500:]}")
+        self.kills[f"{doing(running)} SIGKILL-step"] += 1
+        self.check(when)
+        return True
+
     def watch(self, running: Running, after: float = math.inf) -> float:
         """Wait for a process to end, or to have had so many seconds of the processor; those that it was seen to have.
 
@@ -420,7 +467,8 @@ class Trial:
         expected = {file: digest for file, digest in contents(reference).items() if of_artifact(file) in wanted}
         self.problems += [f"other bytes: {file}" for file, digest in expected.items() if made.get(file) != digest]
         self.problems += [f"unasked: {file}" for file in made.keys() - expected.keys()]
-        for file in sorted(file for file in made.keys() & expected.keys() if file.endswith(".jsonl")):
+        here = [file for file in made.keys() & expected.keys() if (self.artifacts / file).is_file()]
+        for file in sorted(file for file in here if file.endswith(".jsonl")):
             ids, right = ids_of(self.artifacts / file), ids_of(reference / file)
             if sorted(ids) != sorted(right):
                 self.problems.append(f"{file}: {len(set(right) - set(ids))} rows lost, {len(ids)} of {len(right)}")
@@ -446,6 +494,7 @@ class Campaign:
         self.folder, self.seed, self.more = folder, seed, more
         self.study = folder / "study" / "artifacts"
         self.kept: dict[str, tuple[Path, set[str], float]] = {}
+        self.steps: dict[str, int] = {}
         self.composed: dict[str, Composed] = {}
         multiprocessing.set_forkserver_preload(LIBRARIES)
         forkserver.ensure_running()
@@ -462,14 +511,15 @@ class Campaign:
         return Trial(self.folder / name, self.words(kind), self.beside, WORK.get(kind, LITTLE_WORK))
 
     def reference(self, kind: str) -> tuple[Path, set[str], float]:
-        """Artifacts to compare with; which of them the kind's command asks for, inputs included; its seconds.
+        """Artifacts to compare with; which of them the kind's command asks for, inputs included; its seconds. A stage's
+        steps are counted.
 
         The study grows by what the command makes of nothing. Then the stage is built of what it needs, and has the
         same bytes. Several ranks round sums otherwise, and are compared with the undisturbed of `launched`.
         """
         note = self.folder / f"{kind}.json"
         if kind not in self.kept and note.exists():
-            place, names, seconds = json.loads(note.read_text())
+            place, names, seconds, self.steps[kind] = json.loads(note.read_text())
             self.kept[kind] = Path(place), set(names), seconds
         if kind in self.kept:
             return self.kept[kind]
@@ -490,13 +540,15 @@ class Campaign:
                 one.end()
         self.kept[kind] = place, wanted, 0.0
         expected = self.fill(kind, trial)
-        outcome, seconds = watched(self.composed[kind].start() if kind in FORKED else trial.start())
+        running = self.composed[kind].start() if kind in FORKED else trial.start()
+        outcome, seconds = watched(running)
+        self.steps[kind] = int(running.stream("steps") or 0)
         if kind == "launched":
             place = trial.artifacts
         trial.compare(outcome, place, expected if kind in BUILDS else wanted)
         assert not trial.problems, trial.problems
         self.kept[kind] = place, wanted, seconds
-        write_atomically(note, json.dumps([str(place), sorted(wanted), seconds]))
+        write_atomically(note, json.dumps([str(place), sorted(wanted), seconds, self.steps[kind]]))
         return self.kept[kind]
 
     def jobs(self, kind: str) -> list[list[str]]:
@@ -541,7 +593,11 @@ class Campaign:
         other = trial.start() if kind == "pair" else None
         trial.beside = self.beside | ({other.process.pid} if other else set())
         span = seconds / 2 if kind == "pair" else seconds  # the other does its part
-        for _ in range(draw.randint(1, IN_A_ROW)):
+        by_step = kind in ASKED_BY and draw.random() < BY_STEP
+        if composed and by_step:
+            first = draw.randrange(0, self.steps[kind], IN_A_ROW)
+            all(trial.stopped(composed.start(step)) for step in range(first, first + IN_A_ROW))
+        for _ in range(0 if by_step else draw.randint(1, IN_A_ROW)):
             after, sent = draw.uniform(0, span), draw.choice([signal.SIGKILL, signal.SIGTERM])
             if kind in FROM_NOTHING:  # what is built stays
                 span = max(span - after, seconds / IN_A_ROW)
