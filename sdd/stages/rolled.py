@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -131,27 +132,35 @@ def target(sizes: Sizes) -> float:
 
 
 def new(sizes: Sizes, rows: int) -> float:
-    """Tokens of an answer that the student writes, on average over the steps of an epoch's `rows`."""
-    return fmean(min(sizes.written, limit) for limit in _limits(sizes, rows))
+    """Tokens of an answer that the student writes, on average over the steps of an epoch's `rows`; 0 where it writes
+    none."""
+    return _limit(sizes, rows, sizes.written) if writes(sizes) else 0.0
 
 
-def _limits(sizes: Sizes, rows: int) -> list[int]:
-    """Tokens of a rollout at most, step by step; those of a window have that of its first."""
+def _limit(sizes: Sizes, rows: int, most: float = math.inf) -> float:
+    """Tokens of a rollout at most, on average over the steps, where no more than `most` count."""
     finetune = sizes.config.finetune
     steps, window = finetune.epochs * math.ceil(rows / finetune.batch_size), finetune.rollout_steps
-    return [rollout_limit(step // window * window, steps, finetune.rollout_tokens) for step in range(steps)]
+    return _mean_limit(steps, window, tuple(finetune.rollout_tokens), most)
+
+
+@lru_cache(maxsize=64)
+def _mean_limit(steps: int, window: int, tokens: tuple[int, int], most: float) -> float:
+    """Steps of a window have the limit of its first."""
+    return fmean(min(most, rollout_limit(step // window * window, steps, tokens)) for step in range(steps))
 
 
 def with_writing(sizes: Sizes, tuning: Estimate, student: CostModel, rows: int, validations: int) -> Estimate:
     """Tuning on `rows` an epoch, and what the student writes before: window by window, and of the held-out rows."""
-    share, finetune, batch = writes(sizes), sizes.config.finetune, sizes.setting("trainer.inference_batch_size")
+    share, finetune = writes(sizes), sizes.config.finetune
     if not share:
         return tuning
+    batch = sizes.setting("trainer.inference_batch_size")
     window = math.ceil(share * finetune.rollout_steps * finetune.batch_size)
-    limit, full = fmean(_limits(sizes, rows)), finetune.rollout_tokens[1]
+    limit, full = _limit(sizes, rows), finetune.rollout_tokens[1]
     written = math.ceil(share * finetune.epochs * rows)
     parts = [estimates.rewrites(student, written, sizes.prompt, new(sizes, rows), limit, batch, window)]
-    if held_out := sizes.config.finetune.validation_rows:
+    if held_out := finetune.validation_rows:
         held_out_new = min(sizes.written, full)
         settings = sizes.prompt, held_out_new, full, batch, held_out
         parts.append(estimates.rewrites(student, validations * held_out, *settings))

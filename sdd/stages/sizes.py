@@ -11,9 +11,10 @@ from operator import mul
 from statistics import fmean
 from typing import Any, Self
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from sdd.architectures.configs import stated_dtype
+from sdd.config import Groups
 from sdd.models.chats import task_text
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.lengths import Lengths, lengths_of
@@ -53,7 +54,7 @@ class Sizes:
     """
 
     def __init__(self, study: Study) -> None:
-        self.config: DictConfig = study.config
+        self.config, self.live = Groups(study.config), study.config
         self.texts, self.num_texts, self.sources = study.texts, study.calibration.num_texts, study.sources
         self.sizes = study.models.sizes
         self.shape = shape_of(self.sizes)
@@ -78,8 +79,8 @@ class Sizes:
             return TEMPLATE_TOKENS
 
     def setting(self, key: str) -> Any:
-        """What the config says, or what was put in its place."""
-        return self.put[key] if key in self.put else OmegaConf.select(self.config, key)
+        """What the config says now, or what was put in its place; for those that a job may change (`fitting`)."""
+        return self.put[key] if key in self.put else OmegaConf.select(self.live, key)
 
     def given(self, settings: Mapping[str, Any]) -> Self:
         """The same work with other settings, by their keys."""

@@ -139,7 +139,7 @@ def test_digest_does_not_depend_on_how_the_package_is_reached(tmp_path: Path, mo
     names = ["hellaswag", "truthfulqa_mc2", "race", "mmlu_anatomy"]
     before = [(entry.name, entry.tasks[0].digest()) for entry in find(names)]
     (tmp_path / "lm_eval").symlink_to(packaged().parent)
-    monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "lm_eval" / "tasks" / "__init__.py"))
+    monkeypatch.setattr("lm_eval.__file__", str(tmp_path / "lm_eval" / "__init__.py"))
     monkeypatch.setattr(definitions, "_index", definitions._index.__wrapped__)
     through_link = find(names)
     assert [(entry.name, entry.tasks[0].digest()) for entry in through_link] == before
