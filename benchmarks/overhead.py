@@ -99,6 +99,7 @@ def measure_dry_run(pairs: int, quick: bool) -> dict[str, Any]:
             if plan_of(folder / "table" / str(jobs - 1)) != plan_of(folder / "alone" / "0"):
                 raise SystemExit("the last job's plan is another one than that of the job alone")
             runs.append((table, alone))
+            print(f"overhead: dry run {number + 1} of {pairs}: {table.cpu:.1f} s", file=sys.stderr, flush=True)
     added = statistics.median((table.cpu - alone.cpu) / (jobs - 1) for table, alone in runs)
     cpu, wall = (statistics.median(getattr(table, which) for table, _ in runs) for which in ("cpu", "wall"))
     return row("dry run", cpu, "s", jobs=jobs, added_by_a_job=added, wall=wall, same=True)
@@ -149,6 +150,8 @@ def measure_sweep(number: int, pairs: int, workers: int) -> list[dict[str, Any]]
             before = separate(apart, metrics, sizes, workers) if pair % 2 else None
             one = ran(together, "prune", "-m", *swept(metrics, sizes), *launcher)
             runs.append((one, before or separate(apart, metrics, sizes, workers)))
+            told = ", ".join(f"{what} {run.wall:.0f} s" for what, run in zip(("sweep", "apart"), runs[-1], strict=True))
+            print(f"overhead: pair {pair + 1} of {pairs}: {told}", file=sys.stderr, flush=True)
             if contents(together / "artifacts") != contents(apart / "artifacts"):
                 raise SystemExit("the sweep's artifacts differ from those of separate processes")
             again = ran(together, "prune", "-m", *swept(metrics, sizes))
