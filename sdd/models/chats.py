@@ -46,6 +46,12 @@ PLAIN_TEMPLATE = (
 )
 """The chat template of models that bring none."""
 
+
+def plain_template(begins: bool) -> str:
+    """The template for a tokenizer that brings none, and that `begins` texts with a token of its own, or does not."""
+    return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+
+
 PADS = (
     *("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
     *("<|reserved_special_token_0|>", "<|endoftext|>", "<unk>"),
@@ -66,7 +72,7 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenized(tokenizer, PROBE)["input_ids"][:1] == [bos]
-        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+        tokenizer.chat_template = plain_template(begins)
     try:
         ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     except RefusalError as error:
@@ -86,7 +92,8 @@ Turns = Sequence[Mapping[str, str]]
 """Turns before a task, each {"role", "content"}; a first one by `system` takes the place of the system prompt."""
 
 
-def _messages(prompt: str, system_prompt: str | None, before: Turns) -> list[dict[str, str]]:
+def messages_of(prompt: str, system_prompt: str | None = None, before: Turns = ()) -> list[dict[str, str]]:
+    """The turns of a task, the system prompt first unless the row has one of its own."""
     own = bool(before) and before[0]["role"] == "system"
     system = [{"role": "system", "content": system_prompt}] if system_prompt and not own else []
     return [*system, *map(dict, before), {"role": "user", "content": prompt}]
@@ -103,7 +110,11 @@ def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, s
     Their words are masked where they would become control tokens (`sdd.models.control`).
     """
     control = control_of(tokenizer)
-    messages = [{**message, "content": control.masked(message["content"])} for message in messages]
+    return taken(tokenizer, [{**message, "content": control.masked(message["content"])} for message in messages])
+
+
+def taken(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """`accepted`, of messages whose words are left as they are."""
     if messages[0]["role"] != "system":
         return messages
     (system, first), rest = messages[:2], messages[2:]
@@ -119,7 +130,7 @@ def chat_messages(
     tokenizer: Any, prompt: str, system_prompt: str | None = None, before: Turns = ()
 ) -> list[dict[str, str]]:
     """The turns before the answer. A system prompt that the template refuses or drops goes before the task's words."""
-    return accepted(tokenizer, _messages(prompt, system_prompt, before))
+    return accepted(tokenizer, messages_of(prompt, system_prompt, before))
 
 
 def chat_prompt_ids(tokenizer: Any, prompt: str, system_prompt: str | None = None, before: Turns = ()) -> list[int]:

@@ -9,12 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdd.models.chats import PLAIN_TEMPLATE
-from sdd.models.control import PROBE
+from sdd.models.chats import Turns, messages_of, plain_template, taken
+from sdd.models.control import PROBE, tokenized
 from sdd.models.panics import panics_told
 from sdd.models.rendering import render_chat
 from sdd.models.tokenizers import NAMED, check_tokenizer_files
 from sdd.untrusted import read_json, read_text
+
+END = 1
+"""Tokens that end an answer."""
 
 
 class Lengths:
@@ -26,34 +29,44 @@ class Lengths:
 
         with panics_told("panic"):
             self.tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", "tokenizer.json"))
-        self.template, self.special_tokens_map = _template(folder)
+        self.special_tokens_map, template = _named(folder)
+        begins = tokenized(self.tokenizer.encode, PROBE).tokens[:1] == [self.special_tokens_map.get("bos_token")]
+        self.template = template or plain_template(begins)
 
     def get_chat_template(self) -> Any:
         return self.template
 
     def of(self, text: str) -> int:
         """Tokens of a text, none added."""
-        with panics_told():
-            return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return len(tokenized(self.tokenizer.encode, text, add_special_tokens=False).ids)
+
+    def asked(self, prompt: str, system_prompt: str | None = None, before: Turns = ()) -> int:
+        """Tokens of a chat up to where its answer starts."""
+        messages = taken(self, messages_of(prompt, system_prompt, before))
+        return self.of(render_chat(self, messages, add_generation_prompt=True))
+
+    def answered(self, text: str) -> int:
+        """Tokens of an answer with the one that ends its turn."""
+        return self.of(text) + END
 
     def around(self, system_prompt: str | None) -> int:
-        """Tokens of a chat with an empty task up to where its answer starts."""
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        asked = render_chat(self, [*system, {"role": "user", "content": PROBE}], add_generation_prompt=True)
-        return self.of(asked) - self.of(PROBE)
+        """Tokens that the template puts around a task."""
+        return self.asked(PROBE, system_prompt) - self.of(PROBE)
 
 
-def _template(folder: Path) -> tuple[Any, Mapping[str, str]]:
-    """The chat template, the plain one where there is none, and the special tokens that it may name."""
-    path = folder / "tokenizer_config.json"
-    config = read_json(path, path.name) if path.is_file() else {}
-    named = {name: config.get(name) for name in NAMED}
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token}
+def _named(folder: Path) -> tuple[Mapping[str, str], Any]:
+    """The special tokens that a chat template may name, and the template, if the folder has one."""
+    given: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path := folder / name).is_file():
+            given |= {key: value for key, value in read_json(path, name).items() if value is not None}
+    tokens = {name: given[name] for name in NAMED if name in given}
+    special = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     if (path := folder / "chat_template.jinja").is_file():
-        return read_text(path, path.name), special
+        return special, read_text(path, path.name)
     if (path := folder / "chat_template.json").is_file():
-        return read_json(path, path.name).get("chat_template"), special
-    return config.get("chat_template") or PLAIN_TEMPLATE, special
+        return special, read_json(path, path.name).get("chat_template")
+    return special, given.get("chat_template")
 
 
 @lru_cache(maxsize=8)

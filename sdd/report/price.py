@@ -9,7 +9,7 @@ Lengths of prompts and of texts are means over a sample of rows, in the tokens o
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from sdd.data.mixture import part_of
 from sdd.errors import UserError
 from sdd.models.chats import answer_ids, chat_prompt_ids, rewrite_prompt
 from sdd.models.checkpoints import Checkpoint
+from sdd.models.lengths import lengths_of
 from sdd.planning.cost_model import Shape, shape_of
 from sdd.planning.estimates import adapter_parameters
 from sdd.planning.price import Price, Recovery, Rewritten, Trained, beside, sample
@@ -41,6 +42,10 @@ REWRITE = TURNS | {"id": (str, int), "reference": str, "rewrite": str, "others?"
 ANSWER = {"id": (str, int), "text": str, "tokens": [int]}
 
 
+Counters = tuple[Callable[..., int], Callable[[str], int]]
+"""Tokens of a prompt in its chat (prompt, system prompt, turns before), and of an answer with what ends it."""
+
+
 class UnknownError(LookupError):
     """Something that the price depends on is not recorded, or not here."""
 
@@ -50,7 +55,7 @@ class Prices:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.tokenizers: dict[str, Any] = {}
+        self.counters: dict[str, Counters] = {}
         self.prompts: dict[str, tuple[float, float, float]] = {}
         self.rewritten: dict[str, Rewritten] = {}
 
@@ -76,9 +81,9 @@ class _Recovery:
         checkpoint = Checkpoint(pruned.path)
         self.model, self.shape = pruned.spec.get("model"), shape_of(checkpoint.config)
         self.whole = _unpruned(self.shape, shown_json(pruned.path / "pruning.json", CUT))
-        if pruned.address not in prices.tokenizers:
-            prices.tokenizers[pruned.address] = checkpoint.tokenizer()
-        self.tokenizer = prices.tokenizers[pruned.address]
+        if pruned.address not in prices.counters:
+            prices.counters[pruned.address] = _counters(checkpoint)
+        self.asked, self.answered = prices.counters[pruned.address]
         if self.targets.address not in prices.prompts:
             prices.prompts[self.targets.address] = self._lengths()
         self.prompt, self.refused, self.rejected = prices.prompts[self.targets.address]
@@ -118,9 +123,9 @@ class _Recovery:
         """Tokens on average of a prompt, the share of rows with a rejected answer, and the tokens of one."""
         rows = _drawn(self.targets.path / "train.jsonl", self.all_rows, TARGET)
         system_prompt = self.spec["system_prompt"]
-        prompts = [chat_prompt_ids(self.tokenizer, row["prompt"], system_prompt, row.get("before", ())) for row in rows]
-        rejected = [len(answer_ids(self.tokenizer, row["rejected"])) for row in rows if row.get("rejected")]
-        return fmean(map(len, prompts)), len(rejected) / len(rows), fmean(rejected or [0])
+        prompts = [self.asked(row["prompt"], system_prompt, row.get("before", ())) for row in rows]
+        rejected = [self.answered(row["rejected"]) for row in rows if row.get("rejected")]
+        return fmean(prompts), len(rejected) / len(rows), fmean(rejected or [0])
 
     # ---- training, and what runs beside it
 
@@ -180,18 +185,27 @@ class _Recovery:
         if "answers" in made.inputs:
             path = self._input(made, "answers").path / "answers.jsonl"
             drafts = {row["id"]: row for row in _drawn(path, self.all_rows, ANSWER)}
-        asked, new = [], []
+        asked: list[int] = []
+        new: list[int] = []
         rows = _drawn(made.path / "rewrites.jsonl", self.all_rows, REWRITE)
         for row in rows:
             words = template if isinstance(template, str) else template.get(part_of(str(row["id"])), "")
             shown = drafts[row["id"]]["text"] if row["id"] in drafts else row["reference"]
             prompt = rewrite_prompt(words, row["prompt"], shown)
-            ids = chat_prompt_ids(self.tokenizer, prompt, system_prompt, row.get("before", ()))
+            length = self.asked(prompt, system_prompt, row.get("before", ()))
             tries = [row["rewrite"], *(other["rewrite"] for other in row.get("others", ()))]
-            asked += [len(ids)] * len(tries)
-            new += [len(answer_ids(self.tokenizer, text)) for text in tries]
+            asked += [length] * len(tries)
+            new += map(self.answered, tries)
         drafted = fmean(len(draft["tokens"]) for draft in drafts.values()) if drafts else 0.0
         return Rewritten(len(new) / len(rows), fmean(asked), fmean(new), drafted)
+
+
+def _counters(checkpoint: Checkpoint) -> Counters:
+    """By the tokenizer's own file; by opening the tokenizer, which takes seconds, only where it has none."""
+    if lengths := lengths_of(checkpoint.folder, checkpoint.config["vocab_size"]):
+        return lengths.asked, lengths.answered
+    tokenizer = checkpoint.tokenizer()
+    return (lambda *words: len(chat_prompt_ids(tokenizer, *words))), (lambda text: len(answer_ids(tokenizer, text)))
 
 
 def _unpruned(student: Shape, cut: dict[str, Any]) -> Shape:

@@ -17,7 +17,7 @@ from sdd.architectures.configs import stated_dtype
 from sdd.config import Groups
 from sdd.models.chats import task_text
 from sdd.models.checkpoints import Checkpoint
-from sdd.models.lengths import Lengths, lengths_of
+from sdd.models.lengths import END, Lengths, lengths_of
 from sdd.models.rendering import RefusalError
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
@@ -37,8 +37,6 @@ TYPICAL_ROWS = {
 OTHER_ROWS = (10_000, 300, 300)
 TEMPLATE_TOKENS = 30
 """Of the chat template around a prompt, before the tokenizer is here."""
-END = 1
-"""Tokens that end an answer."""
 
 
 def _lengths_of(checkpoint: Checkpoint) -> Lengths | None:

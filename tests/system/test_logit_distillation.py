@@ -9,6 +9,7 @@ import pytest
 from launching import artifacts_of, run
 from omegaconf import DictConfig
 
+from sdd.models.checkpoints import Checkpoint
 from sdd.report.library import Library, read_artifact
 from sdd.report.price import Prices
 from sdd.stages import tuned
@@ -47,7 +48,11 @@ def test_taught_made_again_and_told(
 
 
 def test_one_pass_of_the_teacher_serves_every_cut(
-    small: list[str], workplace: Path, checkpoint: Path, composed: Callable[..., DictConfig]
+    small: list[str],
+    workplace: Path,
+    checkpoint: Path,
+    composed: Callable[..., DictConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Made again it is the same; with every token of the vocabulary the student is the one taught by the teacher. What
     a dry run tells of its price is off by how far its 12 rows are from the average of all."""
@@ -64,7 +69,9 @@ def test_one_pass_of_the_teacher_serves_every_cut(
     ]
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
     library = Library([workplace / "artifacts"])
-    paid = [Prices(library).of(read_artifact(outcome.path)) for outcome in (beside, kept, other)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "tokenizer", None)  # opening it takes seconds, which no price needs
+        paid = [Prices(library).of(read_artifact(outcome.path)) for outcome in (beside, kept, other)]
     assert paid[0] == paid[1] is not None
     study = Study(composed(*QUICK), workplace)
     price = expected(Sizes(study), tuned.recipe(study), {})

@@ -7,6 +7,7 @@ tokenizers are small ones of the same kind (byte-level or sentencepiece-like) wi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from sdd.finetuning.module import TrainingRow, labelled
 from sdd.models.chats import (
     PLAIN_TEMPLATE,
     accepted,
+    answer_ids,
     chat_prompt_ids,
     end_of_turn,
     prepare_tokenizer,
     stop_ids,
     training_ids,
 )
+from sdd.models.lengths import lengths_of
 
 TEXTS = ["What is 2 + 2?", "It is four.\nThe answer is 4.", "Be brief.", "user model assistant system 26 Jul 2024"]
 
@@ -376,6 +379,21 @@ def test_prompts_are_the_templates_own_with_one_begin_token(family: Family, made
         assert said(tokenizer, ids) == expected
         if family.bos:
             assert ids.count(tokenizer.bos_token_id) == expected.count(family.bos) <= 1
+
+
+@every_family
+def test_lengths_without_transformers_are_those_of_its_ids(
+    family: Family, made: Callable[[Family], Any], tmp_path: Path
+) -> None:
+    tokenizer = made(family)
+    tokenizer.save_pretrained(tmp_path)
+    lengths, tokenizer = lengths_of(tmp_path, None), prepare_tokenizer(tokenizer)
+    assert lengths is not None
+    turns = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
+    for before in ([], turns, [{"role": "system", "content": S}, *turns]):
+        for system in (None, "", S):
+            assert lengths.asked(Q, system, before) == len(chat_prompt_ids(tokenizer, Q, system, before))
+    assert [lengths.answered(text) for text in (A, "")] == [len(answer_ids(tokenizer, text)) for text in (A, "")]
 
 
 @every_family
