@@ -7,7 +7,7 @@ SIZES ?= none,n2,n3,n4
 SEEDS ?= 0,1,2,3,4
 MORE ?= 0,1,2
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
-EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
+EVALUATE := $(BIN)/python evaluate.py -m experiment=demo hydra.callbacks.sweep_end.report=false
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 WORKERS ?= 2
 

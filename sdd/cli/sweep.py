@@ -35,9 +35,13 @@ log = logging.getLogger(__name__)
 
 
 class SweepEnd(Callback):
-    """A Hydra callback. Reads the jobs' records, so that it does not matter which process ran them."""
+    """A Hydra callback. Reads the jobs' records, so that it does not matter which process ran them.
 
-    def __init__(self) -> None:
+    `report`: whether what was evaluated is written up at the end; takes seconds that a report above sweeps pays anyway.
+    """
+
+    def __init__(self, report: bool = True) -> None:
+        self.report = report
         self.earlier: set[tuple[Path, int]] = set()
         self.progress: Progress | None = None
 
@@ -86,7 +90,7 @@ class SweepEnd(Callback):
             for line in [*by_gpu(plans), *by_way(ways)]:
                 log.info(line)
         evaluated = [Path(job["path"]) for _, job in jobs if job.get("stage") == "evaluated"]
-        if not evaluated or not is_first(config.trainer):
+        if not evaluated or not self.report or not is_first(config.trainer):
             return
         from sdd.report import write_report
 

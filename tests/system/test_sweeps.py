@@ -46,8 +46,9 @@ def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "report" / "table.json").is_file()
 
     before = state_of(tmp_path / "artifacts")
-    again = run("evaluate", *words, cwd=tmp_path)
-    assert again.built == []
+    without = [*words, "hydra.sweep.dir=other", "hydra.callbacks.sweep_end.report=false"]
+    again = run("evaluate", *without, cwd=tmp_path)
+    assert again.built == [] and not (tmp_path / "other" / "report").exists()
     assert again.stdout == outcome.stdout
     assert state_of(tmp_path / "artifacts") == before
 
