@@ -245,12 +245,15 @@ class Store:
         return manifest
 
     def find(self, address: str) -> Path:
-        """The folder of a complete artifact by its address or an unambiguous start of it."""
-        if ADDRESS.fullmatch(address):
-            places = [self.root / stage / address for stage in STAGES]
+        """The folder of a complete artifact by its address, or an unambiguous start of it; perhaps behind its stage."""
+        stage, _, start = address.rpartition("/")
+        if ADDRESS.fullmatch(start):
+            places = [self.root / one / start for one in STAGES]
             hits = [place for place in places if is_place(place) and (place / MANIFEST).exists()]
         else:
-            hits = [folder for folder in self.folders() if folder.name.startswith(address)]
+            hits = [folder for folder in self.folders() if folder.name.startswith(start)]
+        if stage:
+            hits = [folder for folder in hits if folder.parent.name == stage]
         if len(hits) != 1:
             what = "no artifact" if not hits else f"{len(hits)} artifacts"
             raise UserError(

@@ -1,5 +1,6 @@
 """The store as its user meets it: list, verify, explain, prune, and what is said when something is missing."""
 
+import argparse
 import errno
 import json
 import shutil
@@ -12,6 +13,7 @@ from filelock import FileLock
 from launching import artifacts_of, run
 
 from sdd.errors import UserError
+from sdd.export.serving import checkpoint_for
 from sdd.store import SCRATCH, Recipe, Store
 from sdd.store.__main__ import main
 from sdd.store.mounts import locks_only_here
@@ -49,6 +51,16 @@ def test_list(study: Path, manifests: dict, command: Command) -> None:
     code, out, _ = command(study, "list")
     assert code == 0
     assert all(manifest["address"] in out for manifest in manifests.values())
+
+
+def test_artifact_is_found_as_lists_and_logs_name_it(study: Path, tmp_path: Path) -> None:
+    store, pruned = Store(study / "artifacts"), only(study, "pruned")
+    for name in (pruned.name, pruned.name[:8], f"pruned/{pruned.name}", f"pruned/{pruned.name[:8]}"):
+        assert store.find(name) == pruned
+        assert checkpoint_for(name, argparse.Namespace(artifacts=store.root), tmp_path) == pruned
+    for name in (f"tuned/{pruned.name}", f"tuned/{pruned.name[:8]}", f"elsewhere/{pruned.name}", "tuned/../pruned"):
+        with pytest.raises(UserError, match="no artifact under"):
+            store.find(name)
 
 
 def test_verify_finds_nothing_in_a_fresh_study(study: Path, command: Command) -> None:
