@@ -251,7 +251,7 @@ class Store:
             places = [self.root / one / start for one in STAGES]
             hits = [place for place in places if is_place(place) and (place / MANIFEST).exists()]
         else:
-            hits = [folder for folder in self.folders() if folder.name.startswith(start)]
+            hits = [folder for folder in self.folders() if start and folder.name.startswith(start)]
         if stage:
             hits = [folder for folder in hits if folder.parent.name == stage]
         if len(hits) != 1:

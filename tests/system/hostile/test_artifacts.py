@@ -238,7 +238,7 @@ def test_folders_in_folders(words: list[str], canaries: Canaries, capsys: pytest
     canaries.check_refused(outcome)
 
 
-PATTERNS = ["*", "?" * 16, "[0-9]*", "../scores", "/", ".", "\x1b[2J", "0123456789abcdeF", "a/b"]
+PATTERNS = ["*", "?" * 16, "[0-9]*", "../scores", "/", "", "scores/", ".", "\x1b[2J", "0123456789abcdeF", "a/b"]
 
 
 @pytest.mark.parametrize("address", PATTERNS, ids=ascii)
