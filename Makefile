@@ -7,7 +7,8 @@ SIZES ?= none,n2,n3,n4
 SEEDS ?= 0,1,2,3,4
 MORE ?= 0,1,2
 STUDENTS := [[dataset=tiny_math],[dataset=tiny_instruct]]
-EVALUATE := $(BIN)/python evaluate.py -m experiment=demo hydra.callbacks.sweep_end.report=false
+EVALUATE := $(BIN)/python evaluate.py -m experiment=demo
+WITHOUT_REPORT := hydra.callbacks.sweep_end.report=false
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 WORKERS ?= 2
 
@@ -58,10 +59,11 @@ demo: env
 
 # Side by side; each artifact is built once all the same. The sizes give way, and fill what the arms leave of two cores.
 arms: env
-	$(EVALUATE) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
+	$(EVALUATE) $(WITHOUT_REPORT) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
 
 sizes: env
-	nice -n 7 $(EVALUATE) pruning=$(SIZES) finetune=none seed=0 hydra.launcher.n_jobs=1 hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
+	nice -n 7 $(EVALUATE) $(WITHOUT_REPORT) pruning=$(SIZES) finetune=none seed=0 hydra.launcher.n_jobs=1 \
+	    hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
 
 # The same with one block fewer and one more, at the same rates.
 curve: env

@@ -38,8 +38,10 @@ POLL = 0.1
 def checkpoint_for(name: str, arguments: argparse.Namespace, scratch: Path) -> Path:
     """The folder of a whole checkpoint: a folder's, a hub id's, or an artifact's; that of an adapter is made."""
     given = expanded(name)
-    if given.is_dir() or (is_hub_id(name) and name.partition("/")[0] not in STAGES):
-        return given.resolve() if given.is_dir() else checkpoint_folder(name, None)
+    if given.is_dir():
+        return given.resolve()
+    if is_hub_id(name) and name.partition("/")[0] not in STAGES:
+        return checkpoint_folder(name, None)
     store = Store(arguments.artifacts.absolute())
     artifact = store.find(name)
     stage = artifact.parent.name

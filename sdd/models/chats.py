@@ -110,11 +110,12 @@ def accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, s
     Their words are masked where they would become control tokens (`sdd.models.control`).
     """
     control = control_of(tokenizer)
-    return taken(tokenizer, [{**message, "content": control.masked(message["content"])} for message in messages])
+    masked = [{**message, "content": control.masked(message["content"])} for message in messages]
+    return system_placed(tokenizer, masked)
 
 
-def taken(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """`accepted`, of messages whose words are left as they are."""
+def system_placed(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """`accepted`, without masking any words."""
     if messages[0]["role"] != "system":
         return messages
     (system, first), rest = messages[:2], messages[2:]

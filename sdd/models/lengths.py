@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdd.models.chats import Turns, messages_of, plain_template, taken
+from sdd.models.chats import Turns, messages_of, plain_template, system_placed
 from sdd.models.control import PROBE, tokenized
 from sdd.models.panics import panics_told
 from sdd.models.rendering import render_chat
@@ -29,7 +29,7 @@ class Lengths:
 
         with panics_told("panic"):
             self.tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", "tokenizer.json"))
-        self.special_tokens_map, template = _named(folder)
+        self.special_tokens_map, template = _special_tokens_and_template(folder)
         begins = tokenized(self.tokenizer.encode, PROBE).tokens[:1] == [self.special_tokens_map.get("bos_token")]
         self.template = template or plain_template(begins)
 
@@ -42,7 +42,7 @@ class Lengths:
 
     def asked(self, prompt: str, system_prompt: str | None = None, before: Turns = ()) -> int:
         """Tokens of a chat up to where its answer starts."""
-        messages = taken(self, messages_of(prompt, system_prompt, before))
+        messages = system_placed(self, messages_of(prompt, system_prompt, before))
         return self.of(render_chat(self, messages, add_generation_prompt=True))
 
     def answered(self, text: str) -> int:
@@ -54,7 +54,7 @@ class Lengths:
         return self.asked(PROBE, system_prompt) - self.of(PROBE)
 
 
-def _named(folder: Path) -> tuple[Mapping[str, str], Any]:
+def _special_tokens_and_template(folder: Path) -> tuple[Mapping[str, str], Any]:
     """The special tokens that a chat template may name, and the template, if the folder has one."""
     given: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
