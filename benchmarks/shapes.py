@@ -228,10 +228,11 @@ def evaluated(case: Case, trace: Trace) -> None:
     """Likelihoods of four choices to each of some questions, each after examples of its own."""
     from sdd.evaluation.likelihoods import _Walk
     from sdd.evaluation.prefixes import prefix_tree
+    from sdd.forward.parts import Parts
 
     model, pairs = case.model(trace), [(item, choice) for item in range(QUESTIONS) for choice in range(CHOICES)]
     rows = [(*[20 + item] * QUESTION, *[2 + choice] * CHOICE) for item, choice in pairs]
-    walk = _Walk(model, [1] * (CHOICE * len(rows)), None)
+    walk = _Walk(model, [1] * (CHOICE * len(rows)), None, Parts())
     with tqdm(disable=True) as progress:
         walk.run(prefix_tree([row[:-1] for row in rows], [CHOICE] * len(rows)), QUESTIONS * len(rows[0]), progress)
 

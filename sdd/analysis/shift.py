@@ -32,14 +32,17 @@ def token_kl(teacher: Any, student: Any, rows: Sequence[Row], batch_size: int) -
     return per_token(lambda tokens, p, q: forward_kl(q, p), rows, batch_size, teacher, student)
 
 
-def token_nll(model: Any, rows: Sequence[Row], batch_size: int, of_row: Callable[..., Any] = list) -> list[Any]:
-    """Negative log-likelihood of every token of every row's answer, in nats; or what `of_row` makes of a row's."""
+def token_nll(
+    model: Any, rows: Sequence[Row], batch_size: int, of_row: Callable[..., Any] = list, kept: Path | None = None
+) -> list[Any]:
+    """Negative log-likelihood of every token of every row's answer, in nats; or what `of_row` makes of a row's. In
+    files named after `kept` they outlast a kill."""
     import torch
 
     def nll(tokens: Any, logits: Any) -> Any:
         return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
 
-    return per_token(nll, rows, batch_size, model, of_row=of_row)
+    return per_token(nll, rows, batch_size, model, of_row=of_row, kept=kept)
 
 
 def cosine(x: Any, y: Any) -> Any:

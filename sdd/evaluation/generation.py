@@ -5,7 +5,9 @@ batch is what is replaced. A row ends by itself, as it would alone in a batch of
 that the loop does not know stay with lm-eval.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -13,7 +15,10 @@ from tqdm import tqdm
 from sdd.forward import ranks
 from sdd.forward.batches import padded
 from sdd.forward.decoding import Ending, decode, keeps_all
+from sdd.forward.parts import Parts
 
+BATCHES = 16
+"""Prompts are answered so many batches' worth at a time, which is what a kill costs."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 GREEDY = {"until", "do_sample", "temperature", "top_p", "top_k", *LIMITS}
 """Settings that lm-eval reads itself, or that greedy generation does not look at."""
@@ -24,6 +29,8 @@ class FullBatches:
 
     places: int | None = None
     """Rows of the batch while answers come from the loop."""
+    kept: Path | None = None
+    """What files are named after in which likelihoods and answers outlast a kill."""
 
     def generate_until(self: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
         if not (keeps_all(self.model) and all(is_greedy(request.args[1]) for request in requests)):
@@ -35,7 +42,7 @@ class FullBatches:
             whole = ranks.merged({index: answer for (index, _), answer in zip(own, answers, strict=True)})
             return [whole[index] for index in range(len(requests))]
         self.places = self.batch_size_per_gpu
-        self.batch_size_per_gpu = max(1, len(requests))  # lm-eval hands over all prompts at once
+        self.batch_size_per_gpu *= BATCHES  # lm-eval hands over so many prompts at once
         try:
             return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
         finally:
@@ -49,14 +56,22 @@ class FullBatches:
             return super()._model_generate(context, max_length, stop, **settings)  # type: ignore[misc]
         masks = settings["attention_mask"].bool()
         prompts = [(row[mask] if mask.any() else row[-1:]).tolist() for row, mask in zip(context, masks, strict=True)]
-        known = self.tokenizer.get_added_vocab()
+        added = self.tokenizer.get_added_vocab()
         ends = self.model.generation_config.eos_token_id
-        stops = {*(ends if isinstance(ends, list) else [ends]), *(known[text] for text in stop if text in known)}
-        ending = ending_of(self.tokenizer, [text for text in stop if text and text not in known])
-        rows = decode(self.model, prompts, max_length - context.shape[1], stops, self.places, ending=ending)
-        answers = dict(tqdm(rows, total=len(prompts), desc="answers", unit="row", leave=False))
+        stops = {*(ends if isinstance(ends, list) else [ends]), *(added[text] for text in stop if text in added)}
+        ending = ending_of(self.tokenizer, [text for text in stop if text and text not in added])
+        limit = max_length - context.shape[1]
+        with Parts(self.kept, self.kept and [prompts, limit, sorted(stops), stop, self.places]) as parts:
+            known = json.loads(ranks.told(json.dumps(list(parts.known())).encode())[0])  # what the first rank knows
+            if not known:
+                rows = decode(self.model, prompts, limit, stops, self.places, ending=ending)
+                answers = dict(tqdm(rows, total=len(prompts), desc="answers", unit="row", leave=False))
+                known = [[answers[index] for index in range(len(prompts))]]
+                if ranks.rank() == 0:
+                    parts.add(lambda: known[0])
+                    parts.write()
         pad = self.tokenizer.pad_token_id
-        new, mask = padded([answers[index] for index in range(len(prompts))], context.device)
+        new, mask = padded(known[0], context.device)
         return torch.cat([context, new.masked_fill(mask == 0, pad)], dim=1)
 
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sdd.answers import equal, extract
@@ -90,8 +91,11 @@ def _lm_eval_task(task: Task, max_new_tokens: int, end_of_turn: str) -> Any:
 class Harness:
     """lm-eval's evaluator around one model of a backend; tasks are run one at a time.
 
-    `max_new_tokens` None leaves the limit of generated tokens to each task.
+    `max_new_tokens` None leaves the limit of generated tokens to each task. What is computed in this process is kept in
+    files named after `kept` (see `Parts`), and taken from there.
     """
+
+    kept: Path | None = None
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Harness:
     def _evaluate(self, name: str, task: Any, **settings: Any) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
+        self.language_model.kept = self.kept
         with _templates_kept():
             results: dict[str, Any] | None = evaluate(
                 self.language_model,

@@ -10,8 +10,11 @@ For others HFLM's own way stands. What is tokenized, cut and summed, and in whic
 import copy
 import inspect
 import logging
+from array import array
 from collections.abc import Callable, Mapping
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +23,7 @@ from sdd.evaluation.prefixes import Node, prefix_tree
 from sdd.forward import ranks
 from sdd.forward.batches import padded
 from sdd.forward.memory import freed, is_short
+from sdd.forward.parts import Parts
 
 MOST_TOKENS = 2048
 """Tokens of a pass, unless one row has more; more in a pass make none faster."""
@@ -60,6 +64,9 @@ class SharedPrefixes:
     """Goes before `HFLM` among the bases of a class. `batch_size` is the number of the longest rows that may be in
     memory at once; of shorter ones there are more."""
 
+    kept: Path | None = None
+    """What files are named after in which likelihoods outlast a kill."""
+
     def _loglikelihood_tokens(
         self: Any, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -81,10 +88,16 @@ class SharedPrefixes:
         assert measured == set(wholes), "a continuation without tokens, after a context that has no other"
         _warn_of_cuts(measured, self.max_length)
         continuations = [continuation for _, _, continuation in requests]
-        walk = _Walk(self.model, [token for tokens in continuations for token in tokens], self.softmax_dtype)
         lengths = [len(continuation) for continuation in continuations]
-        with tqdm(total=sum(lengths), desc="likelihoods", unit="token", disable=disable_tqdm) as progress:
-            values, greedy = walk.run(prefix_tree(rows, lengths), (override_bs or self.batch_size) * longest, progress)
+        capacity = (override_bs or self.batch_size) * longest
+        asked = self.kept and [capacity, lengths, _digest(rows)]
+        with (
+            tqdm(total=sum(lengths), desc="likelihoods", unit="token", disable=disable_tqdm) as progress,
+            Parts(self.kept, asked) as parts,
+        ):
+            targets = [token for tokens in continuations for token in tokens]
+            walk = _Walk(self.model, targets, self.softmax_dtype, parts)
+            values, greedy = walk.run(prefix_tree(rows, lengths), capacity, progress)
         answers = [
             (float(of_tokens.sum()), bool(as_greedy.all()))
             for of_tokens, as_greedy in zip(values.split(lengths), greedy.split(lengths), strict=True)
@@ -93,6 +106,13 @@ class SharedPrefixes:
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+
+def _digest(rows: list[tuple[int, ...]]) -> str:
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        digest.update(array("i", row).tobytes())
+    return digest.hexdigest()
 
 
 def _warn_of_cuts(rows: set[tuple[int, ...]], max_length: int) -> None:
@@ -107,15 +127,17 @@ class _Walk:
     """One walk through a tree: the log-likelihood of every target, and whether it is the most likely token.
 
     Several ranks share its passes: where there are enough subtrees, each takes its own of them; what is above them, all
-    compute.
+    compute. What is known of all of a batch, and of what is after it, is taken from `parts` and not computed again.
     """
 
-    def __init__(self, model: Any, targets: list[int], softmax_dtype: Any) -> None:
+    def __init__(self, model: Any, targets: list[int], softmax_dtype: Any, parts: Parts) -> None:
         import torch
 
-        self.model, self.softmax_dtype = model, softmax_dtype
+        self.model, self.softmax_dtype, self.parts = model, softmax_dtype, parts
         self.targets = torch.tensor(targets, device=model.device)
         self._measured: list[tuple[Any, Any, Any]] = []
+        self.dtype = softmax_dtype or model.dtype
+        self._known = {number: pair for part in parts.known() for number, *pair in zip(*part, strict=True)}
 
     def run(self, roots: list[Node], capacity: int, progress: Any) -> tuple[Any, Any]:
         """Values and whether greedy, (N,) each, on the CPU; at most `capacity` tokens are kept at a level of the tree,
@@ -132,8 +154,7 @@ class _Walk:
         own = (part for parts in self._measured for part in zip(*(one.tolist() for one in parts), strict=True))
         whole = ranks.merged({number: pair for number, *pair in own})
         pairs = [whole[number] for number in range(len(whole))]
-        dtype = self.softmax_dtype or self.model.dtype
-        return torch.tensor([value for value, _ in pairs], dtype=dtype), torch.tensor([one for _, one in pairs])
+        return torch.tensor([value for value, _ in pairs], dtype=self.dtype), torch.tensor([one for _, one in pairs])
 
     def _visit(self, nodes: list[tuple[int, Node]], cache: Any, split: bool) -> None:
         """Nodes with the rows of `cache` that they go on from; those with others after them in batches of a length.
@@ -147,9 +168,29 @@ class _Walk:
         subtrees = [batch for alike in inner.values() for batch in self._batches(alike)]
         here = split and len(subtrees) >= SUBTREES * ranks.number()
         for batch in ranks.own(subtrees) if here else subtrees:
-            self._in_halves(partial(self._subtrees, cache, split and not here), batch, split and not here)
+            if not self._is_known(batch):
+                self._in_halves(partial(self._subtrees, cache, split and not here), batch, split and not here)
         for batch in ranks.own(self._batches(leaves)) if split else self._batches(leaves):
-            self._in_halves(partial(self._pass, cache, False), batch)
+            if not self._is_known(batch):
+                self._in_halves(partial(self._pass, cache, False), batch)
+
+    def _is_known(self, batch: list[tuple[int, Node]]) -> bool:
+        """Whether all that is scored in nodes and after them is known; then it is measured."""
+        import torch
+
+        numbers, nodes = list[int](), [node for _, node in batch] if self._known else []
+        while nodes:
+            node = nodes.pop()
+            numbers += [number for _, number in node.scored]
+            nodes += node.children
+        if not numbers or not all(number in self._known for number in numbers):
+            return False
+        values, greedy = zip(*(self._known[number] for number in numbers), strict=True)
+        device = self.targets.device
+        told = torch.tensor(numbers, device=device), torch.tensor(values, dtype=self.dtype, device=device)
+        self._measured.append((*told, torch.tensor(greedy, device=device)))
+        self.progress.total -= len(numbers)
+        return True
 
     def _subtrees(self, cache: Any, split: bool, batch: list[tuple[int, Node]]) -> None:
         """Nodes of one start, and all that is after them."""
@@ -219,7 +260,9 @@ class _Walk:
             numbers = torch.tensor([number for _, _, number in scored], device=device)
             at = torch.tensor([cells[row, place] for row, place, _ in scored], device=device)
             targets = self.targets[numbers]
-            self._measured.append((numbers, log_probs[at, targets], log_probs.argmax(dim=-1)[at] == targets))
+            measured = numbers, log_probs[at, targets], log_probs.argmax(dim=-1)[at] == targets
+            self._measured.append(measured)
+            self.parts.add(lambda: [one.tolist() for one in measured])
             self.progress.update(len(scored))
         return cache
 

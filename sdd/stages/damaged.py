@@ -24,7 +24,7 @@ from sdd.stages import pruned, surprisals, targets
 from sdd.stages.runtime import Runtime
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.store import Recipe
+from sdd.store import SCRATCH, Recipe
 from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
@@ -74,7 +74,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
             ids.append(row["id"])
     model = source.model(spec.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
-    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean)
+    (folder / SCRATCH).mkdir(exist_ok=True)
+    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean, folder / SCRATCH / "nll")
     damages = array("d")
 
     def records() -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from sdd.errors import UserError
 from sdd.evaluation.benchmark import Benchmark, Outcome
 from sdd.evaluation.suites import SUITES
 from sdd.evaluation.tiny import KINDS, suite_tasks
-from sdd.forward import ranks
+from sdd.forward import parts, ranks
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.vllm import check_vllm
 from sdd.planning import estimates
@@ -298,15 +298,18 @@ def _harness(runtime: Runtime, spec: Embedded | Stock, inputs: Mapping[str, Path
 
 
 def _each(scratch: Path, names: list[str], run: Callable[[Any, str], Rows], harness: Callable[[], Any]) -> None:
-    """Leave `<name>.jsonl` of every task in `scratch`; those that are there are kept, the model is opened if needed."""
+    """Leave `<name>.jsonl` of every task in `scratch`; those that are there are kept, and of one that a kill has cut
+    what this process computed. The model is opened if needed."""
     opened = None
     for name in tqdm(names, desc="evaluate", unit="task"):
         path = scratch / f"{name}.jsonl"
         if not path.is_file():
             opened = opened or harness()
+            opened.kept = scratch / name
             rows = run(opened, name)
             if ranks.rank() == 0:
                 write_jsonl(path, rows)
+                parts.forget(opened.kept)
 
 
 def _embedded(

@@ -23,7 +23,7 @@ from sdd.stages.runtime import Runtime
 from sdd.stages.sharing import shared
 from sdd.stages.sizes import Sizes
 from sdd.stages.spec import Spec
-from sdd.store import Recipe
+from sdd.store import SCRATCH, Recipe
 from sdd.store.files import read_jsonl, write_json, write_jsonl
 from sdd.study import Study
 
@@ -84,7 +84,8 @@ def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: 
                     shown.append(ids, prompt)
             its.append(known[name])
     known.clear()
-    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean)
+    (folder / SCRATCH).mkdir(exist_ok=True)
+    nll = shift.token_nll(model, shown, runtime.inference_batch_size, fmean, folder / SCRATCH / "nll")
     if ranks.rank() > 0:
         return
     reasons = Counter[str]()

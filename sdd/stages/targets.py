@@ -18,6 +18,7 @@ from sdd.forward.given import Given
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
 from sdd.planning import estimates
+from sdd.planning.cost_model import BYTES, CostModel
 from sdd.planning.estimates import Estimate
 from sdd.rewriting.engines import Request, chunk_rows
 from sdd.rewriting.journal import Journal
@@ -96,9 +97,21 @@ def check(runtime: Runtime, recipe: Recipe) -> None:
         asking.check(asking.place)
 
 
+LESS = ("trainer.inference_batch_size",)
+"""Settings that take memory from it, and leave its result."""
+
+
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
+    """No model but where one measures how likely it finds every try."""
     needed = estimates.targets(sizes.rows, sizes.prompt + 2 * sizes.answer)
-    return replace(needed, elsewhere=recipe.spec.get("judge") is not None)
+    if recipe.spec.get("choice") != "most_likely":
+        return replace(needed, elsewhere=recipe.spec.get("judge") is not None)
+    made = recipe.inputs["rewrites"]
+    asked, tries = Rewrites.read(made.spec), rewrites.expected(sizes, made)
+    shape = sizes.shape_of(asked.teacher)
+    teacher = CostModel(shape, shape.blocks, BYTES[asked.dtype], sizes.device)
+    passed = sizes.shown(asked.dtype, round(tries.tries * sizes.rows), sizes.prompt + tries.new, teacher)
+    return replace(passed, seconds=passed.seconds + needed.seconds, disk=needed.disk)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
@@ -232,4 +245,5 @@ def _likelihoods(
         return []
     model = checkpoint.model(asked.dtype, runtime.placed, runtime.attention)
     checkpoints.check_logits(model)
-    return shift.token_nll(model, shown, runtime.inference_batch_size, lambda values: -fmean(values))
+    of_row, kept = (lambda values: -fmean(values)), scratch / "likelihoods"
+    return shift.token_nll(model, shown, runtime.inference_batch_size, of_row, kept)

@@ -11,7 +11,10 @@ from omegaconf import DictConfig, open_dict
 
 from sdd.config import check_values
 from sdd.errors import UserError
+from sdd.forward import parts
+from sdd.forward.parts import Parts
 from sdd.stages.__main__ import main as stages
+from sdd.store import SCRATCH
 from sdd.store.files import read_jsonl
 
 QUICK = ["finetune=sft", "metric=last", "pruning=n1", "finetune.epochs=1", "dataset=tiny_instruct"]
@@ -29,12 +32,36 @@ def trained(outcome: Any) -> dict[str, Any]:
     return facts
 
 
+class Killed(BaseException):
+    """What ends a process."""
+
+
+def kill_in_the_middle(words: list[str], workplace: Path, stage: str) -> None:
+    """Have a command end when it has written down the second batch of a stage, which is then in its scratch folder."""
+    write, kept = Parts.write, f"artifacts/.partial/{stage}/*/{SCRATCH}/*.parts"
+
+    def writing(self: Parts) -> None:
+        write(self)
+        if any(len(file.read_text().splitlines()) > 4 for file in workplace.glob(kept)):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(parts, "EVERY", 0.0)
+        patch.setattr(Parts, "write", writing)
+        run("train", *words, cwd=workplace)
+    assert list(workplace.glob(kept))
+
+
 def test_the_most_damaged_rows_at_equal_tokens(
     small: list[str], workplace: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And what is killed while it measures the damage goes on, and ends with the same bytes."""
     random = run("train", *small, *QUICK, *DRAW, cwd=workplace)
-    chosen = run("train", *small, *QUICK, *DRAW, *BY_DAMAGE, cwd=workplace)
-    assert [name.split("/")[0] for name in chosen.built] == ["surprisals", "damaged", "tuned"]
+    words = [*small, *QUICK, *DRAW, *BY_DAMAGE]
+    for stage in ("surprisals", "damaged"):
+        kill_in_the_middle(words, workplace, stage)
+    chosen = run("train", *words, cwd=workplace)
+    assert [name.split("/")[0] for name in chosen.built] == ["damaged", "tuned"]
     facts = [trained(outcome) for outcome in (random, chosen)]
     assert all(600 - 80 < one["target_tokens"] <= 600 for one in facts)
     assert all(len(one["ids"]) == one["trained"] for one in facts)
@@ -51,9 +78,10 @@ def test_the_most_damaged_rows_at_equal_tokens(
     (cut,) = (workplace / "artifacts" / "pruned").glob("*/manifest.json")
     digest = json.loads(cut.read_text())
     source = ["--source", f"{digest['spec']['model']}={checkpoint}", "--artifacts", str(workplace / "artifacts")]
-    for address in (weighed.path.name, damaged.name):
+    (surprisals,) = (workplace / "artifacts" / "surprisals").iterdir()
+    for address in (weighed.path.name, damaged.name, surprisals.name):
         assert stages(["rerun", address, *source]) == 0, capsys.readouterr().out
-    assert capsys.readouterr().out == "identical\nidentical\n"
+    assert capsys.readouterr().out == "identical\n" * 3
 
 
 MISTAKES = {

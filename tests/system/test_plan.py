@@ -20,6 +20,7 @@ from sdd.planning.estimates import PROCESS, Estimate, Training
 from sdd.planning.price import Passed, Price
 from sdd.stages import evaluated as evaluated_stage
 from sdd.stages import graph
+from sdd.stages import targets as targets_stage
 from sdd.stages import tuned as tuned_stage
 from sdd.stages.dry_run import by_gpu, by_way, estimate, lines, planned, summary
 from sdd.stages.priced import Paid, expected
@@ -265,6 +266,20 @@ def test_what_a_server_computes_takes_no_memory_here_and_nobody_knows_how_long(s
     assert " a server's time, 0.3 GB memory, " in line
     told = [summary([one.record() for one in plan]) for plan in plans]
     assert "server" not in told[0] and " and what servers take, at most " in told[1]
+
+
+def test_tries_that_the_teacher_weighs_take_a_pass_each(tmp_path: Path) -> None:
+    """4 tries of 7,400 rows, each as long as a prompt and an answer in the teacher's own words, with its weights."""
+    told = []
+    for choice in ("shortest", "most_likely"):
+        words = ["engine.tries=4", "engine.temperature=0.7", f"finetune.choice={choice}"]
+        found, study = counts(tmp_path, *words)
+        told.append(estimate(found, targets_stage.recipe(study)))
+    shortest, weighed = told
+    passed = found.shown("bfloat16", 4 * 7400, found.prompt + found.written)
+    assert shortest.on_cpu and not weighed.on_cpu
+    assert (weighed.memory, weighed.disk) == (passed.memory, shortest.disk) and weighed.memory > 16e9
+    assert weighed.seconds == shortest.seconds + passed.seconds > 10 * shortest.seconds
 
 
 def test_what_does_not_fit_in_a_gpu_is_said_with_the_settings_that_would(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sdd.finetuning.prefix import frozen_states
 from sdd.forward.batches import show_texts
 from sdd.forward.decoding import decode
 from sdd.forward.memory import is_short
+from sdd.forward.parts import Parts
 from sdd.importance.sample_gradients import Distillation, channel_importance
 from sdd.importance.states import Angular
 from sdd.models.checkpoints import Checkpoint, blocks
@@ -165,7 +166,7 @@ def walked(model: Any) -> tuple[Any, Any]:
     """Four choices after each of three contexts after the same examples."""
     rows = [(*range(10, 90), *(100 + c + n for n in range(40)), 20 + choice) for c in range(3) for choice in range(4)]
     progress = Progress()
-    walk = _Walk(model, [30 + number for number in range(len(rows))], None)
+    walk = _Walk(model, [30 + number for number in range(len(rows))], None, Parts())
     found = walk.run(prefix_tree(rows, [1] * len(rows)), 1 << 20, progress)
     assert progress.count == len(rows)
     return found
