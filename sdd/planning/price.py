@@ -128,7 +128,7 @@ class Recovery:
     `rows` counts every epoch's; `own` of them have answers of `own_tokens` that the student wrote, in place of a
     `target`. A share `refused` has a rejected answer too, of `rejected` tokens. `beside`: what the teacher makes of
     every row. `damaged`, `taught` and `used` are rows whose damage is measured, whose logits are kept, and which the
-    teacher has `rewritten`.
+    teacher has `rewritten`; `weighed`: it has said how likely each of their tries is, too.
     """
 
     student: Shape
@@ -147,6 +147,7 @@ class Recovery:
     taught: float = 0.0
     used: float = 0.0
     rewritten: Rewritten | None = None
+    weighed: bool = False
 
     def price(self) -> Price:
         target = self.target + self.own * (self.own_tokens - self.target) / max(1, self.rows)
@@ -162,7 +163,10 @@ class Recovery:
         total += Price(_passes(self.student, damaged), _passes(self.unpruned, damaged) + _passes(self.teacher, taught))
         if (row := self.rewritten) is None:
             return total
-        teacher = written(self.teacher, self.teacher.blocks, row.tries * self.used, row.asked, row.new)
+        tries = row.tries * self.used
+        teacher = written(self.teacher, self.teacher.blocks, tries, row.asked, row.new)
+        if self.weighed:
+            teacher += _passes(self.teacher, Passed(tries, self.prompt + row.new, row.new))
         return total + Price(self._written(self.used, row.drafted), teacher)
 
     def _written(self, rows: float, new: float) -> float:

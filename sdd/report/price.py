@@ -1,9 +1,9 @@
 """What recovering a student took, in FLOPs, by the formulas of `sdd.planning.price` and the counts that artifacts hold.
 
 A student pays for its training, for the unpruned model's passes beside it, for what it wrote itself, and for its own
-rows' share of what others use too: rewrites, drafts, kept logits. Where damage tells which rows count, it pays for all
-rows, since all of them are looked at. References are free; so are tries of a rewrite that were not kept, which nobody
-recorded.
+rows' share of what others use too: rewrites, how likely they are where that decides, drafts, kept logits. Where damage
+tells which rows count, it pays for all rows, since all of them are looked at. References are free; so are tries of a
+rewrite that were not kept, which nobody recorded.
 
 Lengths of prompts and of texts are means over a sample of rows, in the tokens of the student's own tokenizer.
 """
@@ -176,6 +176,7 @@ class _Recovery:
         if made.address not in self.prices.rewritten:
             self.prices.rewritten[made.address] = self._rewritten(made)
         self._check_teacher(made.spec["teacher"])
+        recovery = replace(recovery, weighed=self.targets.spec.get("choice") == "most_likely")
         return replace(recovery, used=self._used(made, paid), rewritten=self.prices.rewritten[made.address])
 
     def _rewritten(self, made: Artifact) -> Rewritten:

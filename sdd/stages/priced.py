@@ -49,6 +49,7 @@ def expected(sizes: Sizes, recipe: Recipe, paid: Paid) -> Price:
     if made := targets.inputs.get("rewrites"):
         teacher = sizes.shape_of(made.spec["teacher"])
         recovery = replace(recovery, teacher=teacher, used=used(made), rewritten=rewrites.expected(sizes, made))
+        recovery = replace(recovery, weighed=targets.spec.get("choice") == "most_likely")
     return recovery.price()
 
 

@@ -216,6 +216,11 @@ def test_a_recovery_is_priced_before_it_is_begun(tmp_path: Path) -> None:
     assert alone == Price(sft.student, pytest.approx(price.written(shape, 32, ROWS, PROMPT, ANSWER)))
     asked = PROMPT + ANSWER + (len(template) - len("{prompt}{reference}")) / 4
     assert priced(tmp_path).teacher == pytest.approx(price.written(shape, 32, ROWS, asked, ANSWER))
+    tries = ["engine.tries=4", "engine.temperature=0.7", "finetune.choice"]
+    shortest, weighed = (priced(tmp_path, *tries[:2], f"{tries[2]}={choice}") for choice in ("shortest", "most_likely"))
+    assert shortest.teacher == pytest.approx(4 * price.written(shape, 32, ROWS, asked, ANSWER))
+    passes = price.forward(shape, 32, replace(passed, rows=4 * ROWS))
+    assert weighed == Price(sft.student, pytest.approx(shortest.teacher + passes))
     drafts = priced(tmp_path, "finetune=corrected").student - sft.student
     assert drafts == pytest.approx(price.written(shape, 26, ROWS, PROMPT, ANSWER))
     own = priced(tmp_path, "finetune=on_policy", "finetune.student_share=0.5", "finetune.rollout_tokens=[40,40]")
