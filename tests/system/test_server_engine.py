@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import PATIENCE, Running, run, spawn
+from launching import PATIENCE, REPOSITORY, Running, run, spawn
 from model_server import Answer, ModelServer, refused, said
 
 import sdd
@@ -158,6 +158,38 @@ def test_a_student_is_served_while_a_command_runs(tmp_path: Path, capfd: pytest.
     assert url is not None
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{url[1] or url[2]}/health")
+
+
+@pytest.mark.peer
+def test_a_sweep_asks_the_server_that_is_started_for_it(tmp_path: Path) -> None:
+    """Two jobs, one at either endpoint, answered as `hf` does; then the server's processes and port are gone."""
+    expected = run("generate", *ROWS, cwd=tmp_path / "hf")
+    assert expected.code == 0, expected.stderr
+    sweep = ["engine=openai", "engine.base_url={url}", "engine.model={model}", "engine.endpoint=chat,completions"]
+    script = [sys.executable, str(REPOSITORY / "generate.py"), "-m", *ROWS, *sweep]
+    command = [sys.executable, "-m", "sdd", "serve", str(TEACHER), "--dtype", "float32", "--", *script]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = psutil.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=stderr)
+    started: dict[psutil.Process, list[str]] = {}
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        assert time.monotonic() < deadline, (tmp_path / "stderr").read_text()
+        for one in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started[one] = one.cmdline() or started.get(one, [])
+        time.sleep(0.1)
+    told = (tmp_path / "stderr").read_text()
+    assert process.returncode == 0, told
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "artifacts/rewrites").glob("*/manifest.json")]
+    assert sorted(manifest["spec"]["engine"]["endpoint"] for manifest in manifests) == ["chat", "completions"]
+    for path in (tmp_path / "artifacts" / "rewrites").glob("*/rewrites.jsonl"):
+        assert list(read_jsonl(path)) == rewrites_of(tmp_path / "hf"), path
+    (port,) = re.findall(r"^http://127\.0\.0\.1:(\d+)/v1 serves ", told, re.M)
+    assert [words for words in started.values() if "serve" in words and port in words]
+    left = [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not left
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", int(port))):
+        pass
 
 
 def test_a_server_that_does_not_start_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

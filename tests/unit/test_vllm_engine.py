@@ -3,8 +3,12 @@
 Where the package is installed, what is passed to it is held against its real signatures.
 """
 
+import contextlib
+import dataclasses
 import inspect
+import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 import sdd
 import sdd.models.vllm
 from sdd.errors import UserError
+from sdd.export import serving
 from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting.engines import HFEngine, Place, Request
 from sdd.rewriting.vllm import VLLMEngine
@@ -112,3 +117,57 @@ def test_what_is_passed_has_a_place_in_the_packages_signatures() -> None:
     sampled = VLLMEngine(temperature=0.7).sampling(Request("a", ""), [2])
     assert set(sampled) <= set(inspect.signature(vllm.SamplingParams).parameters)
     assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """A function from the words after `sdd serve TEACHER` to those that `vllm` is started with; nothing is started."""
+    commands: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def nothing(command: Sequence[str], *_: Any) -> Iterator[None]:
+        commands.append(list(command))
+        yield
+
+    def serve(*words: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            (tmp_path / "vllm").touch()
+            patch.setattr(sys, "executable", str(tmp_path / "python"))
+            patch.setattr(serving, "serving", nothing)
+            assert serving.main([str(TEACHER), "--program", "vllm", *words, "--", "true"]) == 0
+        program, *given = commands.pop()
+        assert program == str(tmp_path / "vllm")
+        return given
+
+    return serve
+
+
+def test_a_student_drafts_for_the_model_that_vllm_serves(
+    started: Callable[..., list[str]], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = started("--port", "8123", "--dtype", "float32")
+    assert alone == ["serve", str(TEACHER), "--host", "127.0.0.1", "--port", "8123", "--dtype", "float32"]
+    monkeypatch.chdir(tiny_llama.parent)  # vLLM is given a whole path
+    for words, tokens in ((["--draft-tokens", "3"], 3), ([], 4)):
+        *rest, name, settings = started("--port", "8123", "--dtype", "float32", "--draft", tiny_llama.name, *words)
+        assert (rest, name) == (alone, "--speculative-config")
+        assert json.loads(settings) == {"model": str(tiny_llama), "num_speculative_tokens": tokens}
+
+
+def test_what_a_server_is_started_with_is_read_by_the_packages_parser(
+    started: Callable[..., list[str]], tiny_llama: Path
+) -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import SpeculativeConfig
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    words = ["--host", "127.0.0.2", "--port", "8123", "--dtype", "float32"]
+    draft = {"model": str(tiny_llama), "num_speculative_tokens": 3}
+    for more, expected in (([], None), (["--draft", str(tiny_llama), "--draft-tokens", "3"], draft)):
+        read = parser.parse_args(started(*words, *more))
+        assert (read.model_tag, read.host, read.port, read.dtype) == (str(TEACHER), "127.0.0.2", 8123, "float32")
+        assert read.speculative_config == expected
+    assert set(draft) <= {field.name for field in dataclasses.fields(SpeculativeConfig)}
