@@ -6,6 +6,7 @@ every server does; what lacks is refused, where lm-eval would take it for a like
 can only be asked, not verified.
 """
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,12 @@ def likelihood(choice: dict[str, Any], length: int, context: int) -> tuple[float
     return float(sum(values)), greedy
 
 
+def _only_the_first(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Of requests that fail together one is told of; the others, which lm-eval leaves alone, print no tracebacks."""
+    if "never retrieved" not in context["message"]:
+        loop.default_exception_handler(context)
+
+
 @cache
 def _model() -> Any:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -141,6 +148,10 @@ def _model() -> Any:
                 warn_of_cut(len(context) + len(continuation), self.max_length)
             with self.told():
                 return list(super()._loglikelihood_tokens(requests, **named))
+
+        async def get_batched_requests(self, *args: Any, **named: Any) -> Any:
+            asyncio.get_running_loop().set_exception_handler(_only_the_first)
+            return await super().get_batched_requests(*args, **named)
 
         @staticmethod
         def parse_logprobs(outputs: Any, tokens: Any = None, ctxlens: Any = None, **_: Any) -> Any:

@@ -5,10 +5,15 @@ that answers `echo` and `logprobs` as vLLM's server does. It can also be made to
 """
 
 import ast
+import asyncio
+import gc
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,17 +35,21 @@ NEW = 8
 
 
 class Serving(ModelServer):
-    """A model behind `/v1/completions`, by the name of its folder; `lacks` is what it does not do."""
+    """A model behind `/v1/completions`, by the name of its folder; `lacks` is what it does not do, `statuses` those of
+    the next answers (200 where none are left)."""
 
     def __init__(self, folder: Path) -> None:
         checkpoint = Checkpoint(folder)
         self.name, self.model, self.tokenizer = str(folder), checkpoint.model("float32"), checkpoint.tokenizer()
         self.lacks: set[str] = set()
+        self.statuses: Iterator[int] = iter(())
         super().__init__(self.answered)
 
     @torch.no_grad()
     def answered(self, authorization: str | None, body: dict[str, Any]) -> Answer:
         prompt = body["prompt"]
+        if (status := next(self.statuses, 200)) != 200:
+            return status, {}, b"{}"
         if authorization != f"Bearer {KEY}":
             return 401, {}, refused("Incorrect API key")
         if body["model"] != self.name:
@@ -76,6 +85,22 @@ def serving(everything: Serving, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
     everything.asked.clear()
     yield everything
     everything.lacks.clear()
+    everything.statuses = iter(())
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that lm-eval would wait before another try; it waits for none of them."""
+    seconds: list[float] = []
+    sleep = asyncio.sleep
+
+    async def passed(delay: float) -> None:
+        seconds.append(delay)
+        await sleep(0)
+
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr("asyncio.sleep", passed)
+    return seconds
 
 
 @pytest.mark.parametrize("prompt_ids", [True, False])
@@ -167,6 +192,52 @@ def test_evaluate_asks_a_server(serving: Serving, small: list[str], tmp_path: Pa
     assert (
         run("evaluate", *small, *words, "evaluation.base_url=http://127.0.0.1:9/v1", cwd=tmp_path).path == outcome.path
     )
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_busy_server_is_asked_again(concurrency: int, serving: Serving, waits: list[float], checkpoint: Path) -> None:
+    """One request after another and several at once are two ways of lm-eval's; answers and likelihoods go by either."""
+    opened, tokenizer = Checkpoint(checkpoint), Checkpoint(checkpoint).tokenizer()
+    place = Server(serving.url, concurrency, 1, 60.0, "evaluation")
+    config = stock_config(opened.config, opened.where)
+    harness = Harness(server.by_server(place, serving.name, True, config, tokenizer), tokenizer, NEW)
+    for number, (name, task) in enumerate(suite_tasks("tiny", ["word", "fact_choice"], "dev", 0, 3).items(), 1):
+        expected, asked = harness.run(task), len(serving.asked)
+        serving.asked.clear()
+        serving.statuses = iter([503])
+        assert harness.run(task) == expected, name
+        assert len(serving.asked) == asked + 1 and waits == [1.0] * number
+        serving.asked.clear()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_server_that_stays_busy_costs_one_line(
+    concurrency: int,
+    serving: Serving,
+    waits: list[float],
+    small: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After every try that `evaluation.retries` gives it; the same command then asks for the task that is missing."""
+    words = ["pruning=none", "finetune=none", "evaluation.backend=server", f"evaluation.model={serving.name}"]
+    words += [f"evaluation.base_url={serving.url}", f"evaluation.concurrency={concurrency}", "evaluation.retries=2"]
+    check, arithmetic = 1, 3
+    serving.statuses = chain([200] * (check + arithmetic), repeat(503))
+    outcome = run("evaluate", *small, *words, cwd=tmp_path)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    (line,) = outcome.errors
+    assert f"evaluation.base_url={serving.url}: the server gives up (503 " in line and "finished tasks are kept" in line
+    assert outcome.stderr.endswith(f"{line}\n") and "Traceback" not in outcome.stderr
+    gc.collect()  # tasks say then that nobody heard of their failure
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    tries = Counter(str(body) for _, body in serving.asked[check + arithmetic :])
+    assert max(tries.values()) == 3 and (len(tries) == 1 or concurrency > 1)
+    assert set(waits) == {1.0}
+    asked = len(serving.asked)
+    serving.statuses = iter(())
+    assert (run("evaluate", *small, *words, cwd=tmp_path).path / "samples" / "arithmetic.jsonl").is_file()
+    assert not [body for _, body in serving.asked[asked + check :] if "logprobs" not in body]
 
 
 WRONG = {
