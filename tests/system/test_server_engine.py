@@ -17,7 +17,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
+from threading import Condition, Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -363,8 +363,8 @@ class Slow(ModelServer):
 
 
 def test_answers_that_do_not_come_in_time_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After waits that double; `late` is answered after its time once, `never` at none of three times, which is told;
-    what has been answered by then is kept, and the same call asks for the rest."""
+    """After waits that double and are varied at random; `late` is answered after its time once, `never` at none of three
+    times, which is told; what has been answered by then is kept, and the same call asks for the rest."""
     waits: list[float] = []
     monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=waits.append, time=time.time))
     server = Slow(late=[0.25], never=[60.0] * 3)
@@ -377,11 +377,41 @@ def test_answers_that_do_not_come_in_time_are_asked_for_again(tmp_path: Path, mo
     assert server.times()["never"] == 3 and server.times()["late"] >= 2
     assert sorted(read["id"] for read in read_jsonl(path)) == ["a", "late", "z"]
     assert len(waits) >= 3 and 0.3 < min(waits) <= 0.5 and 0.7 < max(waits) <= 1.0
+    assert len(set(waits)) == len(waits) and not {0.5, 1.0} & set(waits)
     before = server.times()
     whole = {one.id: (one.text, one.finish) for one in Journal(engine, path).complete(requests)}
     assert whole == {name: (f"of {name}", "stop") for name in ("a", "late", "never", "z")}
     assert len(list(read_jsonl(path))) == 4 and set(server.times() - before) == {"never"}
     server.ended.set()
+
+
+class Together(ModelServer):
+    """Holds answers until `number` requests are under way, and each a little longer, lest one more came; `most` is how
+    many there were at once. The question before all work has one of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(self._answered)
+        self.number, self.under_way, self.most = number, 0, 0
+        self.one, self.changed = contextlib.nullcontext(), Condition()
+
+    def _answered(self, _: str | None, body: dict[str, Any]) -> Answer:
+        if body["messages"][-1]["content"] != "Hello":
+            with self.changed:
+                self.under_way += 1
+                self.most = max(self.most, self.under_way)
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.most >= self.number, 5)
+            time.sleep(0.05)
+            with self.changed:
+                self.under_way -= 1
+        return 200, {}, said("fine")
+
+
+def test_as_many_requests_are_under_way_as_the_config_says(tmp_path: Path) -> None:
+    server = Together(3)
+    words = ["engine=openai", f"engine.base_url={server.url}", "engine.model=m", "engine.concurrency=3"]
+    assert len(rewrites_of(run("generate", *ROWS, *words, "finetune.select=false", cwd=tmp_path).path.parents[2])) == 20
+    assert (server.most, len(server.asked)) == (3, 21)
 
 
 def test_what_is_on_its_way_when_another_fails_is_kept(tmp_path: Path) -> None:
