@@ -363,7 +363,7 @@ class Slow(ModelServer):
 
 
 def test_answers_that_do_not_come_in_time_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After waits that double and are varied at random; `late` is answered after its time once, `never` at none of three
+    """After waits that double and vary at random; `late` is answered after its time once, `never` at none of three
     times, which is told; what has been answered by then is kept, and the same call asks for the rest."""
     waits: list[float] = []
     monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=waits.append, time=time.time))
@@ -493,3 +493,12 @@ def test_the_command_line_names_it_by_itself(tmp_path: Path) -> None:
     assert "engine.base_url=" in lacking
     (nameless,) = run("generate", *ROWS, "engine=openai", f"engine.base_url={SENT}", cwd=tmp_path).errors
     assert "engine.model=" in nameless
+
+
+@pytest.mark.parametrize("word", ["engine.api_key=hunter22", "+engine.api_key=hunter22"])
+def test_a_key_is_no_setting(word: str, tmp_path: Path) -> None:
+    words = ["engine=openai", f"engine.base_url={SENT}", "engine.model=m", word]
+    outcome = run("generate", *ROWS, *words, cwd=tmp_path)
+    assert (outcome.code, outcome.built, outcome.stdout) == (2, [], "")
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: ") and "api_key" in line and "hunter22" not in line

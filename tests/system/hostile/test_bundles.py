@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from canaries import Canaries
 
+from sdd.config.shared import SERVERS
 from sdd.share import rerun
 from sdd.store import STAGES
 from sdd.store.recipe import address_of
@@ -169,6 +170,15 @@ def test_bundle_is_refused(
     assert "antigravity" not in sys.modules
     canaries.check(outcome.err)
     assert set(canaries.work.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", SERVERS)
+def test_bundle_names_no_server(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    word = f"{setting}=http://127.0.0.1:9/v1"
+    (tmp_path / "evil.zip").write_bytes(bundle({"study.json": facts(job("metric=last", word))}))
+    assert rerun([str(tmp_path / "evil.zip"), "--yes"]) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: study.json: job 0: {word} is not a config file's to set; say it on the command line\n"
 
 
 def test_pipe_in_place_of_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
