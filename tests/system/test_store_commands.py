@@ -397,6 +397,23 @@ def test_mounts_whose_locks_are_of_one_machine(place: str, mount: str | None, tm
     assert locks_only_here(tmp_path, tmp_path / "no such file") is None
 
 
+def test_a_build_warns_once_of_locks_that_are_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
+        (folder / "rows.json").write_text("{}")
+
+    alone, across = tmp_path / "alone", tmp_path / "across"
+    mounts = {alone: "nfs4 mounted with nolock", across: None}
+    monkeypatch.setattr("sdd.store.store.locks_only_here", mounts.__getitem__)
+    for root in mounts:
+        Store(root).ensure(OF_BOTH, build)  # three builds
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage().startswith(
+        f"paths.artifacts={alone} lies on nfs4 mounted with nolock: its locks keep out processes of this machine only"
+    )
+
+
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_said_in_a_line(
