@@ -15,6 +15,8 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 IS_THERE = importlib.util.find_spec(SUBMITIT) is not None
 MINUTES = {"prune": 120, "generate": 720, "train": 480, "evaluate": 120}
 """Of a job of each script before it is queued again."""
+MEMORY = {"prune": 64, "generate": 128, "train": 256, "evaluate": 64}
+"""GB of a node that a job of each script asks for."""
 MOMENT = 60.0
 """Seconds in which a job makes room, on a machine with much else to do."""
 
@@ -30,8 +32,9 @@ def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Cal
     ]
     config = composed(*words)
     asked = OmegaConf.to_container(OmegaConf.masked_copy(config, ["hydra", "trainer"]).hydra.launcher, resolve=False)
-    resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "timeout_min", "partition")}
-    assert resolved == {"nodes": 2, "gpus_per_node": 4, "timeout_min": MINUTES[script], "partition": "a100"}
+    resolved = {key: config.hydra.launcher[key] for key in ("nodes", "gpus_per_node", "partition")}
+    assert resolved == {"nodes": 2, "gpus_per_node": 4, "partition": "a100"}
+    assert (asked["timeout_min"], asked["mem_gb"]) == (MINUTES[script], MEMORY[script])
     assert (asked["tasks_per_node"], asked["additional_parameters"]) == (1, {"requeue": True})
     assert asked["setup"] == ["module load cuda"]
     assert asked["max_num_timeout"] > 0, "a job that is out of time goes on"
