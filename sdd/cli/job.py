@@ -274,7 +274,7 @@ def _check_machine(trainer: DictConfig) -> None:
         claim_gpus(trainer.devices)
 
         if not torch.cuda.is_available():
-            raise UserError("trainer=gpu, but no GPU is visible here; choose trainer=cpu")
+            raise UserError("trainer.accelerator=gpu, but no GPU is visible here; choose trainer=cpu")
 
 
 def _use_threads(threads: int | None) -> None:

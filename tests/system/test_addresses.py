@@ -350,7 +350,11 @@ def test_every_setting_is_accounted_for(composed: Callable[..., DictConfig]) -> 
 
 
 @pytest.mark.parametrize(
-    "groups", [["trainer=gpu"], ["logger=wandb"], ["logger=tensorboard"], ["logger=wandb", "logger.project=other"]]
+    "groups",
+    [
+        *(["trainer=gpu"], ["trainer=ddp"], ["trainer=fsdp", "trainer.devices=2"]),
+        *(["logger=wandb"], ["logger=tensorboard"], ["logger=wandb", "logger.project=other"]),
+    ],
 )
 def test_option_is_not_in_the_key(groups: list[str], addresses: Addresses) -> None:
     assert addresses() == addresses(*groups)

@@ -47,6 +47,7 @@ NEEDS = {
     ("calibration", "local"): ["calibration.path=texts.jsonl"],
     ("dataset", "local"): ["dataset.path=rows.jsonl"],
     ("engine", "openai"): ["engine.model=theirs"],
+    ("trainer", "fsdp"): ["trainer.devices=2"],
     **{
         ("merge", method): ["merge.students=[['seed=1'],['seed=2']]"]
         for method in ("slerp", "linear", "task_arithmetic", "ties")

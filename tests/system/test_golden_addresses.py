@@ -32,6 +32,7 @@ NEEDED = {
     "dataset": {"local": ["dataset.path=ROWS"]},
     "calibration": {"local": ["calibration.path=TEXTS"]},
     "model": {"local": ["model.path=sdd/tiny/teacher"]},
+    "trainer": {"fsdp": ["trainer.devices=2"]},
 }
 """What some options want beside them."""
 WITH_STUDENTS = ("merge", "merging")

@@ -27,7 +27,7 @@ MISTAKES = {
     "finetune=lora": "finetune has no option lora; choose one of corrected, dac_kl, gold, hidden_states, jsd, "
     "logit_distill, none, on_policy, redi, relations, reverse_kl, self_distill, ... (17 in all)",
     "hydra/launcher=submitit_slurm": "submitit_slurm needs the package hydra-submitit-launcher; run: pip ",
-    "trainer=cuda": "trainer has no option cuda; choose one of cpu, gpu",
+    "trainer=cuda": "trainer has no option cuda; choose one of cpu, ddp, fsdp, gpu",
     "model=llama3.1_8b": "model has no option llama3.1_8b; did you mean llama3.1_8b_instruct",
     "model=mymodel": "or name a hub id (organisation/name) or a folder (./name)",
     "dataset=Gsm8k": "dataset has no option Gsm8k; did you mean gsm8k?",

@@ -187,7 +187,7 @@ BAD = {
         ["logger=tensorboard", "+logger.project=x"],
         "logger.project belongs to logger=wandb",
     ),
-    "shards on one device": ("train", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp splits the student"),
+    "shards on one device": ("train", ["trainer=fsdp"], "trainer.strategy=fsdp splits the student over devices; add"),
     "shards of 4 bits": (
         "train",
         ["trainer.strategy=fsdp", "trainer.devices=2", "adapter.quantisation=nf4"],
@@ -240,7 +240,8 @@ BAD = {
         ["calibration=local", "calibration.path=x.jsonl"],
         "calibration.path=x.jsonl: no such file",
     ),
-    "graphics card": ("prune", ["trainer=gpu"], "trainer=gpu, but no GPU is visible here"),
+    "graphics card": ("prune", ["trainer=gpu"], "trainer.accelerator=gpu, but no GPU is visible here"),
+    "graphics cards": ("train", ["trainer=ddp", "trainer.devices=2"], "trainer.accelerator=gpu, but no GPU is visible"),
     "artifacts is a file": ("prune", ["paths.artifacts=rows.jsonl"], "paths.artifacts="),
     "gold without any": (
         "train",
@@ -287,7 +288,7 @@ def rows(tmp_path: Path) -> Path:
 def test_mistake_is_one_line(
     script: str, words: list[str], message: str, rows: Path, composed: Callable[..., DictConfig]
 ) -> None:
-    if "trainer=gpu" in words and pytest.importorskip("torch").cuda.is_available():
+    if "no GPU is visible" in message and pytest.importorskip("torch").cuda.is_available():
         pytest.skip("there is a GPU")
     groups = [word for word in words if "." not in word.split("=")[0]]
     config = changed(composed(*groups), [word for word in words if word not in groups])
