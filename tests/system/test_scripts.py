@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import REPOSITORY, artifacts_of, run, subprocess_run
+from launching import REPOSITORY, artifacts_of, files_of, run, subprocess_run
 
 from sdd.cli import app
+from sdd.models.checkpoints import blocks
+from sdd.models.spread import Spread
 
 SCRIPTS = ["prune", "generate", "train", "evaluate"]
 HEAVY = ["torch", "transformers", "pytorch_lightning", "peft", "datasets", "lm_eval", "pandas", "matplotlib", "wandb"]
@@ -137,3 +141,20 @@ def test_logs_go_to_stderr_and_into_the_run_folder(small: list[str], tmp_path: P
     assert "building scores/" in outcome.stderr
     (log,) = tmp_path.glob("outputs/prune/*/*/prune.log")
     assert "building scores/" in log.read_text()
+
+
+def test_models_that_memory_does_not_last_for_build_the_same(
+    study: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spread over the CPU and the disk: the unpruned model, twice, and the student with its adapter merged in."""
+    on_disk, settled = [], Spread.settled
+
+    def counted(self: Spread, model: Any, held: ExitStack) -> Any:
+        on_disk.append([next(block.parameters()).device.type for block in blocks(model)].count("meta"))
+        return settled(self, model, held)
+
+    monkeypatch.setattr(Spread, "settled", counted)
+    words = ["trainer.device_map=auto", "trainer.max_memory={cpu: 150KB}"]
+    outcome = run("evaluate", *small, *words, cwd=tmp_path)
+    assert len(on_disk) == 3 and all(on_disk), outcome.stderr
+    assert files_of(outcome.path.parents[1]) == files_of(study / "artifacts")
