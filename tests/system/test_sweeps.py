@@ -13,6 +13,7 @@ from launching import PATIENCE, REPOSITORY, artifacts_of, run, subprocess_run
 from omegaconf import DictConfig
 
 from sdd.stages import pruned
+from sdd.store.store import log
 from sdd.study import Study
 
 
@@ -83,6 +84,34 @@ def test_a_job_that_would_wait_builds_for_another_one(
     assert [records[n].get("path") for n in (0, 1, 3, 4)] == outcome.lines
     asked = [artifacts_of(tmp_path / "artifacts")["/".join(Path(line).parts[-2:])]["command"] for line in outcome.lines]
     assert ["metric=random" in command for command in asked] == [False, False, True, True]
+
+
+def test_where_missing_raises_a_job_that_waits_builds_what_was_asked_for_and_no_input(
+    small: list[str], composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores by angle are there, and another process, whose part the test plays, holds the first cut."""
+    assert run("prune", *small, "pruning.size=3", cwd=tmp_path).code == 0
+    there = artifacts_of(tmp_path / "artifacts")
+    first, second = (pruned.recipe(Study(composed(f"pruning.size={size}"), tmp_path)) for size in (1, 2))
+    stage = tmp_path / "artifacts" / ".partial" / "pruned"
+    stage.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(stage / f"{first.address}.lock")
+    lock.acquire()
+    info, made = log.info, []
+
+    def told(message: str, *given: object) -> None:
+        info(message, *given)
+        if "is being built by another process" in message:
+            made.extend(artifacts_of(tmp_path / "artifacts").keys() - there.keys())
+            lock.release()
+
+    monkeypatch.setattr(log, "info", told)
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "pruning.size=1,2", "metric=angular,random"]
+    outcome = run("prune", *words, "store.missing=raise", cwd=tmp_path)
+    assert made == [f"pruned/{second.address}"], outcome.stderr
+    assert outcome.built == [f"pruned/{second.address}", f"pruned/{first.address}"]
+    assert (outcome.code, len(outcome.lines)) == (2, 2)
+    assert outcome.stderr.count("is missing and store.missing=raise") >= 2
 
 
 def test_failing_job_stops_no_other(small: list[str], tmp_path: Path) -> None:
