@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from launching import PATIENCE, REPOSITORY, Running, files_of, run, spawn
+from launching import PATIENCE, REPOSITORY, Running, artifacts_of, files_of, run, spawn
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -39,14 +40,16 @@ from sdd.forward import ranks
 from sdd.forward.batches import show_texts, tokenize_texts
 from sdd.forward.bypass import Row
 from sdd.forward.nodes import free_port
-from sdd.importance.channels import TaylorWidth
-from sdd.importance.removal import Perplexity
+from sdd.importance.channels import SDM, ActivationWidth, TaylorWidth
+from sdd.importance.removal import Perplexity, iterative
 from sdd.importance.states import Angular, BlockInfluence
 from sdd.models.checkpoints import Checkpoint
 from sdd.rewriting import engines
 from sdd.rewriting.engines import HFEngine, Request
 
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
+ON_CPU = ["trainer.accelerator=cpu", "trainer.attention=eager"]
+"""With `trainer=ddp` or `fsdp`, so that passes are those of `trainer=cpu`."""
 STEPS = ["trainer.threads=1", "trainer.micro_batch_tokens=256", "trainer.checkpoint_every=2"]
 """Passes of which a step, and the validation, has two."""
 MOMENT = 60.0
@@ -142,15 +145,25 @@ def test_gradients_are_those_of_one_process(tiny_llama: Path, tmp_path: Path) ->
 
 @pytest.mark.peer
 def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[str], tmp_path: Path) -> None:
-    """Byte by byte where a step has two micro-batches, whose order is all that differs; the second time in a sweep."""
+    """Byte by byte where a step has two micro-batches, whose order is all that differs.
+
+    A sweep that begins meanwhile says so and waits, and goes on where the other was killed.
+    """
     words = [*small, "finetune=sft", *STEPS]
     alone = run("train", *words, cwd=tmp_path / "alone")
-    both = [*words, "trainer.devices=2"]
+    both = [*words, "trainer=ddp", *ON_CPU, "trainer.devices=2"]
     killed = spawn("train", *both, cwd=tmp_path / "killed")
     scratch = tmp_path / "killed" / "artifacts" / ".partial" / "tuned"
     killed.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
     trainers = _ranks_of(killed)
     assert len(trainers) == 2
+    trainers[-1].suspend()
+    sweep = ["-m", *both, "seed=0", "hydra.sweep.dir=sweep"]
+    waiting = spawn("train", *sweep, cwd=tmp_path / "killed", name="waiting")
+    told = f"tuned/{alone.path.name} is being built by another process; waiting for it"
+    waiting.until(lambda: told in waiting.stream("stderr"))
+    assert "building" not in waiting.stream("stderr") and killed.process.is_alive()
+    psutil.Process(waiting.process.pid).suspend()
     trainers[-1].kill()
     outcome = killed.outcome()
     assert outcome.code == 2, outcome.stderr
@@ -158,8 +171,10 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     assert not psutil.pid_exists(trainers[0].pid)
     assert list(scratch.glob("*/scratch/step=*.ckpt"))
 
-    again = run("train", "-m", *both, "seed=0", "hydra.sweep.dir=sweep", cwd=tmp_path / "killed")
+    psutil.Process(waiting.process.pid).resume()
+    again = waiting.outcome()
     assert (again.code, again.lines[0].rsplit("/", 1)[1]) == (0, alone.path.name), again.stderr
+    assert again.built == [f"tuned/{alone.path.name}"]
     made = files_of(tmp_path / "alone" / "artifacts")
     assert made and made == files_of(tmp_path / "killed" / "artifacts")
 
@@ -179,7 +194,7 @@ def test_two_processes_train_in_shards_what_one_does_whole(small: list[str], tmp
     """To 1e-5, in files that stock code opens, also after a kill; one process goes on from what two have left."""
     words = [*small, *asked, *STEPS]
     alone = run("train", *words, cwd=tmp_path / "alone")
-    both = [*words, "trainer.devices=2", "trainer.strategy=fsdp"]
+    both = [*words, "trainer=fsdp", *ON_CPU, "trainer.devices=2"]
     killed = spawn("train", *both, cwd=tmp_path / "killed")
     scratch = tmp_path / "killed" / "artifacts" / ".partial" / "tuned"
     killed.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
@@ -290,11 +305,14 @@ def _passes(folder: Path, texts: list[str], out: Path) -> None:
         criterion.start(4)
         show_texts(model, criterion, rows, 2)
         found[criterion.name] = criterion.scores()
-    perplexity = Perplexity()
-    perplexity.start(4)
-    perplexity.measure(model, [Row(ids) for ids in rows], 2)
-    found["perplexity"] = perplexity.scores()
-    found["taylor"] = [block.tolist() for block in TaylorWidth().measure(model, rows, 100)]
+    for removal in (Perplexity(), iterative("angular", depth=3), iterative("perplexity", depth=2)):
+        removal.start(4)
+        removal.measure(model, [Row(ids) for ids in rows], 2)
+        found[f"removal {removal.name}"] = removal.scores()
+    first = TaylorWidth().measure(model, rows, 100)
+    second = SDM(0.1, alpha=0.4, temperature=0.5).measure(model, rows, 100, first)
+    channels = {"taylor": first, "sdm": second, "activation": ActivationWidth().measure(model, rows, 100)}
+    found |= {name: [block.tolist() for block in importance] for name, importance in channels.items()}
     found["surprisals"] = token_nll(model, [(ids[:5], ids[5:]) for ids in rows], 2)
     for keeps_all in (True, False):
         engine = HFEngine(max_new_tokens=6, temperature=0.7, batch_size=2)
@@ -318,25 +336,34 @@ def test_shared_passes_come_to_what_one_process_has(
     ranks.launch(_passes, (tiny_llama, conversations, tmp_path / "two"), 2)
     one, *two = ((tmp_path / name).read_text() for name in ("one.0", "two.0", "two.1"))
     assert two == [one, one]
-    assert len(json.loads(one)["fact_choice"]) == 9
+    found = json.loads(one)
+    assert len(found["fact_choice"]) == 9 and len({str(found[name]) for name in ("taylor", "sdm", "activation")}) == 3
+
+
+MADE = {"scores": 3, "pruned": 3, "evaluated": 3, "answered": 2, "shifted": 1, "surprisals": 1, "drafted": 1}
+MADE |= {"rewrites": 2, "targets": 3, "tuned": 1}
+"""Artifacts of each stage."""
 
 
 @pytest.mark.peer
 def test_two_processes_build_what_one_does(small: list[str], tmp_path: Path) -> None:
-    """Scores, rewrites, evaluations and analyses, byte by byte."""
-    stages = set()
+    """Scores, rewrites, evaluations and analyses, byte by byte; jobs of a sweep one after another."""
+    sweep = ["-m", "hydra.sweep.dir=sweep"]
     for devices in (1, 2):
-        cwd, shared = tmp_path / str(devices), [*small, "finetune=none", f"trainer.devices={devices}"]
-        for words in (
-            ["metric=perplexity"],
-            ["metric=taylor_width", "pruning=mlp20"],
-            ["analysis=shift", "analysis.embedder=null"],
+        cwd, shared = tmp_path / str(devices), [*small, f"trainer.devices={devices}"]
+        for script, words in (
+            ("evaluate", [*sweep, "finetune=none", "metric=perplexity,angular"]),
+            ("evaluate", ["finetune=none", "metric=taylor_width", "pruning=mlp20"]),
+            ("evaluate", ["finetune=sft", "analysis=shift", "analysis.embedder=null"]),
+            ("evaluate", ["finetune=none", "analysis=speculative", "analysis.repeats=0"]),
+            ("generate", [*sweep, "engine.max_new_tokens=4,3"]),
         ):
-            assert run("evaluate", *shared, *words, cwd=cwd).code == 0
-        assert run("generate", *small, f"trainer.devices={devices}", cwd=cwd).code == 0
-        stages |= {name.split("/")[0] for name in files_of(cwd / "artifacts")}
-    assert stages == {"scores", "pruned", "evaluated", "answered", "shifted", "rewrites", "targets"}
-    assert files_of(tmp_path / "1" / "artifacts") == files_of(tmp_path / "2" / "artifacts")
+            outcome = run(script, *shared, *words, cwd=cwd)
+            assert (outcome.code, len(outcome.lines)) == (0, 2 if "-m" in words else 1), outcome.stderr
+    one, two = (artifacts_of(tmp_path / name / "artifacts") for name in ("1", "2"))
+    made = Counter(name.split("/")[0] for name in one)
+    assert made == MADE
+    assert {name: one[name]["files"] for name in one} == {name: two[name]["files"] for name in two}
 
 
 def _fails(out: Path) -> None:
