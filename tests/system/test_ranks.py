@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo): what one process comes to, the same run after a kill, one reason for an end."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +159,35 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(small: list[st
     killed.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
     trainers = _ranks_of(killed)
     assert len(trainers) == 2
-    trainers[-1].suspend()
     sweep = ["-m", *both, "seed=0", "hydra.sweep.dir=sweep"]
-    waiting = spawn("train", *sweep, cwd=tmp_path / "killed", name="waiting")
     told = f"tuned/{alone.path.name} is being built by another process; waiting for it"
-    waiting.until(lambda: told in waiting.stream("stderr"))
-    assert "building" not in waiting.stream("stderr") and killed.process.is_alive()
-    psutil.Process(waiting.process.pid).suspend()
-    trainers[-1].kill()
-    outcome = killed.outcome()
-    assert outcome.code == 2, outcome.stderr
-    assert "of trainer.devices=2 ended (SIGKILL)" in outcome.errors[0]
-    assert not psutil.pid_exists(trainers[0].pid)
-    assert list(scratch.glob("*/scratch/step=*.ckpt"))
-
-    psutil.Process(waiting.process.pid).resume()
+    with _suspended(trainers[-1]):
+        waiting = spawn("train", *sweep, cwd=tmp_path / "killed", name="waiting")
+        waiting.until(lambda: told in waiting.stream("stderr") or "building" in waiting.stream("stderr"))
+        assert "building" not in waiting.stream("stderr")
+        with _suspended(psutil.Process(waiting.process.pid)):
+            trainers[-1].kill()
+            outcome = killed.outcome()
+            assert outcome.code == 2, outcome.stderr
+            assert "of trainer.devices=2 ended (SIGKILL)" in outcome.errors[0]
+            assert not psutil.pid_exists(trainers[0].pid)
+            assert list(scratch.glob("*/scratch/step=*.ckpt"))
     again = waiting.outcome()
     assert (again.code, again.lines[0].rsplit("/", 1)[1]) == (0, alone.path.name), again.stderr
     assert again.built == [f"tuned/{alone.path.name}"]
     made = files_of(tmp_path / "alone" / "artifacts")
     assert made and made == files_of(tmp_path / "killed" / "artifacts")
+
+
+@contextlib.contextmanager
+def _suspended(process: psutil.Process) -> Iterator[None]:
+    """Stopped, if it lives that long."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def _ranks_of(command: Running) -> list[psutil.Process]:
