@@ -12,8 +12,11 @@ WITHOUT_REPORT := hydra.callbacks.sweep_end.report=false
 REPORT = $(BIN)/python -m sdd.report $(DEMO)/jobs --out $(DEMO)
 WORKERS ?= 2
 
-# Compiled once, read ever after: a process that imports torch, transformers and peft anew takes twice as long without.
+# Compiled once, read ever after: a process that imports torch, transformers and peft anew takes twice as long without,
+# and several that begin together each compile all of it.
 unexport PYTHONDONTWRITEBYTECODE
+IMPORTED := peft, pytorch_lightning, lm_eval.evaluator, lm_eval.models.huggingface, matplotlib.pyplot, \
+    transformers.models.llama.modeling_llama
 
 .PHONY: env demo arms sizes curve bound more merged analysed criteria test lint clean
 
@@ -25,6 +28,7 @@ env: .venv/.made
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'import $(IMPORTED)' 2>/dev/null || true
 	@touch $@
 
 define BEFORE
