@@ -38,7 +38,7 @@ from sdd.finetuning.module import (
     target_tokens,
 )
 from sdd.finetuning.sharded import Shards, whole
-from sdd.forward import ranks
+from sdd.forward import parts, ranks
 from sdd.forward.batches import show_texts, tokenize_texts
 from sdd.forward.bypass import Row
 from sdd.forward.nodes import free_port
@@ -307,7 +307,8 @@ def test_two_nodes_train_in_shards_and_one_ends_with_the_other(small: list[str],
 
 
 def _passes(folder: Path, texts: list[str], out: Path) -> None:
-    """What every kind of pass comes to, as each rank has it."""
+    """What every kind of pass comes to, as each rank has it; what can be gone on from is in files beside `out`."""
+    parts.EVERY = 0.0
     checkpoint = Checkpoint(folder)
     model, tokenizer = checkpoint.model("float32"), checkpoint.tokenizer()
     rows = tokenize_texts(tokenizer, texts, 48)
@@ -324,7 +325,8 @@ def _passes(folder: Path, texts: list[str], out: Path) -> None:
     second = SDM(0.1, alpha=0.4, temperature=0.5).measure(model, rows, 100, first)
     channels = {"taylor": first, "sdm": second, "activation": ActivationWidth().measure(model, rows, 100)}
     found |= {name: [block.tolist() for block in importance] for name, importance in channels.items()}
-    found["surprisals"] = token_nll(model, [(ids[:5], ids[5:]) for ids in rows], 2)
+    pairs, kept = [(ids[:5], ids[5:]) for ids in rows], out.with_name(f"{out.name}-surprisals")
+    found["surprisals"] = token_nll(model, pairs, 2, kept=kept)
     for keeps_all in (True, False):
         engine = HFEngine(max_new_tokens=6, temperature=0.7, batch_size=2)
         engine.take(model, tokenizer, None, 2)
@@ -334,6 +336,7 @@ def _passes(folder: Path, texts: list[str], out: Path) -> None:
         found[f"answers {keeps_all}"] = sorted((one.id, one.text, one.finish) for one in completions)
     harness = Harness(in_process(model, tokenizer, 2), tokenizer, max_new_tokens=6)
     for name, task in suite_tasks("tiny", ["arithmetic", "fact_choice", "nll"], "dev", 0, 9).items():
+        harness.kept = out.with_name(f"{out.name}-{name}")
         found[name] = harness.run(task)
     out.with_suffix(f".{ranks.rank()}").write_text(json.dumps(found))
 
@@ -341,12 +344,19 @@ def _passes(folder: Path, texts: list[str], out: Path) -> None:
 def test_shared_passes_come_to_what_one_process_has(
     tiny_llama: Path, conversations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last digit, in both ranks: a batch is what it was, and only who passes it differs."""
+    """To the last digit, in both ranks: a batch is what it was, and only who passes it differs. They go on from the
+    likelihoods that one process has left, and each writes down its own."""
     monkeypatch.setattr(likelihoods, "SUBTREES", 1)
+    monkeypatch.setattr(parts, "EVERY", 0.0)
     _passes(tiny_llama, conversations, tmp_path / "one")
+    for name in ("surprisals", "fact_choice", "nll"):
+        lines = (tmp_path / f"one-{name}.0.parts").read_text().split("\n")
+        (tmp_path / f"two-{name}.0.parts").write_text("\n".join(lines[:2]))
+        assert len(lines) > 3
     ranks.launch(_passes, (tiny_llama, conversations, tmp_path / "two"), 2)
     one, *two = ((tmp_path / name).read_text() for name in ("one.0", "two.0", "two.1"))
     assert two == [one, one]
+    assert [len(list(tmp_path.glob(f"two-*.{rank}.parts"))) for rank in (0, 1)] == [4, 3], "answers are the first's"
     found = json.loads(one)
     assert len(found["fact_choice"]) == 9 and len({str(found[name]) for name in ("taylor", "sdm", "activation")}) == 3
 
