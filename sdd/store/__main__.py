@@ -1,7 +1,7 @@
 """Look into a folder of artifacts.
 
 python -m sdd.store --artifacts artifacts list
-python -m sdd.store verify                 # every file against its recorded digest, and manifests against their own
+python -m sdd.store verify [--delete]      # files and manifests against their recorded digests; deletes what is damaged
 python -m sdd.store explain A B            # why two addresses differ
 python -m sdd.store prune [--yes]          # what no result needs; deletes only with --yes
 """
@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def unneeded(store: Store) -> list[Path]:
     return [folder for folder in store.folders() if folder.name not in needed]
 
 
+def made_from(store: Store, damaged: Collection[Path]) -> dict[Path, list[str]]:
+    """What was made from damaged artifacts, or from what was: whole ones, inputs first, with those of their inputs.
+
+    A manifest has its inputs' addresses, not their bytes: whether the damage came before or after, nothing can tell.
+    """
+    whole = {folder.name: folder for folder in store.folders() if folder not in damaged}
+    inputs = {address: store.manifest(folder)["inputs"].values() for address, folder in whole.items()}
+    doubtful = {folder.name: folder for folder in damaged}
+    made: dict[Path, list[str]] = {}
+    for address in TopologicalSorter(inputs).static_order():
+        if address in whole and (upstream := [one for one in inputs[address] if one in doubtful]):
+            doubtful[address] = whole[address]
+            made[whole[address]] = [_name(doubtful[one]) for one in upstream]
+    return made
+
+
+def _name(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in files_of(folder))
 
@@ -103,10 +124,43 @@ def delete(root: Path, folder: Path) -> None:
             opened.callback(os.close, stage)
             own = os.open(folder.name, real, dir_fd=stage)
             opened.callback(os.close, own)
-            os.unlink(MANIFEST, dir_fd=own)  # first, so that what is left of an interrupted deletion is no artifact
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(MANIFEST, dir_fd=own)  # first, so that what is left of an interrupted deletion is no artifact
             shutil.rmtree(folder.name, dir_fd=stage)
         except OSError as error:
             raise UserError(f"{folder} could not be deleted: {error.strerror}") from None
+
+
+def verify(store: Store, to_delete: bool) -> tuple[Any, list[str], int]:
+    """What is damaged, with all that is to be built again with it: what was made from it, and unfinished work.
+
+    What is damaged goes last, so that after an interrupted deletion the rest is still known.
+    """
+    folders = store.folders()
+    damaged = {folder: problems for folder in folders if (problems := store.verify(folder))}
+    made, unfinished = (made_from(store, damaged), store.partials()) if damaged else ({}, [])
+    if to_delete:
+        if held := [_name(partial) for partial in unfinished if store.is_held(partial)]:
+            raise UserError(f"nothing was deleted: end the building of {held[0]} first, perhaps from what is damaged")
+        for partial in unfinished:
+            delete(store.root / ".partial", partial)
+        for folder in [*reversed(made), *damaged]:
+            delete(store.root, folder)
+    lines = [f"{_name(folder)}: {'; '.join(problems)}" for folder, problems in damaged.items()]
+    lines += [f"{_name(folder)}: made from {', '.join(inputs)}" for folder, inputs in made.items()]
+    lines += [f"{_name(partial)}: unfinished, perhaps made from what is damaged" for partial in unfinished]
+    total = f"{len(folders)} artifacts, {len(damaged)} damaged"
+    if damaged:
+        remedy = "deleted; the same commands build them again" if to_delete else "delete them all: add --delete"
+        total += f", {len(made)} made from these, {len(unfinished)} unfinished; {remedy}"
+    data = {
+        "artifacts": len(folders),
+        "damaged": {_name(folder): problems for folder, problems in damaged.items()},
+        "made_from_damaged": {_name(folder): inputs for folder, inputs in made.items()},
+        "unfinished": [_name(partial) for partial in unfinished],
+        "deleted": to_delete,
+    }
+    return data, [*lines, total], 1 if damaged and not to_delete else 0
 
 
 def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
@@ -127,11 +181,7 @@ def run(arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
         ]
         return rows, lines, 0
     if arguments.command == "verify":
-        folders = store.folders()
-        problems = {f"{f.parent.name}/{f.name}": problem for f in folders if (problem := store.verify(f))}
-        lines = [f"{name}: {'; '.join(problem)}" for name, problem in problems.items()]
-        lines.append(f"{len(folders)} artifacts, {len(problems)} damaged")
-        return {"artifacts": len(folders), "damaged": problems}, lines, 1 if problems else 0
+        return verify(store, arguments.delete)
     if arguments.command == "explain":
         one, other = (store.find(a).name for a in (arguments.a, arguments.b))
         changed = list(differences(store, one, other))
@@ -157,7 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", parents=[common], help="every complete artifact")
-    commands.add_parser("verify", parents=[common], help="files against their digests")
+    verified = commands.add_parser("verify", parents=[common], help="files against their digests")
+    verified.add_argument(
+        "--delete", action="store_true", help="delete what is damaged, all that was made from it, and unfinished work"
+    )
     explain = commands.add_parser("explain", parents=[common], help="why two addresses differ")
     explain.add_argument("a")
     explain.add_argument("b")

@@ -150,23 +150,31 @@ class Store:
         folder, partial = self.folder(recipe), self.partial(recipe)
         self._make(partial.parent)
         _warn_of_locks(self.root)
-        lock = FileLock(partial.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=patience)
-        except Timeout:
+        lock = self._acquired(partial, patience)
+        if lock is None:
             return False
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise self._unusable(error) from None
-            raise self._without_locks() from None
         try:
-            if isinstance(lock, SoftFileLock):  # what stands in for a lock there outlives its holder
-                raise self._without_locks()
             if not is_complete(folder):
                 self._build(recipe, self.inputs(recipe), build, partial, folder)
         finally:
             lock.release()
         return True
+
+    def _acquired(self, partial: Path, patience: float) -> FileLock | None:
+        """The lock of what is built there; none, if another process holds it for so many seconds."""
+        lock = FileLock(partial.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            return None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise self._unusable(error) from None
+            raise self._without_locks() from None
+        if isinstance(lock, SoftFileLock):  # what stands in for a lock there outlives its holder
+            lock.release()
+            raise self._without_locks()
+        return lock
 
     def _without_locks(self) -> UserError:
         return UserError(
@@ -232,6 +240,19 @@ class Store:
         """The folders of all complete artifacts, by stage, then by address; a link is none."""
         paths = [path for stage in STAGES for path in sorted((self.root / stage).glob(f"*/{MANIFEST}"))]
         return [path.parent for path in paths if is_place(path.parent)]
+
+    def partials(self) -> list[Path]:
+        """The folders in which artifacts are being built, or were when a process ended; a link is none."""
+        root = self.root / ".partial"
+        paths = [path for stage in STAGES for path in sorted((root / stage).glob("*")) if not root.is_symlink()]
+        return [path for path in paths if is_place(path)]
+
+    def is_held(self, partial: Path) -> bool:
+        """Whether a process is building there."""
+        lock = self._acquired(partial, 0)
+        if lock is not None:
+            lock.release()
+        return lock is None
 
     def manifests(self) -> list[dict[str, Any]]:
         return [self.manifest(folder) for folder in self.folders()]

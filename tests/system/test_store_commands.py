@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from launching import artifacts_of, run
+from launching import artifacts_of, files_of, run
 
 from sdd.errors import UserError
 from sdd.export.serving import checkpoint_for
@@ -19,6 +19,11 @@ from sdd.store.__main__ import main
 from sdd.store.mounts import locks_only_here
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+WHOLE = {"artifacts": 6, "damaged": {}, "made_from_damaged": {}, "unfinished": [], "deleted": False}
+"""What `verify` says of the study."""
+STUDY = {"scores", "pruned", "rewrites", "targets", "tuned", "evaluated"}
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_artifact_is_found_as_lists_and_logs_name_it(study: Path, tmp_path: Path
 
 
 def test_verify_finds_nothing_in_a_fresh_study(study: Path, command: Command) -> None:
-    assert parsed(command, study, "verify") == {"artifacts": 6, "damaged": {}}
+    assert parsed(command, study, "verify") == WHOLE
 
 
 def test_verify_finds_every_kind_of_damage(copied: Path, command: Command) -> None:
@@ -100,6 +105,91 @@ def test_verify_reads_manifests_with_care(damage: Callable, said: str, copied: P
     ((name, found),) = parsed(command, copied, "verify", code=1)["damaged"].items()
     assert name == f"pruned/{path.parent.name}"
     assert said in found[0]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage", "made"),
+    [
+        ("pruned", lambda folder: flip(folder / "model.safetensors"), ["tuned", "evaluated"]),
+        ("targets", lambda folder: (folder / "manifest.json").write_text("{"), ["tuned", "evaluated"]),
+        ("evaluated", lambda folder: flip(folder / "manifest.json"), []),
+    ],
+    ids=["a flipped bit", "a manifest cut off", "a flipped bit of a manifest"],
+)
+def test_what_is_damaged_is_deleted_and_built_again(
+    stage: str, damage: Callable, made: list[str], copied: Path, study: Path, small: list[str], command: Command
+) -> None:
+    """With all that was made from it, and what a kill left unfinished, which says nowhere what it was made from."""
+    root, folders = copied / "artifacts", {one: only(copied, one) for one in (stage, *made)}
+    names = [f"{one}/{folder.name}" for one, folder in folders.items()]
+    damage(folders[stage])
+    (chunk := root / ".partial" / "answered" / ("0" * 16) / SCRATCH / "chunk").parent.mkdir(parents=True)
+    chunk.write_text("from a killed build")
+    before = {path for path in root.rglob("*") if path.is_file()}
+    code, out, _ = command(copied, "verify")
+    assert code == 1
+    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == [*names, f"answered/{'0' * 16}"]
+    total = f"6 artifacts, 1 damaged, {len(made)} made from these, 1 unfinished; delete them all: add --delete"
+    assert out.splitlines()[-1] == total
+    assert {path for path in root.rglob("*") if path.is_file()} == before
+
+    answer = parsed(command, copied, "verify", "--delete")
+    assert (list(answer["damaged"]), sorted(answer["made_from_damaged"])) == (names[:1], sorted(names[1:]))
+    assert answer["deleted"]
+    assert not chunk.exists()
+    assert not any(folder.exists() for folder in folders.values())
+    assert {name.split("/")[0] for name in artifacts_of(root)} == STUDY - {stage, *made}
+    outcome = run("evaluate", *small, cwd=copied)
+    assert outcome.path.is_dir()
+    assert outcome.built == names
+    assert files_of(root) == files_of(study / "artifacts")
+    assert parsed(command, copied, "verify") == WHOLE
+
+
+def test_nothing_damaged_is_deleted_while_something_is_built(copied: Path, command: Command) -> None:
+    """It may be made from what is damaged, and would be there as whole afterwards."""
+    flip(only(copied, "scores") / "scores.json")
+    partial = copied / "artifacts" / ".partial" / "answered" / ("0" * 16)
+    partial.mkdir(parents=True)
+    before = artifacts_of(copied / "artifacts")
+    with FileLock(partial.with_suffix(".lock")):
+        code, out, err = command(copied, "verify", "--delete")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: nothing was deleted: end the building of answered/{partial.name} first")
+    assert partial.is_dir()
+    assert artifacts_of(copied / "artifacts") == before
+
+
+def test_deletion_of_what_is_damaged_can_be_cut_short(
+    copied: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any point, what is left is damaged, or was not made from it."""
+    from sdd.store import __main__ as commands
+
+    flip(only(copied, "scores") / "scores.json")
+    left, deleted = 0, []
+    original = commands.delete
+
+    def cut_short(root: Path, folder: Path) -> None:
+        if len(deleted) == left:
+            raise UserError("killed")
+        original(root, folder)
+        deleted.append(folder.parent.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "delete", cut_short)
+        for left in range(1, 4):
+            assert command(copied, "verify", "--delete")[0] == 2
+            assert parsed(command, copied, "verify", code=1)["artifacts"] == 6 - left
+    assert parsed(command, copied, "verify", "--delete")["deleted"]
+    assert deleted == ["evaluated", "tuned", "pruned"]
+    assert {name.split("/")[0] for name in artifacts_of(copied / "artifacts")} == {"rewrites", "targets"}
 
 
 def test_verify_finds_every_flipped_byte_of_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +270,7 @@ def test_prune_says_first_and_keeps_what_an_evaluation_stands_on(
     assert artifacts_of(copied / "artifacts") == before
     assert parsed(command, copied, "prune", "--yes")["deleted"]
     assert artifacts_of(copied / "artifacts") == needed
-    assert parsed(command, copied, "verify") == {"artifacts": 6, "damaged": {}}
+    assert parsed(command, copied, "verify") == WHOLE
     assert parsed(command, copied, "prune", "--yes")["artifacts"] == []
 
 
