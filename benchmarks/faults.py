@@ -11,7 +11,8 @@ end everything must be there, byte for byte as in the undisturbed study (`timing
 torn artifact at any time, no row lost or doubled, no process and no lock that outlives the one that was killed. Only
 that process gets the signal: what it started has to notice. Of ranks every other signal goes to one of them, which has
 to end the command by one line. Then come a disk that is full at a drawn size, a folder that can only be read, a bit
-flipped in a file or a manifest, a manifest cut short.
+flipped in a file or a manifest, a manifest cut short; what is damaged is found and deleted by `sdd store verify`, and
+built again.
 
 Steps are Python's calls that change what lies in the folder of artifacts: files opened for writing, renamed, removed,
 folders made. A moment hardly ever falls between two of them that follow at once. Before one is done the stage's process
@@ -573,14 +574,19 @@ class Campaign:
         """
         reference, wanted, _ = self.kept[kind]
         first = BUILDS.get(kind)
-        inputs = {name: set(manifest["inputs"].values()) for name, manifest in artifacts_of(reference).items()}
-        gone = {name for name in wanted if name.split("/")[0] == first or first is None}
-        while more := {name for name in wanted - gone if inputs[name] & {one.split("/")[1] for one in gone}}:
-            gone |= more
+        gone = self.with_downstream(kind, {name for name in wanted if name.split("/")[0] == first or first is None})
         trial.folder.mkdir(parents=True, exist_ok=True)
         for name in wanted - gone:
             shutil.copytree(reference / name, trial.artifacts / name)
         return wanted - gone | {name for name in wanted if name.split("/")[0] == first}
+
+    def with_downstream(self, kind: str, names: set[str]) -> set[str]:
+        """Artifacts of a kind's command, and those of it that are made from them."""
+        reference, wanted, _ = self.kept[kind]
+        inputs = {name: set(manifest["inputs"].values()) for name, manifest in artifacts_of(reference).items()}
+        while more := {name for name in wanted - names if inputs[name] & {one.split("/")[1] for one in names}}:
+            names = names | more
+        return names
 
     def run(self, kind: str, number: int) -> Trial:
         """A command killed several times, and then let go on."""
@@ -679,8 +685,16 @@ def read_only(campaign: Campaign, number: int) -> Trial:
     return trial
 
 
+def verified(artifacts: Path, *words: str) -> tuple[int, set[str], set[str]]:
+    """The exit code of `sdd.store verify`, what it says is damaged, and what made from that."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = store_command(["--artifacts", str(artifacts), "--json", "verify", *words])
+    answer = json.loads(said.getvalue())
+    return code, set(answer["damaged"]), set(answer["made_from_damaged"])
+
+
 def damage(campaign: Campaign, number: int) -> Trial:
-    """A bit flipped in a file or a manifest, or that cut short: found, and built again."""
+    """A bit flipped in a file or a manifest, or that cut short: found, deleted with what is made of it, built again."""
     kind = list(ASKED_BY)[number % len(ASKED_BY)]
     reference, wanted, _ = campaign.reference(kind)
     draw = random.Random(f"{campaign.seed} damage {number}")
@@ -697,14 +711,14 @@ def damage(campaign: Campaign, number: int) -> Trial:
         data = bytearray(path.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        code = store_command(["--artifacts", str(trial.artifacts), "--json", "verify"])
-    damaged = list(json.loads(said.getvalue())["damaged"])
-    if (code, damaged) != (1, [hit]):
-        trial.problems.append(f"{hit} is damaged, said to be: {damaged}")
-    shutil.rmtree(trial.artifacts)
-    campaign.fill(kind, trial)
-    trial.compare(trial.start().outcome(), reference, wanted)
+    gone = campaign.with_downstream(kind, {hit})
+    answers = [verified(trial.artifacts, *words) for words in ((), ("--delete",), ())]
+    if answers != [(1, {hit}, gone - {hit}), (0, {hit}, gone - {hit}), (0, set(), set())]:
+        trial.problems.append(f"{hit} is damaged, {gone - {hit}} made from it, said to be: {answers}")
+    outcome = trial.start().outcome()
+    trial.compare(outcome, reference, wanted)
+    if sorted(outcome.built) != sorted(gone):
+        trial.problems.append(f"{gone} were to be built again, built were {outcome.built}")
     trial.kills[f"{kind} {what}"] += 1
     return trial
 
