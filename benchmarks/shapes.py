@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -49,6 +50,13 @@ COUNTING = Device("an operation a second", {2: 1.0, 4: 2.0}, inf, inf, block_sec
 MICRO_BATCH, BATCH, TEXTS, FEW_TEXTS, TEXT_LENGTH = 4096, 32, 16, 4, 1024
 LEFT_OUT = {("rewrites", "gemma2_9b_instruct"), ("repaired, ridge", "gemma2_9b_instruct")}
 """Gemma 2's windows are left to transformers' own generation, and its norm behind the MLP cannot be refitted."""
+WIDENED = {"scores, SDM": "SDM widens one matrix of an MLP at a time"}
+"""Where frozen 16-bit weights are held in float32 on purpose: matrices of an MLP, and no others."""
+ON_CPU = {
+    "repaired, ridge": "a repair adds its change to the stored matrix on the CPU, in float64",
+    "merged, SLERP": "a merge is made on the CPU, one matrix of an MLP at a time",
+}
+"""Where large tensors are computed with on the CPU on purpose: at most two matrices of an MLP, 8 bytes a number."""
 ROW, PROMPT = 256, 120
 """Tokens of a fine-tuning row, and of its prompt."""
 REWRITTEN, LONGEST, SAID = 210, 128, 3
@@ -356,18 +364,30 @@ and every further one counts as the third. Passes: 16 texts of 1,024 tokens for 
 and repair, 4,096 tokens of rows of 256 for fine-tuning, 32 prompts of 210 tokens and 128 new ones for rewrites, 32
 requests of 1,170 tokens for likelihoods: four choices to each of eight questions.
 
-No tensor was on the wrong device, and no frozen 16-bit weight was held in float32; SDM widens one MLP matrix at a
-time. "by formula" is how far the estimate of a dry run (`sdd/planning/estimates.py`) is from the trace: of memory,
-and of matrix products. A GPU of N GB counts as N * 1e9 bytes; what a GiB has more is left to the CUDA context and to
-fragments. A merge is made on the CPU, one matrix of an MLP at a time, and the 0.3 GB of its process are added to what
-was traced. Not traced are cuts and exports, which copy bytes and make no tensor, but for the repair; exports are no
-stage, and no dry run tells of them.
+{exceptions}
+
+An operation on tensors of two devices raises, as on a GPU. "by formula" is how far the estimate of a dry run
+(`sdd/planning/estimates.py`) is from the trace: of memory, and of matrix products. A GPU of N GB counts as N * 1e9
+bytes; what a GiB has more is left to the CUDA context and to fragments. To what was traced of a merge the 0.3 GB of its
+process are added. Not traced are cuts and exports, which copy bytes and make no tensor, but for the repair; exports are
+no stage, and no dry run tells of them.
+
+What was run is the part of a stage that computes, on one batch each: the passes of scores, two steps by the stage's own
+trainer, the refit of one projection, the merge of one matrix. Gemma 2's windows are left to transformers' own
+generation, which was traced for as many tokens as are said, and its repair is refused: the norm behind its MLP cannot
+be refitted. The row of an evaluation is of likelihoods; tasks that generate were not traced, and go by the formula of
+rewrites.
+
+A dry run goes by formulas and not by traces: it answers in a second and needs no torch, where the traces of this page
+take two minutes. A test holds every formula to within 20% of every row of this table.
 
 What only a GPU shows is not measured: kernels and their workspaces, bandwidth, seconds, whether results are right in
 bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
 bases were not traced. `trainer.micro_batch_tokens`, `trainer.inference_batch_size`, `evaluation.batch_size` and
 `engine.batch_size` may be `auto`: the largest power of two that the estimates let into 80% of what is free. What does
-not fit after all is passed in halves, which a line in the log tells.
+not fit after all is passed in halves, which a line in the log tells. Not halved are likelihoods above the point where
+ranks part, `taylor`, ridge repair, own criteria, and training in shards. Both were shown by made-up sizes and simulated
+failures alone, on no GPU.
 """
 
 PLANNED_PAGE = """
@@ -467,6 +487,32 @@ def extended(two: Record, three: Record, blocks: int) -> Record:
     return {"peak": peak, **numbers, "widened": three["widened"], "on_cpu": three["on_cpu"]}
 
 
+def exceptions(records: dict[str, Record]) -> list[str]:
+    """Why frozen weights were widened and the CPU was computed on, where that is meant; else it ends in an error."""
+    found: dict[str, None] = {}
+    for key, one in records.items():
+        name, stage, _ = key.split("|")
+        sizes = Case(name).sizes
+        hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+        meant = {str((hidden, inner)), str((inner, hidden))} if stage in WIDENED else set()
+        if strange := one["widened"].keys() - meant:
+            raise SystemExit(f"{key}: frozen 16-bit weights are held in float32, of the shapes {sorted(strange)}")
+        on_cpu = sum(one["on_cpu"].values())
+        if on_cpu > (2 * 8 * hidden * inner if stage in ON_CPU else 0):
+            raise SystemExit(f"{key}: {on_cpu / 1e9:.2f} GB are computed with on the CPU: {one['on_cpu']}")
+        found |= {WIDENED[stage]: None} if one["widened"] else {}
+        found |= {ON_CPU[stage]: None} if on_cpu else {}
+    return list(found)
+
+
+def exceptions_told(records: dict[str, Record]) -> str:
+    """A paragraph for the page."""
+    told = "No frozen 16-bit weight was held in float32, and nothing large was computed on or moved to the CPU"
+    reasons = exceptions(records)
+    whole = f"{told}, but for what is meant: {'; '.join(reasons)}." if reasons else f"{told}."
+    return textwrap.fill(f"{whole} The script ends in an error where anything else is.", 119)
+
+
 def table(records: dict[str, Record]) -> list[str]:
     """A line a model and stage; bytes are those of the GPU, but for a merge, which has none."""
     lines = ["| model | stage | traced, GB | of which | by formula | TFLOP | by formula | fits in |"]
@@ -515,10 +561,11 @@ def main() -> int:
                 records[key] = record(stage, Case(name, blocks))
                 given.records.write_text(json.dumps(records, indent=1) + "\n")
                 print(f"{key}: traced", file=sys.stderr, flush=True)
+    page = PAGE.replace("{exceptions}", exceptions_told(records))
     lines = [*table(records), PLANNED_PAGE, *planned()]
     print("\n".join(lines))
     if given.out:
-        given.out.write_text("\n".join([PAGE, *lines]) + "\n")
+        given.out.write_text("\n".join([page, *lines]) + "\n")
     return 0
 
 

@@ -566,7 +566,7 @@ def _fit(
     from pytorch_lightning.plugins.environments import LightningEnvironment
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from sdd.finetuning.module import Optimisation, StudentModule, SummedGradients, WholeCheckpoints, step_rows
+    from sdd.finetuning.module import Optimisation, StudentModule, WholeCheckpoints, staying, step_rows
     from sdd.finetuning.sharded import Sharded, Shards
 
     spec = Tuned.read(recipe.spec)
@@ -585,7 +585,7 @@ def _fit(
         logging.getLogger(name).setLevel(logging.WARNING)
     shown = {"desc": "tune", "unit": "step", "disable": ranks.rank() > 0}
     models = [student] if getattr(loss, "teacher", None) is None else [student, loss.teacher]
-    strategy = Sharded(runtime.ranks) if runtime.is_sharded else SummedGradients()
+    strategy = Sharded(runtime.ranks) if runtime.is_sharded else staying(student, runtime.ranks)
     with tqdm(total=len(plan), **shown) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
 
@@ -628,7 +628,7 @@ def _fit(
             accelerator=runtime.accelerator,
             devices=runtime.devices,
             num_nodes=runtime.num_nodes,
-            strategy=strategy if runtime.ranks > 1 else "auto",
+            strategy=strategy,
             use_distributed_sampler=False,  # every rank goes through all steps
             precision={"32": "32-true", "bf16": "bf16-mixed"}[spec.precision],  # type: ignore[arg-type]
             max_steps=len(plan),

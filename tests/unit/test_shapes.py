@@ -41,6 +41,7 @@ def test_fine_tuning_widens_no_weight_and_takes_what_the_formula_says() -> None:
     assert trace.peak["trained"] == 4 * 2 * 1_310_720
     assert trace.peak["optimiser"] == pytest.approx(8 * 2 * 1_310_720, rel=1e-3)
     assert not trace.widened
+    assert not trace.on_cpu
     weights = trace.peak["weights"]
     assert trace.peak_bytes - weights == pytest.approx(estimate.memory - weights, rel=0.2)
 
@@ -57,6 +58,27 @@ def test_formulas_are_within_a_fifth_of_what_the_page_says_was_traced() -> None:
         assert formula.memory / 1e9 == pytest.approx(gigabytes, rel=0.2), (name, stage)
         if operations:
             assert formula.seconds / 1e12 == pytest.approx(float(operations), rel=0.2), (name, stage)
+
+
+def test_what_is_not_meant_is_no_page() -> None:
+    """SDM may widen an MLP's matrices, a merge may compute with as much as two of them; nothing else may do either."""
+    none: dict[str, Any] = {"widened": {}, "on_cpu": {}}
+    widened, on_cpu = {"widened": {"(14336, 4096)": 16}}, {"on_cpu": {"aten::mm": 2 * 4 * 14336 * 4096}}
+    name = LLAMA.name
+    meant = {
+        f"{name}|scores, angular|2": none,
+        f"{name}|scores, SDM|2": none | widened,
+        f"{name}|merged, SLERP|2": none | on_cpu,
+    }
+    assert shapes.exceptions(meant) == [shapes.WIDENED["scores, SDM"], shapes.ON_CPU["merged, SLERP"]]
+    for stage, record in (
+        ("scores, angular", none | widened),
+        ("scores, SDM", {"widened": {"(128256, 4096)": 1}, "on_cpu": {}}),
+        ("tuned, LoRA", none | on_cpu),
+        ("merged, SLERP", {"widened": {}, "on_cpu": {"aten::mm": 16 * 2 * 14336 * 4096 + 4}}),
+    ):
+        with pytest.raises(SystemExit, match=f"{stage}.2: "):
+            shapes.exceptions(meant | {f"{name}|{stage}|2": record})
 
 
 def test_a_weight_that_is_widened_is_noted() -> None:
