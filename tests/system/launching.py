@@ -2,7 +2,7 @@
 
 A process of its own is forked from a server that has imported the libraries once, so that it starts at once; its
 standard streams are real files. `hold` makes such a process stop in the middle of building a stage, say so by a file
-`holding-<stage>`, and wait for a file `go`.
+`holding-<stage>`, and wait for a file `go`; "gpu" is where a job asks whether there is one.
 """
 
 import contextlib
@@ -198,13 +198,14 @@ def _child(
 
 def _hold_in(stage: str) -> None:
     """Make the builder of `stage` stop half-way, after what it would continue from has been written."""
+    import torch
     from pytorch_lightning.plugins.io import TorchCheckpointIO
 
     from sdd.finetuning import module
     from sdd.stages import evaluated, pruned, rewrites, scores, targets
 
     def wait() -> None:
-        Path(f"holding-{stage}").touch()
+        Path(f"holding-{stage}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         while not Path("go").exists():
             time.sleep(0.02)
 
@@ -239,6 +240,7 @@ def _hold_in(stage: str) -> None:
         "targets": lambda: wait_before(targets, "write_json"),
         "tuned": lambda: wait_before(module.StudentModule, "_record", times=4),
         "evaluated": lambda: wait_before(evaluated, "write_jsonl", times=2),
+        "gpu": lambda: wait_before(torch.cuda, "is_available"),
     }
     places[stage]()
 

@@ -125,6 +125,43 @@ def test_a_search_is_told_what_a_job_is_worth(small: list[str], copied: Path) ->
     assert [app.measure(str(copied / name)) for name in ("cut", "mistake", "nothing")] == [None] * 3
 
 
+AUTO = ("trainer.micro_batch_tokens", "trainer.inference_batch_size", "engine.batch_size", "evaluation.batch_size")
+
+
+@pytest.mark.parametrize(
+    ("script", "free", "least", "most"),
+    [
+        ("prune", 1e8, [1] * 4, [1] * 4),
+        ("prune", 1e12, [512, 64, 64, 64], [512, 64, 64, 64]),
+        ("train", 3e6, [2, 64, 64, 64], [256, 64, 64, 64]),
+    ],
+)
+def test_auto_goes_by_free_memory_and_into_no_address(
+    script: str,
+    free: float,
+    least: list[int],
+    most: list[int],
+    small: list[str],
+    manifests: dict,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The numbers are in the log, and in the manifest in the place of `auto`; the address is that of other numbers."""
+    monkeypatch.setattr("sdd.stages.fitting.free_memory", lambda accelerator: free)
+    for stage in {"prune": ["scores", "pruned"], "train": ["tuned"]}[script]:
+        shutil.rmtree(copied / "artifacts" / stage)
+    outcome = run(script, *small, *(f"{key}=auto" for key in AUTO), cwd=copied)
+    stage = outcome.path.parent.name
+    assert outcome.path.name == manifests[stage]["address"]
+    assert outcome.built[-1] == f"{stage}/{outcome.path.name}"
+    config = artifacts_of(copied / "artifacts")[f"{stage}/{outcome.path.name}"]["config"]
+    numbers = [config[group][name] for group, name in (key.split(".") for key in AUTO)]
+    assert all(low <= number <= high for low, number, high in zip(least, numbers, most, strict=True)), numbers
+    assert re.findall(r" ([a-z_.]+)=auto: (\d+), with ", outcome.stderr) == [
+        (key, str(number)) for key, number in zip(AUTO, numbers, strict=True)
+    ]
+
+
 def test_train_without_finetuning_prints_the_pruned_path(small: list[str], manifests: dict, copied: Path) -> None:
     assert run("train", *small, "finetune=none", cwd=copied).path.parent.name == "pruned"
 

@@ -3,13 +3,14 @@
 import json
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from launching import PATIENCE, REPOSITORY, artifacts_of, run, subprocess_run
+from launching import PATIENCE, REPOSITORY, artifacts_of, run, spawn, subprocess_run
 from omegaconf import DictConfig
 
 from sdd.stages import pruned
@@ -52,6 +53,24 @@ def test_each_distinct_artifact_once(small: list[str], tmp_path: Path) -> None:
     assert again.built == [] and not (tmp_path / "other" / "report").exists()
     assert again.stdout == outcome.stdout
     assert state_of(tmp_path / "artifacts") == before
+
+
+def test_jobs_side_by_side_see_a_gpu_each(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By names of GPUs that nobody has: each job has chosen one when it asks whether there is any, and ends."""
+    names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
+    folders = [tmp_path / "one", tmp_path / "other"]
+    words = ["-m", *small, "trainer=gpu", "hydra.sweep.dir=sweep"]
+    jobs = [spawn("prune", *words, cwd=folder, hold="gpu") for folder in folders]
+    for job in jobs:
+        job.until_holding("gpu")
+    for folder in folders:
+        (folder / "go").touch()
+    for job in jobs:
+        outcome = job.outcome()
+        assert (outcome.code, outcome.built) == (2, []), outcome.stderr
+        assert outcome.errors[0] == "error: trainer=gpu, but no GPU is visible here; choose trainer=cpu"
+    assert sorted((folder / "holding-gpu").read_text() for folder in folders) == sorted(names)
 
 
 def test_a_job_that_would_wait_builds_for_another_one(
