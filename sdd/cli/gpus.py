@@ -1,19 +1,21 @@
-"""A job's own GPUs: the workers of a sweep, or several shells on one machine, each see those that no other uses."""
+"""A job's own GPUs: the workers of a sweep, or several shells on one machine, each see those that no other uses.
 
-import getpass
+A claim is a socket's name without a file (Linux's abstract names): all users of a machine share these, whatever their
+temporary folder, and a claim ends with its process. A container has names of its own unless it has the host's network.
+"""
+
 import logging
 import os
-import tempfile
-from pathlib import Path
-
-from filelock import FileLock, Timeout
+import socket
 
 from sdd.errors import UserError
 
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_claims: dict[str, FileLock] = {}
+SCHEDULED = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+"""What names a scheduler's job: it has GPUs of its own, and may number them from 0 as others do theirs."""
+_claims: dict[str, socket.socket] = {}
 """The GPUs that this process holds, until it ends."""
 
 
@@ -30,12 +32,8 @@ def claim_gpus(devices: int) -> None:
     for name in names:
         if len(_claims) == devices:
             break
-        claim = FileLock(Path(tempfile.gettempdir()) / f"sdd-{getpass.getuser()}-gpu-{name}.lock")
-        try:
-            claim.acquire(timeout=0)
-        except Timeout:
-            continue
-        _claims[name] = claim
+        if claim := _claim(name):
+            _claims[name] = claim
     chosen, free = list(_claims), [name for name in names if name not in _claims]
     if missing := devices - len(chosen):
         start = os.getpid() % len(free)
@@ -46,6 +44,18 @@ def claim_gpus(devices: int) -> None:
     else:
         log.info("GPU %s of %s", ", ".join(chosen), ", ".join(names))
     os.environ[VISIBLE] = ",".join(chosen)
+
+
+def _claim(name: str) -> socket.socket | None:
+    """What holds a GPU as long as it is open; None where another process has it."""
+    job = next((os.environ[key] for key in SCHEDULED if key in os.environ), "")
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0sdd-gpu-{job}-{name}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
 
 
 def _visible() -> list[str]:

@@ -45,13 +45,18 @@ sys.stdin.read()
 
 
 def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path) -> None:
-    """As many as there are; then they are shared. One that ends gives its GPU back."""
-    names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names), "TMPDIR": str(tmp_path)}
+    """As many as there are; then they are shared. One that ends gives its GPU back.
 
-    def started(devices: int = 1) -> subprocess.Popen[str]:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", CLAIM, str(devices)], env=environment, **streams)  # type: ignore[call-overload]
+    Each is a shell with a temporary folder of its own. GPUs of another job of Slurm's are others, whatever their names.
+    """
+    names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names)}
+
+    def started(devices: int = 1, **more: str) -> subprocess.Popen[str]:
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        more["TMPDIR"] = str(tmp_path / str(uuid.uuid4()))
+        Path(more["TMPDIR"]).mkdir()
+        return subprocess.Popen([sys.executable, "-c", CLAIM, str(devices)], env=environment | more, **streams)  # type: ignore[call-overload]
 
     def seen(process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
@@ -62,8 +67,11 @@ def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert {kept, given_back} == set(names)
     third = started()
     assert seen(third) in names
-    for process in (third, second):
-        process.communicate()
+    assert "are in use by other runs; this one shares some" in third.communicate()[1]
+    of_a_job = started(2, SLURM_JOB_ID="1")
+    assert sorted(seen(of_a_job).split(",")) == sorted(names)
+    assert of_a_job.communicate()[1] == ""
+    second.communicate()
     fourth = started()
     assert seen(fourth) == given_back
     both = started(2)
