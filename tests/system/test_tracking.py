@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import REPOSITORY, artifacts_of, run, spawn
@@ -151,8 +152,29 @@ def test_tensorboard_where_it_is_and_where_it_is_not(small: list[str], tracked: 
         return
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     assert events.parent == next((tmp_path / "outputs").rglob("tensorboard")) / outcome.path.name
+    assert "loss" in events_of(events.parent).Tags()["scalars"]
     name = f"tuned/{outcome.path.name}"
     assert artifacts_of(tmp_path / "artifacts")[name]["files"] == artifacts_of(tracked / "artifacts")[name]["files"]
+    words = ["-m", *small, "metric=last", "finetune=none", "pruning=none,n1", "hydra.sweep.dir=sweep"]
+    for _ in range(2):
+        outcome = run("evaluate", *words, "logger=tensorboard", cwd=tmp_path)
+        assert outcome.code == 0, outcome.stderr
+    (events,) = (tmp_path / "sweep").rglob("events.out.tfevents.*")
+    run_folder = tmp_path / "sweep" / "report" / "tensorboard" / run_id(Path(line).name for line in outcome.lines)
+    assert events.parent == run_folder
+    logged, report = events_of(run_folder), tmp_path / "sweep" / "report"
+    (table,) = logged.Tensors("table/text_summary")
+    assert table.tensor_proto.string_val[0].decode() == (report / "table.md").read_text()
+    assert set(logged.Tags()["images"]) == {path.stem for path in report.glob("*.png")} != set()
+
+
+def events_of(folder: Path) -> Any:
+    """What TensorBoard reads of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = EventAccumulator(str(folder))
+    logged.Reload()
+    return logged
 
 
 def test_a_sweep_tracks_its_report_once(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
