@@ -19,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
+import numpy as np
 import torch
 import yaml
 from pytorch_lightning.accelerators import CUDAAccelerator
@@ -49,6 +51,7 @@ COUNTING = Device("an operation a second", {2: 1.0, 4: 2.0}, inf, inf, block_sec
 """Where an estimate's seconds are its FLOPs, and nothing else takes time; those in float64 count as twice 32 bits."""
 MICRO_BATCH, BATCH, TEXTS, FEW_TEXTS, TEXT_LENGTH = 4096, 32, 16, 4, 1024
 LEFT_OUT = {("rewrites", "gemma2_9b_instruct"), ("repaired, ridge", "gemma2_9b_instruct")}
+LEFT_OUT |= {("rewrites, by transformers", name) for name in MODELS if name != "gemma2_9b_instruct"}
 """Gemma 2's windows are left to transformers' own generation, and its norm behind the MLP cannot be refitted."""
 WIDENED = {"scores, SDM": "SDM widens one matrix of an MLP at a time"}
 """Where frozen 16-bit weights are held in float32 on purpose: matrices of an MLP, and no others."""
@@ -61,6 +64,8 @@ ROW, PROMPT = 256, 120
 """Tokens of a fine-tuning row, and of its prompt."""
 REWRITTEN, LONGEST, SAID = 210, 128, 3
 """Tokens of a prompt of rewriting, that an answer may have, and that it has."""
+KEPT = 64
+"""Tokens of a distribution that are kept."""
 QUESTIONS, CHOICES, QUESTION, CHOICE = 8, 4, 1160, 10
 """Items of an evaluation, choices of each, and the tokens of both."""
 
@@ -232,6 +237,49 @@ def rewrites(case: Case, trace: Trace) -> None:
     assert len(list(decode(model, prompts, LONGEST, {1}, BATCH, ending=ending))) == BATCH
 
 
+def generated(case: Case, trace: Trace) -> None:
+    """The same prompts by transformers' own generation, up to as many tokens as are said; its cache grows with them."""
+    from sdd.rewriting.engines import HFEngine, Request
+
+    model, engine = case.model(trace), HFEngine(max_new_tokens=SAID)
+    model.generation_config.eos_token_id = None  # no token is known, so that each would be taken for the last
+    engine.take(model, SimpleNamespace(pad_token_id=0), None, BATCH)
+    requests, rows = [Request(str(row), "") for row in range(BATCH)], [[1] * one for one in lengths(BATCH, REWRITTEN)]
+    answers = dict(engine._generated(requests, rows, None))  # type: ignore[arg-type]
+    assert [len(answer) for answer in answers.values()] == [SAID] * BATCH
+
+
+def given_rows() -> list[tuple[list[int], list[int]]]:
+    return [([1] * PROMPT, [1] * (length - PROMPT)) for length in lengths(BATCH, ROW)]
+
+
+def surprisals(case: Case, trace: Trace) -> None:
+    """A batch of targets is shown, as in `damaged`."""
+    from sdd.analysis.shift import token_nll
+
+    token_nll(case.model(trace), given_rows(), BATCH)
+
+
+def drafted(case: Case, trace: Trace) -> None:
+    """A batch of answers is shown to the student, and then to both; the student is as large."""
+    from sdd.analysis.speculative import greedy_matches, sampling_acceptance
+
+    teacher, student = case.model(trace), case.model(trace)
+    greedy_matches(student, given_rows(), BATCH)
+    sampling_acceptance(teacher, student, given_rows(), BATCH, 1.0)
+
+
+def taught(case: Case, trace: Trace) -> None:
+    """The likeliest tokens of a batch of targets."""
+    from sdd.stages.runtime import Runtime
+    from sdd.stages.taught import Taught, _said
+
+    spec = Taught(case.name, "bfloat16", None, ROW, "top_k", KEPT)
+    model, names = case.model(trace), [str(row) for row in range(BATCH)]
+    with patch.object(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape)):
+        _said(model, spec, names, given_rows(), model.config.vocab_size, Runtime(inference_batch_size=BATCH))
+
+
 def evaluated(case: Case, trace: Trace) -> None:
     """Likelihoods of four choices to each of some questions, each after examples of its own."""
     from sdd.evaluation.likelihoods import _Walk
@@ -285,11 +333,15 @@ STAGES: dict[str, Callable[[Case, Trace], None]] = {
     "scores, SDM": channels,
     "repaired, ridge": repaired,
     "rewrites": rewrites,
+    "rewrites, by transformers": generated,
     "tuned, LoRA": lambda case, trace: tuned(case, trace, LORA),
     "tuned, LoRA, recomputed": lambda case, trace: tuned(case, trace, LORA, recomputed=True),
     "tuned, full": lambda case, trace: tuned(case, trace, {"method": "full"}),
     "tuned, logit distillation": lambda case, trace: tuned(case, trace, LORA, taught=True),
     "evaluated, likelihoods": evaluated,
+    "surprisals, damaged": surprisals,
+    "drafted": drafted,
+    "taught": taught,
     "merged, SLERP": merged,
 }
 
@@ -344,11 +396,15 @@ FORMULAS: dict[str, Callable[[CostModel], Estimate]] = {
     "scores, SDM": lambda model: estimates.gradient_scores(model, FEW_TEXTS, TEXT_LENGTH, MICRO_BATCH, 2),
     "repaired, ridge": lambda model: estimates.repaired(model, model, TEXTS, TEXT_LENGTH, TEXTS),
     "rewrites": rewrites_by_formula,
+    "rewrites, by transformers": lambda model: estimates.rewrites(model, BATCH, REWRITTEN, SAID, SAID, BATCH, BATCH),
     "tuned, LoRA": tuned_by_formula,
     "tuned, LoRA, recomputed": lambda model: tuned_by_formula(model, recomputed=True),
     "tuned, full": lambda model: tuned_by_formula(model, whole=True),
     "tuned, logit distillation": lambda model: tuned_by_formula(model, taught=True),
     "evaluated, likelihoods": evaluated_by_formula,
+    "surprisals, damaged": lambda model: estimates.given(model, BATCH, ROW, BATCH),
+    "drafted": lambda model: estimates.drafted(model, BATCH, ROW, BATCH),
+    "taught": lambda model: estimates.taught(model, BATCH, ROW, BATCH),
     "merged, SLERP": lambda model: estimates.merged(model, model, 2, in_full=False, method="slerp"),
 }
 """Where seconds are operations: see `COUNTING`."""
@@ -362,7 +418,8 @@ Written by `python -m benchmarks.shapes --out docs/shapes.md`, on a machine with
 on tensors without memory, at the sizes that `conf/model/*.yaml` state, unpruned: two and three blocks were traced,
 and every further one counts as the third. Passes: 16 texts of 1,024 tokens for scores (4 for `perplexity` and `SDM`)
 and repair, 4,096 tokens of rows of 256 for fine-tuning, 32 prompts of 210 tokens and 128 new ones for rewrites, 32
-requests of 1,170 tokens for likelihoods: four choices to each of eight questions.
+requests of 1,170 tokens for likelihoods: four choices to each of eight questions. Given answers (`surprisals`,
+`damaged`, `drafted`, `taught`) are 32 rows of 256 tokens.
 
 {exceptions}
 
@@ -374,9 +431,10 @@ no stage, and no dry run tells of them.
 
 What was run is the part of a stage that computes, on one batch each: the passes of scores, two steps by the stage's own
 trainer, the refit of one projection, the merge of one matrix. Gemma 2's windows are left to transformers' own
-generation, which was traced for as many tokens as are said, and its repair is refused: the norm behind its MLP cannot
-be refitted. The row of an evaluation is of likelihoods; tasks that generate were not traced, and go by the formula of
-rewrites.
+generation, whose cache grows token by token: as many were said as are counted, 3. Its repair is refused: the norm
+behind its MLP cannot be refitted. The row of an evaluation is of likelihoods; tasks that generate were not traced, and
+go by the formula of rewrites. `damaged` shows its rows as `surprisals` does; a student of `drafted` counts as large as
+the unpruned model.
 
 A dry run goes by formulas and not by traces: it answers in a second and needs no torch, where the traces of this page
 take two minutes. A test holds every formula to within 20% of every row of this table.
@@ -400,9 +458,9 @@ of batches elsewhere. They change no result beyond rounding, and with dropout it
 where a smaller `finetune.max_length` would, which leaves rows out, it is named. Every dry run with `trainer=gpu` says
 this of its own stages, a sweep of all.
 
-Only the stages above were traced. What `taught`, `surprisals`, `damaged`, `answered`, `drafted`, `shifted` and
-`measured` take follows from the same passes, and was held to no trace of its own; the last four in float32, unless
-`analysis.dtype` says otherwise. A base in 4 bits and training of head and norms were not traced. Stages without a
+Only the stages above were traced, in 16 bits. What `answered`, `shifted` and `measured` take follows from the same
+passes, and was held to no trace of its own; like `drafted` they are in float32, unless `analysis.dtype` says otherwise.
+A base in 4 bits and training of head and norms were not traced. Stages without a
 model's passes (`pruned` without a repair, `targets`, `merged`) ask for no GPU, nor do those that a server computes:
 a dry run gives them no memory of a model's, and of the time it says that it is the server's.
 """

@@ -59,6 +59,27 @@ def scores(
     return Estimate(seconds, cost_model.weights + held, 1e5)
 
 
+def given(cost_model: CostModel, rows: int, length: float, batch: int) -> Estimate:
+    """Rows of `length` tokens are shown, of whose answers every token's logits are looked at, some at a time."""
+    held = cost_model.weights + cost_model.activations(batch * length, length) + cost_model.logits(512)
+    return Estimate(
+        cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows
+    )
+
+
+def drafted(cost_model: CostModel, rows: int, length: float, batch: int) -> Estimate:
+    """Answers are shown to the student alone and beside the unpruned model, which counts as large as that."""
+    needed = given(cost_model, 3 * rows, length, batch)
+    return replace(needed, memory=2 * needed.memory)
+
+
+def taught(cost_model: CostModel, rows: int, length: float, batch: int, disk: float = 0.0) -> Estimate:
+    """Rows are shown, and `disk` bytes kept of what is said to them."""
+    seconds = cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch))
+    memory = cost_model.weights + cost_model.activations(batch * length, length) + 2 * cost_model.logits(512)
+    return Estimate(seconds + disk / cost_model.device.disk, memory, disk)
+
+
 def weights_read(cost_model: CostModel) -> Estimate:
     """Every tensor of the checkpoint is read, one at a time."""
     return Estimate(1 + cost_model.weights / cost_model.device.disk, PROCESS, 1e5, on_cpu=True)

@@ -19,6 +19,7 @@ from sdd.models.chats import task_text
 from sdd.models.checkpoints import Checkpoint
 from sdd.models.lengths import END, Lengths, lengths_of
 from sdd.models.rendering import RefusalError
+from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, DEVICES, CostModel, Device, Shape, shape_of
 from sdd.planning.estimates import CHARACTERS_PER_TOKEN, Estimate
 from sdd.planning.price import sample
@@ -152,8 +153,4 @@ class Sizes:
     def shown(self, dtype: str, rows: int, length: float, student: CostModel | None = None) -> Estimate:
         """Passes of the unpruned model, or of a student, over given answers, without gradients."""
         cost_model = student or self.cost_model(self.shape.blocks, dtype)
-        batch = self.setting("trainer.inference_batch_size")
-        held = cost_model.weights + cost_model.activations(batch * length, length) + cost_model.logits(512)
-        return Estimate(
-            cost_model.opening + cost_model.passes(rows * length, length, -(-rows // batch)), held, 100.0 * rows
-        )
+        return estimates.given(cost_model, rows, length, self.setting("trainer.inference_batch_size"))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sdd.finetuning.losses import LOSSES, bytes_a_token
 from sdd.models import checkpoints
 from sdd.models.chats import training_ids
+from sdd.planning import estimates
 from sdd.planning.cost_model import BYTES, CostModel
 from sdd.planning.estimates import Estimate
 from sdd.stages import targets
@@ -76,10 +77,8 @@ def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     shape = sizes.shape_of(spec.model)
     cost_model = CostModel(shape, shape.blocks, BYTES[spec.dtype], sizes.device)
     length = min(sizes.prompt + sizes.answer, spec.max_length)
-    seconds = cost_model.opening + cost_model.passes(sizes.rows * length, length, -(-sizes.rows // batch))
-    memory = cost_model.weights + cost_model.activations(batch * length, length) + 2 * cost_model.logits(512)
     disk = sizes.rows * sizes.answer * bytes_a_token(spec.kind, spec.k, spec.bits, shape.vocabulary)
-    return Estimate(seconds + disk / sizes.device.disk, memory, disk)
+    return estimates.taught(cost_model, sizes.rows, length, batch, disk)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
