@@ -436,8 +436,8 @@ behind its MLP cannot be refitted. The row of an evaluation is of likelihoods; t
 go by the formula of rewrites. `damaged` shows its rows as `surprisals` does; a student of `drafted` counts as large as
 the unpruned model.
 
-A dry run goes by formulas and not by traces: it answers in a second and needs no torch, where the traces of this page
-take two minutes. A test holds every formula to within 20% of every row of this table.
+A dry run goes by formulas and not by traces: it answers in seconds and loads no torch, where the traces of this page
+take three minutes. A test holds every formula to within 20% of every row of this table.
 
 What only a GPU shows is not measured: kernels and their workspaces, bandwidth, seconds, whether results are right in
 bfloat16. Autocast was told by rule, not by torch's own; attention is the kernel that a CUDA build would choose. 4-bit
@@ -565,7 +565,7 @@ def exceptions(records: dict[str, Record]) -> list[str]:
 
 def exceptions_told(records: dict[str, Record]) -> str:
     """A paragraph for the page."""
-    told = "No frozen 16-bit weight was held in float32, and nothing large was computed on or moved to the CPU"
+    told = "No frozen 16-bit weight was held in float32, no large matrix was multiplied on the CPU or moved to it"
     reasons = exceptions(records)
     whole = f"{told}, but for what is meant: {'; '.join(reasons)}." if reasons else f"{told}."
     return textwrap.fill(f"{whole} The script ends in an error where anything else is.", 119)
@@ -585,7 +585,7 @@ def table(records: dict[str, Record]) -> list[str]:
             formula = FORMULAS[stage](cost_model)
             on_host = stage.startswith("merged")
             traced_bytes = one["host"] + PROCESS if on_host else sum(one["peak"].values())
-            by_kind = sorted(one["peak"].items(), key=lambda pair: -pair[1])
+            by_kind = sorted(one["peak"].items(), key=lambda pair: (-pair[1], pair[0]))
             parts = "" if on_host else ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in by_kind if size > 5e7)
             sizes = [str(size) for size in GPUS if traced_bytes <= size * 1e9]
             fits = "no GPU needed" if on_host else ", ".join(sizes) or "none"
