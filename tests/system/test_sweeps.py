@@ -1,5 +1,6 @@
 """Multiruns: each distinct artifact once, one line a job, a failing job stops no other, and the exit code says so."""
 
+import importlib.util
 import json
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from launching import PATIENCE, REPOSITORY, artifacts_of, run, spawn, subprocess_run
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdd.stages import pruned
 from sdd.store.store import log
@@ -231,3 +232,20 @@ def test_side_by_side_each_distinct_artifact_once(
     assert (again.code, again.built) == (0, [])
     assert sorted(again.lines) == sorted(outcome.lines)
     assert state_of(tmp_path / "artifacts") == before
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs the package hydra-optuna-sweeper")
+def test_a_search_finds_the_job_of_the_highest_average(small: list[str], tmp_path: Path) -> None:
+    """By the settings of `docs/sweeps.md`, and blocks beside them."""
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4"]
+    words += ["hydra.sweeper.sampler.seed=0", "pruning.size=choice(1, 2, 3)", "evaluation.limit=20"]
+    words += ["finetune.learning_rate=tag(log, interval(1e-4, 1e-2))", "evaluation.split=dev", "finetune=sft"]
+    outcome = run("evaluate", "-m", *small, *words, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert (outcome.code, len(set(outcome.lines))) == (0, 4), outcome.stderr
+    averages = [json.loads((Path(line) / "results.json").read_text())["average"] for line in outcome.lines]
+    assert len(set(averages)) > 1
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert best.best_value == max(averages)
+    overrides = records_of(tmp_path / "sweep")[averages.index(max(averages))]["overrides"]
+    assert {f"{key}={value}" for key, value in best.best_params.items()} <= set(overrides)
