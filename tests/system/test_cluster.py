@@ -20,6 +20,12 @@ MEMORY = {"prune": 64, "generate": 128, "train": 256, "evaluate": 64}
 MOMENT = 60.0
 """Seconds in which a job makes room, on a machine with much else to do."""
 
+INTERRUPTED = {
+    "tuned": ("train", ["finetune=sft", "trainer.micro_batch_tokens=256", "trainer.checkpoint_every=1"], "step=*.ckpt"),
+    "rewrites": ("generate", ["dataset.num_rows=300", "engine.max_new_tokens=16"], "*.jsonl"),
+}
+"""By stage: the script, the words by which it takes a while, and the files of what it goes on from."""
+
 
 @pytest.mark.parametrize("script", MINUTES)
 def test_a_preset_asks_for_the_devices_of_the_trainer(script: str, composed: Callable[..., DictConfig]) -> None:
@@ -68,29 +74,24 @@ def test_jobs_of_submitit_build_what_one_process_does(small: list[str], tmp_path
 
 @pytest.mark.peer
 @pytest.mark.skipif(not IS_THERE, reason="needs the package hydra-submitit-launcher")
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(("kind", "devices"), [("tuned", 1), ("tuned", 2), ("rewrites", 1)])
 def test_a_job_whose_time_is_nearly_out_is_queued_again_and_goes_on(
-    small: list[str], tmp_path: Path, devices: int
+    small: list[str], tmp_path: Path, kind: str, devices: int
 ) -> None:
-    """By the signal that Slurm sends then, to the job in the midst of training; the same bytes in the end."""
-    words = [
-        *small,
-        "finetune=sft",
-        "trainer.threads=1",
-        "trainer.micro_batch_tokens=256",
-        "trainer.checkpoint_every=1",
-    ]
+    """By the signal that Slurm sends then, to the job in the midst of a stage; the same bytes in the end."""
+    script, stage, kept = INTERRUPTED[kind]
+    words = [*small, *stage, "trainer.threads=1"]
     sweep = ["-m", *words, "seed=0", "hydra.sweep.dir=sweep", f"trainer.devices={devices}"]
-    alone = run("train", *words, cwd=tmp_path / "alone")
-    jobs = spawn("train", *sweep, "hydra/launcher=submitit_local", cwd=tmp_path / "jobs")
-    scratch = tmp_path / "jobs" / "artifacts" / ".partial" / "tuned"
-    jobs.until(lambda: bool(list(scratch.glob("*/scratch/step=*.ckpt"))))
+    alone = run(script, *words, cwd=tmp_path / "alone")
+    jobs = spawn(script, *sweep, "hydra/launcher=submitit_local", cwd=tmp_path / "jobs")
+    scratch = tmp_path / "jobs" / "artifacts" / ".partial" / kind
+    jobs.until(lambda: bool(list(scratch.glob(f"*/scratch/{kept}"))))
     below = psutil.Process(jobs.process.pid).children(recursive=True)
     (job,) = [one for one in below if "submitit.core._submit" in " ".join(one.cmdline())]
     job.send_signal(signal.SIGUSR2)
     job.wait(MOMENT)
     assert jobs.outcome().code == 0, jobs.stream("stderr")
     (log,) = (tmp_path / "jobs" / "sweep" / ".submitit").glob("*/*_0_log.err")
-    assert log.read_text().count("Requeued job") == 1 and log.read_text().count("building tuned/") == 2
+    assert log.read_text().count("Requeued job") == 1 and log.read_text().count(f"building {kind}/") == 2
     assert files_of(tmp_path / "jobs" / "artifacts") == files_of(tmp_path / "alone" / "artifacts")
     assert alone.code == 0
