@@ -215,9 +215,21 @@ def choose(folder: Path, **noise: float) -> None:
     targets.build(runtime, recipe, {"rewrites": folder / "rewrites"}, made)
 
 
-def unlikely(model: Any, rows: Sequence[Any], batch_size: int, of_row: Callable[[list[float]], float]) -> list[float]:
-    """A nat a token, in place of a pass."""
-    return [of_row([1.0] * len(answer)) for _, answer in rows]
+def unlikely(
+    model: Any, rows: Sequence[Any], batch_size: int, of_row: Callable[[list[float]], float], kept: Path
+) -> list[float]:
+    """A nat a token, in place of a pass; rows are kept as those of a pass are."""
+    import torch
+
+    from sdd.forward import teacher_forcing
+
+    def states(model: Any, rows: Sequence[Any], batch_size: int, known: frozenset[int]) -> Iterator[Any]:
+        return ((index, torch.ones(len(row[1]))) for index, row in enumerate(rows) if index not in known)
+
+    teacher_forcing.answer_states = states  # type: ignore[assignment]
+    teacher_forcing.checkpoints.head_logits = lambda model, states: states  # type: ignore[assignment]
+    nats = lambda tokens, logits: logits  # noqa: E731
+    return teacher_forcing.per_token(nats, rows, batch_size, model, of_row=of_row, kept=kept)
 
 
 def look_at(stage: str, folder: Path) -> None:
@@ -290,6 +302,13 @@ PHASES: Mapping[str, Callable[[Path], None]] = {
     "damaged": partial(look_at, "damaged"),
     "deduplicate": deduplicate,
 }
+WRITTEN = {
+    "rewrites": "rewrites/rewrites.jsonl",
+    "targets": "targets/train.jsonl",
+    "noise": "noise/train.jsonl",
+    "damaged": "damaged/rows.jsonl",
+}
+"""By phase, its file with a line for every row."""
 
 
 def measure_rows(folder: Path, rows: int) -> Iterator[dict[str, Any]]:
@@ -300,11 +319,11 @@ def measure_rows(folder: Path, rows: int) -> Iterator[dict[str, Any]]:
         out = process.communicate()[0]
         assert process.returncode == 0, (folder / "stderr").read_text()[-2000:]
         told = json.loads(out.splitlines()[-1])
+        if phase in WRITTEN:
+            with (folder / WRITTEN[phase]).open() as file:
+                ids = [json.loads(line)["id"] for line in file]
+            assert ids == [f"row-{number}" for number in range(rows)], f"{WRITTEN[phase]}: rows lost, doubled or moved"
         yield result(phase, told["gib"], "GiB", rows=rows, before=told["before"], seconds=told["seconds"])
-    for name in ("rewrites/rewrites.jsonl", "targets/train.jsonl", "noise/train.jsonl", "damaged/rows.jsonl"):
-        with (folder / name).open() as file:
-            ids = [json.loads(line)["id"] for line in file]
-        assert ids == [f"row-{number}" for number in range(rows)], f"{name}: rows lost, doubled or moved"
 
 
 def phase(name: str, folder: Path) -> None:
