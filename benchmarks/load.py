@@ -306,6 +306,7 @@ WRITTEN = {
     "rewrites": "rewrites/rewrites.jsonl",
     "targets": "targets/train.jsonl",
     "noise": "noise/train.jsonl",
+    "surprisals": "surprisals/rows.jsonl",
     "damaged": "damaged/rows.jsonl",
 }
 """By phase, its file with a line for every row."""
