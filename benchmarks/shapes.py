@@ -565,7 +565,7 @@ def exceptions(records: dict[str, Record]) -> list[str]:
 
 def exceptions_told(records: dict[str, Record]) -> str:
     """A paragraph for the page."""
-    told = "No frozen 16-bit weight was held in float32, no large matrix was multiplied on the CPU or moved to it"
+    told = "No frozen 16-bit weight was held in float32, and no large matrix was multiplied on the CPU or moved to it"
     reasons = exceptions(records)
     whole = f"{told}, but for what is meant: {'; '.join(reasons)}." if reasons else f"{told}."
     return textwrap.fill(f"{whole} The script ends in an error where anything else is.", 119)
