@@ -67,8 +67,7 @@ def per_token(
     """
     import torch
 
-    asked = kept and [batch_size, [len(prompt) + len(answer) for prompt, answer in rows]]
-    with Parts(kept, asked) as parts:
+    with Parts(kept, kept and [batch_size, [len(prompt) + len(answer) for prompt, answer in rows]]) as parts:
         made: dict[int, Any] = dict(parts.known())
         for shown in zip(*(answer_states(model, rows, batch_size, frozenset(made)) for model in students), strict=True):
             index = shown[0][0]
