@@ -70,7 +70,7 @@ def test_jobs_side_by_side_see_a_gpu_each(small: list[str], tmp_path: Path, monk
     for job in jobs:
         outcome = job.outcome()
         assert (outcome.code, outcome.built) == (2, []), outcome.stderr
-        assert outcome.errors[0] == "error: trainer=gpu, but no GPU is visible here; choose trainer=cpu"
+        assert outcome.errors[0] == "error: trainer.accelerator=gpu, but no GPU is visible here; choose trainer=cpu"
     assert sorted((folder / "holding-gpu").read_text() for folder in folders) == sorted(names)
 
 
