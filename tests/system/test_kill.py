@@ -164,18 +164,16 @@ def test_deletion_cut_short_is_repaired(small: list[str], copied: Path) -> None:
     assert not (folder / "stray.txt").exists()
 
 
-def test_many_at_once_on_an_empty_folder(small: list[str], copied: Path) -> None:
-    """Two sweeps and a command that share inputs, started together: each artifact once, as one sweep makes it."""
+def test_many_at_once_on_an_empty_folder(small: list[str], study: Path, tmp_path: Path) -> None:
+    """Two sweeps and a command that share inputs, started together: each artifact once."""
     words = {"a": ["evaluate", "-m", "seed=0,1"], "b": ["train"], "c": ["evaluate", "-m", "seed=1,0"]}
-    cwd = copied / "together"
-    running = [spawn(script, *small, *more, cwd=cwd, name=name) for name, (script, *more) in words.items()]
+    running = [spawn(script, *small, *more, cwd=tmp_path, name=name) for name, (script, *more) in words.items()]
     outcomes = [process.outcome() for process in running]
     assert [outcome.code for outcome in outcomes] == [0, 0, 0]
     assert [len(outcome.lines) for outcome in outcomes] == [2, 1, 2]
     built = [name for outcome in outcomes for name in outcome.built]
     assert len(built) == len(set(built)) == 8
-    assert len(run("evaluate", *small, "-m", "seed=0,1", cwd=copied).built) == 2, "the study, and two of another seed"
-    assert files_of(cwd / "artifacts") == files_of(copied / "artifacts")
+    assert files_of(study / "artifacts").items() <= files_of(tmp_path / "artifacts").items()
 
 
 SWEEP = """
