@@ -7,7 +7,7 @@ artifact is built: another folder of artifacts takes it anew. Prompts that the s
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from sdd.analysis import costs, speculative
 from sdd.analysis.speculative import Generated, Passes
 from sdd.forward import ranks
 from sdd.models.chats import stop_ids
+from sdd.planning import estimates
 from sdd.planning.estimates import Estimate
 from sdd.stages import answered
 from sdd.stages.answered import Answered, shown
@@ -65,11 +66,11 @@ LESS = ("trainer.inference_batch_size",)
 def estimate(sizes: Sizes, recipe: Recipe) -> Estimate:
     settings, dtype = sizes.config.analysis, Drafted.read(recipe.spec).dtype
     asked = Answered.read(recipe.inputs["answers"].spec)
-    needed = sizes.shown(dtype, 3 * asked.held_out, sizes.prompt + asked.max_new_tokens)
-    cost_model = sizes.cost_model(sizes.shape.blocks, dtype)
+    cost_model, batch = sizes.cost_model(sizes.shape.blocks, dtype), sizes.setting("trainer.inference_batch_size")
+    needed = estimates.drafted(cost_model, asked.held_out, sizes.prompt + asked.max_new_tokens, batch)
     rounds = settings.repeats * settings.timed_prompts * 2 * (1 + len(settings.timed_lengths))
     seconds, _ = cost_model.generation(rounds, sizes.prompt, settings.max_new_tokens, 1) if rounds else (0.0, 0.0)
-    return Estimate(needed.seconds + seconds, 2 * needed.memory, needed.disk)
+    return replace(needed, seconds=needed.seconds + seconds)
 
 
 def build(runtime: Runtime, recipe: Recipe, inputs: Mapping[str, Path], folder: Path) -> None:
