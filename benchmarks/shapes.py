@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -53,8 +54,11 @@ MICRO_BATCH, BATCH, TEXTS, FEW_TEXTS, TEXT_LENGTH = 4096, 32, 16, 4, 1024
 LEFT_OUT = {("rewrites", "gemma2_9b_instruct"), ("repaired, ridge", "gemma2_9b_instruct")}
 LEFT_OUT |= {("rewrites, by transformers", name) for name in MODELS if name != "gemma2_9b_instruct"}
 """Gemma 2's windows are left to transformers' own generation, and its norm behind the MLP cannot be refitted."""
-WIDENED = {"scores, SDM": "SDM widens one matrix of an MLP at a time"}
-"""Where frozen 16-bit weights are held in float32 on purpose: matrices of an MLP, and no others."""
+WIDENED = {
+    "scores, SDM": "SDM widens one matrix of an MLP at a time",
+    "exported, LoRA": "an adapter is merged into one widened matrix of a block at a time",
+}
+"""Where frozen 16-bit weights are held in float32 on purpose: matrices of an MLP, or of a block, and no others."""
 ON_CPU = {
     "repaired, ridge": "a repair adds its change to the stored matrix on the CPU, in float64",
     "merged, SLERP": "a merge is made on the CPU, one matrix of an MLP at a time",
@@ -326,6 +330,25 @@ def merged(case: Case, trace: Trace) -> None:
         streaming._read_and_merged(File(), "up", None, [student, student], method, 0.5)
 
 
+def exported(case: Case, trace: Trace) -> None:
+    """A student's adapter is merged into its base, in 16 bits; that is done in the machine's memory, a GPU or not."""
+    from peft import PeftModel
+
+    from sdd.finetuning import adapters
+
+    base = case.model(trace)
+    with trace.making("trained"):
+        student = adapters.adapted(base, LORA, None)
+    with (
+        patch.object(adapters, "check_adapter", lambda *_: {}),
+        patch.object(adapters, "view", lambda folder, _: nullcontext(folder)),
+        patch.object(PeftModel, "from_pretrained", lambda *_: student),
+    ):
+        adapters.merged(base, Path("adapter"), "bfloat16")
+
+
+ON_HOST = ("merged, SLERP", "exported, LoRA")
+"""What takes the machine's memory, and no GPU's."""
 STAGES: dict[str, Callable[[Case, Trace], None]] = {
     "scores, angular": scores,
     "scores, block influence": influence,
@@ -343,6 +366,7 @@ STAGES: dict[str, Callable[[Case, Trace], None]] = {
     "drafted": drafted,
     "taught": taught,
     "merged, SLERP": merged,
+    "exported, LoRA": exported,
 }
 
 
@@ -406,6 +430,7 @@ FORMULAS: dict[str, Callable[[CostModel], Estimate]] = {
     "drafted": lambda model: estimates.drafted(model, BATCH, ROW, BATCH),
     "taught": lambda model: estimates.taught(model, BATCH, ROW, BATCH),
     "merged, SLERP": lambda model: estimates.merged(model, model, 2, in_full=False, method="slerp"),
+    "exported, LoRA": lambda model: Estimate(0.0, PROCESS + model.weights),
 }
 """Where seconds are operations: see `COUNTING`."""
 
@@ -425,9 +450,10 @@ requests of 1,170 tokens for likelihoods: four choices to each of eight question
 
 An operation on tensors of two devices raises, as on a GPU. "by formula" is how far the estimate of a dry run
 (`sdd/planning/estimates.py`) is from the trace: of memory, and of matrix products. A GPU of N GB counts as N * 1e9
-bytes; what a GiB has more is left to the CUDA context and to fragments. To what was traced of a merge the 0.3 GB of its
-process are added. Not traced are cuts and exports, which copy bytes and make no tensor, but for the repair; exports are
-no stage, and no dry run tells of them.
+bytes; what a GiB has more is left to the CUDA context and to fragments. To what was traced of a merge and of an export
+the 0.3 GB of the process are added. An export, which is no stage and of which no dry run tells, opens the student in
+the machine's memory; its adapter was merged on the device that is not there, files neither read nor written. Not traced
+are cuts, which copy bytes and make no tensor, but for the repair.
 
 What was run is the part of a stage that computes, on one batch each: the passes of scores, two steps by the stage's own
 trainer, the refit of one projection, the merge of one matrix. Gemma 2's windows are left to transformers' own
@@ -552,7 +578,8 @@ def exceptions(records: dict[str, Record]) -> list[str]:
         name, stage, _ = key.split("|")
         sizes = Case(name).sizes
         hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-        meant = {str((hidden, inner)), str((inner, hidden))} if stage in WIDENED else set()
+        shapes = [(hidden, inner), *(Case(name).cost_model.shape.linear.values() if stage in ON_HOST else ())]
+        meant = {str(shape) for a, b in shapes for shape in ((a, b), (b, a))} if stage in WIDENED else set()
         if strange := one["widened"].keys() - meant:
             raise SystemExit(f"{key}: frozen 16-bit weights are held in float32, of the shapes {sorted(strange)}")
         on_cpu = sum(one["on_cpu"].values())
@@ -572,7 +599,7 @@ def exceptions_told(records: dict[str, Record]) -> str:
 
 
 def table(records: dict[str, Record]) -> list[str]:
-    """A line a model and stage; bytes are those of the GPU, but for a merge, which has none."""
+    """A line a model and stage; bytes are those of the GPU, or where none is needed those of the machine."""
     lines = ["| model | stage | traced, GB | of which | by formula | TFLOP | by formula | fits in |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name in MODELS:
@@ -583,8 +610,8 @@ def table(records: dict[str, Record]) -> list[str]:
             cost_model = Case(name).cost_model
             one = extended(*pair, cost_model.blocks)  # type: ignore[arg-type]
             formula = FORMULAS[stage](cost_model)
-            on_host = stage.startswith("merged")
-            traced_bytes = one["host"] + PROCESS if on_host else sum(one["peak"].values())
+            on_host, on_gpu = stage in ON_HOST, sum(one["peak"].values())
+            traced_bytes = max(one["host"], on_gpu) + PROCESS if on_host else on_gpu
             by_kind = sorted(one["peak"].items(), key=lambda pair: (-pair[1], pair[0]))
             parts = "" if on_host else ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in by_kind if size > 5e7)
             sizes = [str(size) for size in GPUS if traced_bytes <= size * 1e9]

@@ -122,15 +122,17 @@ def test_killed_evaluation_keeps_its_finished_tasks(
     process = spawn("evaluate", *words, cwd=tmp_path, hold="evaluated")
     process.until_holding("evaluated")
     process.kill()
-    marked = shutil.copytree(tmp_path, tmp_path / "marked")
-    assert run("evaluate", *words, cwd=tmp_path).path.name == evaluated[1].path.name
-    assert files_of(tmp_path / "artifacts") == files_of(evaluated[0] / "artifacts")
-
-    kept, begun = sorted((marked / "artifacts" / ".partial" / "evaluated").glob("*/scratch/*"))
+    kept, begun = sorted((tmp_path / "artifacts" / ".partial" / "evaluated").glob("*/scratch/*"))
     assert (kept.name, begun.name) == ("arc_easy.jsonl", "gsm8k.0.parts")
     kept.write_text(kept.read_text().replace('"doc_hash": "', '"doc_hash": "kept'))
-    records = read(run("evaluate", *words, cwd=marked).path / "samples" / "arc_easy.jsonl")
-    assert all(record["doc_hash"].startswith("kept") for record in records)
+    path = run("evaluate", *words, cwd=tmp_path).path
+    assert path.name == evaluated[1].path.name
+    samples = path / "samples" / "arc_easy.jsonl"
+    assert all(record["doc_hash"].startswith("kept") for record in read(samples))
+    unmarked = samples.read_text().replace('"doc_hash": "kept', '"doc_hash": "')
+    assert unmarked == (evaluated[1].path / "samples" / "arc_easy.jsonl").read_text()
+    made, whole = (files_of(root / "artifacts").items() for root in (tmp_path, evaluated[0]))
+    assert {name.partition("/samples/")[2] for name, _ in made ^ whole} == {"arc_easy.jsonl"}
 
 
 def plan(words: list[str], *more: str, cwd: Path) -> str:

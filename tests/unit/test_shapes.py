@@ -79,7 +79,8 @@ def test_the_page_is_what_is_traced_now() -> None:
 
 
 def test_what_is_not_meant_is_no_page() -> None:
-    """SDM may widen an MLP's matrices, a merge may compute with as much as two of them; nothing else may do either."""
+    """SDM may widen an MLP's matrices and an export a block's, a merge may compute with as much as two of an MLP's;
+    nothing else may do either."""
     none: dict[str, Any] = {"widened": {}, "on_cpu": {}}
     widened, on_cpu = {"widened": {"(14336, 4096)": 16}}, {"on_cpu": {"aten::mm": 2 * 4 * 14336 * 4096}}
     name = LLAMA.name
@@ -87,11 +88,15 @@ def test_what_is_not_meant_is_no_page() -> None:
         f"{name}|scores, angular|2": none,
         f"{name}|scores, SDM|2": none | widened,
         f"{name}|merged, SLERP|2": none | on_cpu,
+        f"{name}|exported, LoRA|2": none | {"widened": {"(1024, 4096)": 4}},
     }
-    assert shapes.exceptions(meant) == [shapes.WIDENED["scores, SDM"], shapes.ON_CPU["merged, SLERP"]]
+    reasons = [shapes.WIDENED["scores, SDM"], shapes.ON_CPU["merged, SLERP"], shapes.WIDENED["exported, LoRA"]]
+    assert shapes.exceptions(meant) == reasons
     for stage, record in (
         ("scores, angular", none | widened),
         ("scores, SDM", {"widened": {"(128256, 4096)": 1}, "on_cpu": {}}),
+        ("scores, SDM", {"widened": {"(1024, 4096)": 4}, "on_cpu": {}}),
+        ("exported, LoRA", {"widened": {"(128256, 4096)": 1}, "on_cpu": {}}),
         ("tuned, LoRA", none | on_cpu),
         ("merged, SLERP", {"widened": {}, "on_cpu": {"aten::mm": 16 * 2 * 14336 * 4096 + 4}}),
     ):
