@@ -228,8 +228,7 @@ def unlikely(
 
     teacher_forcing.answer_states = states  # type: ignore[assignment]
     teacher_forcing.checkpoints.head_logits = lambda model, states: states  # type: ignore[assignment]
-    nats = lambda tokens, logits: logits  # noqa: E731
-    return teacher_forcing.per_token(nats, rows, batch_size, model, of_row=of_row, kept=kept)
+    return teacher_forcing.per_token(lambda _, logits: logits, rows, batch_size, model, of_row=of_row, kept=kept)
 
 
 def look_at(stage: str, folder: Path) -> None:

@@ -28,10 +28,11 @@ from sdd.cli.others import OtherJobs
 from sdd.cli.progress import bars_into
 from sdd.cli.words import arranged
 from sdd.config import check_values
-from sdd.config.nodes import collect_as_usual, quick_nodes
+from sdd.config.nodes import quick_nodes
 from sdd.errors import UserError
 from sdd.forward.memory import is_short
 from sdd.forward.nodes import Elsewhere, Nodes, place, together
+from sdd.models.garbage import look_rarely
 from sdd.models.panics import is_panic
 from sdd.store.digests import write_atomically
 from sdd.store.files import read_facts
@@ -156,7 +157,7 @@ def _made(script: str, config: DictConfig, run_folder: Path, nodes: Nodes | None
         job.fit(job.store(script).missing(wanted) if wanted else [])
         plan = print_plan(wanted, job.study, job.store(script))
         return {"dry_run": True, "finetune": job.choices.get("finetune"), "plan": plan}
-    collect_as_usual()
+    look_rarely()  # libraries are imported now
     if config.fetch:
         job.fetch(wanted)
         return {"fetched": True}

@@ -5,7 +5,6 @@ what configs mean.
 """
 
 import copy
-import gc
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +17,9 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.base import Node
 
+from sdd.models.garbage import look_as_usual, look_rarely
+
 _plain_copy, _plain_yaml = DictConfig.__deepcopy__, OmegaConf.to_yaml
-_usual = gc.get_threshold()
-NEW = 200_000
-"""Objects, some 20 MB."""
 
 
 def copied(node: Any, parent: Any = None) -> Any:
@@ -100,9 +98,8 @@ def _yaml(config: Any, *, resolve: bool = False, sort_keys: bool = False) -> str
 
 @contextmanager
 def quick_nodes() -> Iterator[None]:
-    """Within, Hydra's and OmegaConf's own calls copy and write configs this way; and until `collect_as_usual`, dead
-    cycles are looked for after so many new objects only, since nodes come by the thousand and live."""
-    gc.set_threshold(NEW, *_usual[1:])
+    """Within, Hydra's and OmegaConf's own calls copy and write configs this way."""
+    look_rarely()
     DictConfig.__deepcopy__ = _copy  # type: ignore[method-assign]
     OmegaConf.to_yaml = staticmethod(_yaml)  # type: ignore[method-assign,assignment]
     try:
@@ -110,9 +107,4 @@ def quick_nodes() -> Iterator[None]:
     finally:
         DictConfig.__deepcopy__ = _plain_copy  # type: ignore[method-assign]
         OmegaConf.to_yaml = staticmethod(_plain_yaml)  # type: ignore[method-assign,assignment]
-        collect_as_usual()
-
-
-def collect_as_usual() -> None:
-    """For work on tensors, which nothing dead may hold."""
-    gc.set_threshold(*_usual)
+        look_as_usual()

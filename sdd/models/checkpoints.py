@@ -44,6 +44,7 @@ from sdd.models.files import (
     side_files,
     view,
 )
+from sdd.models.garbage import look_as_usual, pass_over_modules
 from sdd.models.generation import plain_generation, steers
 from sdd.models.spread import Spread
 from sdd.models.tokenizers import open_tokenizer
@@ -245,6 +246,9 @@ class Checkpoint:
 
         folder, where, config, shapes = self.folder, self.where, self.config, self.shapes
         check_shapes(skeleton(config, where), shapes, where)
+        if not opened:
+            pass_over_modules()
+        look_as_usual()
         options: dict[str, Any] = {}
         if chosen := attention_for(stock_config(config, where), attention):
             options["attn_implementation"] = chosen

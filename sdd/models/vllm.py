@@ -10,7 +10,7 @@ from sdd.models.spread import Spread
 def check_vllm(asked_by: str, device: str | Spread, instead: str) -> None:
     """Refuse what cannot work, before anything is opened; a build of vLLM computes on one kind of device."""
     if find_spec("vllm") is None:
-        raise UserError(f"{asked_by} needs the package vllm; run: pip install vllm, or choose {instead}")
+        raise UserError(f"{asked_by} needs the package vllm; run: pip install 'vllm==0.32.*', or choose {instead}")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 

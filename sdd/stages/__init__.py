@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
+from sdd.models.garbage import pass_over_modules
 from sdd.stages.runtime import Runtime
 from sdd.store import Builder, Recipe
 
@@ -20,6 +21,8 @@ def _release() -> None:
     """
     if (checkpoints := sys.modules.get("sdd.models.checkpoints")) is not None and checkpoints.opened:
         gc.collect()
+        if not checkpoints.opened:
+            pass_over_modules()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 

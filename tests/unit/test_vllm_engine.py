@@ -97,7 +97,9 @@ def test_the_key_is_its_own_and_what_it_cannot_do_is_told(monkeypatch: pytest.Mo
     assert VLLMEngine().spec() == HFEngine().spec() | {"kind": "vllm"}
     with monkeypatch.context() as patch:
         patch.setattr(sdd.models.vllm, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match=r"^engine=vllm needs the package vllm; run: pip install vllm, or choose"):
+        with pytest.raises(
+            UserError, match=r"^engine=vllm needs the package vllm; run: pip install 'vllm==0\.32\.\*', or choose"
+        ):
             VLLMEngine().check(Place())
     monkeypatch.setattr(sdd.models.vllm, "find_spec", lambda name: object())
     for is_cpu, device, other in ((False, "cpu", "trainer=gpu"), (True, "cuda", "trainer=cpu")):
