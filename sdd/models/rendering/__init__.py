@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ MEMORY = 1 << 30
 """Bytes of address space of the process that renders."""
 SOURCE = 1 << 20
 """Characters of a template; the longest published ones have some 20,000."""
+
+KEPT = 16 << 20
+"""Characters of texts, and of what they were made of, that are kept."""
 
 _START = 120.0
 _TODAY = datetime(2024, 7, 26)
@@ -128,16 +131,6 @@ class _Worker:
         self.answers.close()
 
 
-_lock = threading.Lock()
-_worker: _Worker | None = None
-
-
-@atexit.register
-def _end() -> None:
-    if _worker is not None:
-        _worker.end()
-
-
 def render(source: str, values: dict[str, Any]) -> str:
     """The text that a template makes of values, which are plain data.
 
@@ -145,28 +138,55 @@ def render(source: str, values: dict[str, Any]) -> str:
     """
     if len(source) > SOURCE:
         raise UserError(f"the chat template has {len(source):,} characters, more than the {SOURCE:,} that are read")
-    return _rendered(source, json.dumps(values, default=str))
+    return _texts.text(source, json.dumps(values, default=str))
 
 
-@lru_cache(maxsize=16)
-def _rendered(source: str, values: str) -> str:
-    """A row's chat is asked for more than once: to see what the template does to it, for its prompt, for its answer."""
-    global _worker
-    with _lock:
-        if _worker is None or not _worker.usable():
-            _worker = _Worker()
+class _Texts:
+    """What was rendered last, up to `KEPT`: a row's chat is asked for more than once, by the jobs of a sweep too."""
+
+    def __init__(self) -> None:
+        self.worker: _Worker | None = None
+        self.lock = threading.Lock()
+        self.known: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self.characters = 0
+
+    def text(self, source: str, values: str) -> str:
+        key = (source, values)
+        with self.lock:
+            if (text := self.known.get(key)) is not None:
+                self.known.move_to_end(key)
+                return text
+            text = self.known[key] = self._rendered(source, values)
+            self.characters += len(values) + len(text)
+            while self.characters > KEPT:
+                (_, asked), last = self.known.popitem(last=False)
+                self.characters -= len(asked) + len(last)
+        return text
+
+    def _rendered(self, source: str, values: str) -> str:
+        if self.worker is None or not self.worker.usable():
+            self.worker = _Worker()
         began = time.monotonic()
-        answer = _worker.ask(source, values)
-    if answer is None:
-        if time.monotonic() - began < SECONDS:
-            raise UserError("the chat template ends the process that renders it")
-        raise UserError(f"the chat template takes more than {SECONDS:g} s for one text")
-    if "over" in answer:
-        most = f"{CHARACTERS:,} characters" if answer["over"] == "characters" else f"{MEMORY >> 20:,} MB"
-        raise UserError(f"the chat template makes more than {most} of one text")
-    if "error" in answer:
-        raise RefusalError(answer["error"])
-    return answer["text"]
+        answer = self.worker.ask(source, values)
+        if answer is None:
+            if time.monotonic() - began < SECONDS:
+                raise UserError("the chat template ends the process that renders it")
+            raise UserError(f"the chat template takes more than {SECONDS:g} s for one text")
+        if "over" in answer:
+            most = f"{CHARACTERS:,} characters" if answer["over"] == "characters" else f"{MEMORY >> 20:,} MB"
+            raise UserError(f"the chat template makes more than {most} of one text")
+        if "error" in answer:
+            raise RefusalError(answer["error"])
+        return answer["text"]
+
+
+_texts = _Texts()
+
+
+@atexit.register
+def _end() -> None:
+    if _texts.worker is not None:
+        _texts.worker.end()
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:

@@ -165,12 +165,32 @@ def test_a_template_that_waits_for_its_row(harm: str, tokenizer: Any, canaries: 
 def test_the_process_that_renders_has_no_secrets_and_ends(canaries: Canaries) -> None:
     rendering._end()
     render("{{ a }}", {"a": "first"})
-    worker = rendering._worker
+    worker = rendering._texts.worker
     assert worker is not None
     assert SECRET.encode() not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
     worker.process.kill()
     worker.process.wait()
     assert render("{{ a }}", {"a": "second"}) == "second"
+
+
+def test_what_was_rendered_last_is_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept text is not asked for again; what is over the bound goes, the oldest first."""
+    monkeypatch.setattr(rendering, "_texts", texts := rendering._Texts())
+    monkeypatch.setattr(rendering, "KEPT", 3 * 1_100)
+    asked = []
+
+    def ask(worker: Any, source: str, values: str) -> dict[str, str]:
+        asked.append(values)
+        return {"text": json.loads(values)["a"]}
+
+    monkeypatch.setattr(rendering._Worker, "ask", ask)
+    long = [name * 500 for name in "abcd"]
+    for name in [long[0], long[1], long[0], long[2], long[0], long[3], long[0], long[1]]:
+        assert render("{{ a }}", {"a": name}) == name
+        assert texts.characters == sum(len(key[1]) + len(text) for key, text in texts.known.items()) <= rendering.KEPT
+    assert [values[7] for values in asked] == list("abcdb")
+    assert texts.worker is not None
+    texts.worker.end()
 
 
 ORDINARY = {
