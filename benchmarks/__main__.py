@@ -1,12 +1,13 @@
 """All benchmarks in one table; or in a minute, whether one has become much slower.
 
-    python -m benchmarks [NAME ...] [--data FOLDER] [--out outputs/benchmarks]
+    python -m benchmarks [NAME ...] [--data FOLDER] [--trl PYTHON] [--out outputs/benchmarks]
     python -m benchmarks --quick
 
 The first form prints the table and writes it as Markdown and JSON; `--data` has rows of public tasks for `evaluation`,
-as `evaluation.data_dir` does. Where results differ it ends in 1; a ratio below what was asked is told in the table. The
-second form compares every stage with its physical limit on small models, and ends in 1 where one reaches less than
-half of its usual share of it. Other machines have other shares: the bounds are wide for that.
+as `evaluation.data_dir` does, `--trl` is the python of an environment with TRL, for `finetuning`. Where results differ
+it ends in 1; a ratio below what was asked is told in the table. The second form compares every stage with its physical
+limit on small models, and ends in 1 where one reaches less than half of its usual share of it. Other machines have
+other shares: the bounds are wide for that.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all of them by default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--trl", type=Path)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in NAMES]:
@@ -61,7 +63,9 @@ def main() -> int:
             print("evaluation: left out, it needs --data", file=sys.stderr)
             continue
         found = import_module(f"benchmarks.{name}")
-        rows += found.rows(given.data) if name == "evaluation" else found.rows()
+        if name == "finetuning" and given.trl is None:
+            print("finetuning: TRL is left out, it needs --trl", file=sys.stderr)
+        rows += found.rows(*({"evaluation": [given.data], "finetuning": [given.trl]}.get(name, [])))
         write(rows, given.out)
         print(f"{name}: done", file=sys.stderr)
     print(table(rows))

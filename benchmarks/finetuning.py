@@ -1,14 +1,17 @@
 """Fine-tuning with LoRA: the project's training side by side with padded and with packed batches of Hugging Face's.
 
-    python benchmarks/finetuning.py [--pairs 5] [--quick] [--cases embedded synthetic ...] > finetuning.json
+    python benchmarks/finetuning.py [--pairs 5] [--quick] [--cases embedded ...] [--trl PYTHON] > finetuning.json
 
 The same rows, global batches, adapter, optimiser and schedule. `padded` is `transformers.Trainer` on batches in the
-order of the plan, padded to their longest row, with logits at every token. `packed` stands for TRL's packing, which is
-not installed here: a plain loop over rows laid end to end in blocks of 256 or 512 tokens (best fit decreasing), their
-positions counted anew and attention kept within a row by transformers' own mask, logits at every token. Both keep
-transformers' default attention (SDPA), the project that of `trainer=cpu` (eager). Every pair runs all ways one after
-the other in this process, in the other order in every other pair. Seconds are the processor's on one thread, the median
-of the pairs' ratios counts, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
+order of the plan, padded to their longest row, with logits at every token. `packed` is what packing takes at least: a
+plain loop over rows laid end to end in blocks of 256 or 512 tokens (best fit decreasing), their positions counted anew
+and attention kept within a row by transformers' own mask, logits at every token. Both keep transformers' default
+attention (SDPA), the project that of `trainer=cpu` (eager). Every pair runs all ways one after the other in this
+process, in the other order in every other pair. Seconds are the processor's on one thread, the median of the pairs'
+ratios counts, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
+
+`trl` is TRL's own packing, in a process of an environment that has it (`pip install trl peft`, and torch for CPUs), see
+`trl_packing.py`: the rows of one step in every step, whose seconds are those of its training loop alone.
 
 `embedded` is the embedded model on `tiny_instruct`, `synthetic` a random Llama of 12 blocks, 512 wide, with 32,000
 tokens, on random rows as long as those of GSM8K. `... last` trains the last four blocks alone, for three epochs, where
@@ -21,14 +24,16 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +46,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.models import random_llama
 from benchmarks.rows import Ratio, paired, ratio
 
+TEACHER = Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher"
 Losses = list[float]
 """A mean over target tokens for every step."""
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
 LAST = {"scope": "last", "blocks": 4}
 OPTIMISATION = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05, "clip_norm": 1.0}
 SEED = 0
+TRL = 1.3
+"""How many times as fast training is expected to be as TRL on packed rows."""
 CLOSE = 1e-5
 """How far the losses of a step may be apart, of their size."""
 
@@ -79,7 +87,7 @@ def embedded(rows: int) -> tuple[Any, list[Any]]:
     from sdd.models.checkpoints import Checkpoint
     from sdd.stages.tuned import tokenized
 
-    checkpoint = Checkpoint(Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher")
+    checkpoint = Checkpoint(TEACHER)
     examples = [{"prompt": one.prompt, "target": one.reference} for one in TinyTasks(num_rows=rows).examples()]
     return checkpoint.model("float32"), tokenized(checkpoint.tokenizer(), examples, None, 256)[0]
 
@@ -285,6 +293,43 @@ def limit(bench: Bench) -> None:
                 target_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
 
 
+class PackedByTRL:
+    """A process that trains what `bench` has with TRL, whenever it is asked."""
+
+    def __init__(self, python: Path, bench: Bench, folder: Path) -> None:
+        optimizer, scheduler = bench.optimisers()
+        settings, (factor,) = optimizer.defaults, scheduler.lr_lambdas
+        case = {
+            "rows": [{"input_ids": row.ids, "labels": labels_of(row)} for row in bench.rows],
+            "block": bench.block,
+            "rates": [factor(step) * settings["lr"] for step in range(len(bench.plan))],
+            "clip_norm": OPTIMISATION["clip_norm"],
+            "adamw": {name: settings[name] for name in ("betas", "eps", "weight_decay")},
+        }
+        (folder / "case.json").write_text(json.dumps(case))
+        MODELS[bench.case.model](1)[0].save_pretrained(folder / "model")
+        shutil.copy(TEACHER / "tokenizer.json", folder / "model")  # for its padding token alone
+        shutil.copy(TEACHER / "tokenizer_config.json", folder / "model")
+        bench.reset("sdpa")
+        bench.student.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        command = [str(python), str(Path(__file__).with_name("trl_packing.py")), str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def trained(self) -> tuple[float, Losses]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended")  # type: ignore[arg-type]
+        answer = json.loads(line)
+        return answer["seconds"], answer["losses"]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 def timed(way: Callable[[Bench], Any], bench: Bench) -> tuple[float, Any]:
     started = time.process_time()
     result = way(bench)
@@ -324,45 +369,82 @@ def compare(name: str, pairs: int) -> list[dict[str, Any]]:
             taken, losses[way] = timed(WAYS[way], bench)
             seconds[way].append(taken)
     least = statistics.median(timed(limit, bench)[0] for _ in range(3))
-    results = []
-    for way, goal in case.goals.items():
-        apart = max(abs(a - b) / a for a, b in zip(losses["sdd"], losses[way], strict=True))
-        ratios = [other / mine for other, mine in zip(seconds[way], seconds["sdd"], strict=True)]
-        spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-        results.append(
-            {
-                "name": name,
-                "against": way,
-                "goal": goal,
-                "ratio": spread if apart <= CLOSE else None,
-                "reached": apart <= CLOSE and spread["median"] >= goal,
-                "seconds": {"other": seconds[way], "sdd": seconds["sdd"], "limit": least},
-                "losses_apart": apart,
-                "steps": len(bench.plan),
-                "tokens_passed": padding(bench),
-            }
-        )
-    return results
+    return [result(name, bench, way, goal, seconds, losses, least) for way, goal in case.goals.items()]
 
 
-def run(few: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES)) -> list[dict[str, Any]]:
-    """A result for every case and way that it is compared with; `few` takes the embedded model alone, in one pair."""
+def compare_with_trl(name: str, pairs: int, python: Path) -> dict[str, Any]:
+    """The same with TRL: the rows of the first step, in as many steps as the case has."""
+    whole = Bench(CASES[name])
+    bench = whole.first(whole.case.batch)
+    bench.case = replace(whole.case, epochs=len(whole.plan))
+    with tempfile.TemporaryDirectory() as folder:
+        peer = PackedByTRL(python, bench, Path(folder))
+        try:
+            ways = {"sdd": lambda: timed(own, bench), "trl": peer.trained}
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            losses: dict[str, Losses] = {}
+            for number in range(-1, pairs):  # the first pair is not counted
+                for way in ways if number % 2 else reversed(ways):
+                    taken, losses[way] = ways[way]()
+                    seconds[way] += [taken] * (number >= 0)
+        finally:
+            peer.end()
+    least = statistics.median(timed(limit, bench)[0] for _ in range(3))
+    return result(name, bench, "trl", TRL, seconds, losses, least)
+
+
+def result(
+    name: str,
+    bench: Bench,
+    way: str,
+    goal: float,
+    seconds: dict[str, list[float]],
+    losses: dict[str, Losses],
+    limit: float,
+) -> dict[str, Any]:
+    """What came of the pairs with another way."""
+    apart = max(abs(a - b) / a for a, b in zip(losses["sdd"], losses[way], strict=True))
+    ratios = [other / mine for other, mine in zip(seconds[way], seconds["sdd"], strict=True)]
+    spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return {
+        "name": name,
+        "against": way,
+        "goal": goal,
+        "ratio": spread if apart <= CLOSE else None,
+        "reached": apart <= CLOSE and spread["median"] >= goal,
+        "seconds": {"other": seconds[way], "sdd": seconds["sdd"], "limit": limit},
+        "losses_apart": apart,
+        "steps": len(bench.plan),
+        "tokens_passed": padding(bench),
+    }
+
+
+def run(
+    few: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES), trl: Path | None = None
+) -> list[dict[str, Any]]:
+    """A result for every case and way that it is compared with; `few` takes the embedded model alone, in one pair.
+
+    `trl` is the python of an environment with TRL, for the cases in which packing counts.
+    """
     import torch
 
     torch.set_num_threads(1)
     chosen = [name for name in names if not few or CASES[name].model == "embedded"]
-    return [result for name in chosen for result in compare(name, 1 if few else pairs)]
+    pairs = 1 if few else pairs
+    packing = [name for name in chosen if trl is not None and "packed" in CASES[name].goals]
+    found = [result for name in chosen for result in compare(name, pairs)]
+    return found + [compare_with_trl(name, pairs, trl) for name in packing if trl is not None]
 
 
-def rows(pairs: int = 5) -> list[Ratio]:
+def rows(trl: Path | None = None, pairs: int = 5) -> list[Ratio]:
     """For the table of all benchmarks."""
     found = []
-    for result in run(pairs=pairs):
+    for result in run(pairs=pairs, trl=trl):
         seconds = result["seconds"]
         runs = list(zip(seconds["other"], seconds["sdd"], strict=True))
         parity = f"losses {result['losses_apart']:.0e} apart" if result["ratio"] else ""
         most = statistics.median(seconds["other"]) / seconds["limit"]
-        peer = {"padded": "a padded Trainer", "packed": "a packed loop"}[result["against"]]
+        peer = {"padded": "a padded Trainer", "packed": "a packed loop", "trl": "TRL, packed"}[result["against"]]
         found.append(ratio(f"fine-tuning, {result['name']}", peer, runs, parity, goal=result["goal"], limit=most))
     return found
 
@@ -398,8 +480,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the embedded model alone, one pair")
+    parser.add_argument("--trl", type=Path, help="the python of an environment with TRL 1.16")
     given = parser.parse_args(arguments)
-    results = run(given.quick, given.pairs, given.cases)
+    results = run(given.quick, given.pairs, given.cases, given.trl)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     print(json.dumps({**machine, "threads": 1, "results": results}, indent=1))
     print(table(results), file=sys.stderr)
