@@ -3,10 +3,11 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 
-from sdd.models import garbage
+from sdd.models import checkpoints, garbage
 from sdd.models.checkpoints import Checkpoint
 
 
@@ -16,6 +17,7 @@ def nobodys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = gc.get_threshold()
     monkeypatch.setattr(garbage, "_usual", None)
     monkeypatch.setattr(garbage, "_passed_over", 0)
+    monkeypatch.setattr(checkpoints, "opened", WeakSet())
     gc.set_threshold(701, 11, 12)
     yield
     gc.set_threshold(*before)
