@@ -1,13 +1,15 @@
 """All benchmarks in one table; or in a minute, whether one has become much slower.
 
-    python -m benchmarks [NAME ...] [--data FOLDER] [--trl PYTHON] [--out outputs/benchmarks]
+    python -m benchmarks [NAME ...] [--device cuda] [--data FOLDER] [--trl PYTHON] [--out outputs/benchmarks]
     python -m benchmarks --quick
 
-The first form prints the table and writes it as Markdown and JSON; `--data` has rows of public tasks for `evaluation`,
-as `evaluation.data_dir` does, `--trl` is the python of an environment with TRL, for `finetuning`. Where results differ
-it ends in 1; a ratio below what was asked is told in the table. The second form compares every stage with its physical
-limit on small models, and ends in 1 where one reaches less than half of its usual share of it. Other machines have
-other shares: the bounds are wide for that.
+The first form prints the table and writes it as Markdown, and as JSON with every turn's seconds; `--data` has rows of
+public tasks for `evaluation`, as `evaluation.data_dir` does, `--trl` is the python of an environment with TRL, for
+`finetuning`. On a GPU models and their rows are moved there, and it is waited for when seconds are taken; what works on
+files or processes stays as it is. Where results differ it ends in 1; a ratio below what was asked is told in the table.
+
+The second form compares every stage with its physical limit on small models on a CPU, and ends in 1 where one reaches
+less than half of its usual share of it. Other machines have other shares: the bounds are wide for that.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 NAMES = ("scores", "sdm", "checkpoints", "generation", "evaluation", "finetuning", "overhead")
 USUAL = {"scores": 0.95, "checkpoints": 0.3, "generation": 0.4, "evaluation": 0.3, "finetuning": 0.75}
@@ -44,6 +46,8 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all of them by default")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--turns", type=int, default=5, help="of all ways that are compared")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--trl", type=Path)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
@@ -52,21 +56,17 @@ def main() -> int:
         parser.error(f"{unknown[0]} is no benchmark; choose from {', '.join(NAMES)}")
     import torch
 
-    from benchmarks.rows import Ratio, table, write
+    from benchmarks.rows import Ratio, Setting, table, write
 
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(1)
     if given.quick:
         return quick()
-    rows: list[Ratio] = []
+    setting, rows = Setting(given.device, given.turns, given.data, given.trl), list[Ratio]()
     for name in given.names or NAMES:
-        if name == "evaluation" and given.data is None:
-            print("evaluation: left out, it needs --data", file=sys.stderr)
-            continue
-        found = import_module(f"benchmarks.{name}")
-        if name == "finetuning" and given.trl is None:
-            print("finetuning: TRL is left out, it needs --trl", file=sys.stderr)
-        rows += found.rows(*({"evaluation": [given.data], "finetuning": [given.trl]}.get(name, [])))
-        write(rows, given.out)
+        rows += import_module(f"benchmarks.{name}").rows(setting)
+        write(rows, given.out, setting.device)
         print(f"{name}: done", file=sys.stderr)
     print(table(rows))
     return 0 if all(row.parity for row in rows) else 1

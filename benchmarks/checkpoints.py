@@ -5,14 +5,13 @@
 A random bfloat16 Llama of 0.4 GB, in one file. Three of its blocks go, or three of four of its MLPs' channels; or two
 students with LoRA on the last two blocks are merged, the other blocks being copied. The digests that a manifest needs
 are in the time. `cp` copies the result. The clock counts, since both wait for the disk, and hashing has a thread
-beside; every pair writes new files, and removes them outside of the time. The limit is `cp` with a thread beside that
+beside; every turn writes new files, and removes them outside of the time. The limit is `cp` with a thread beside that
 hashes what is copied: whoever writes a manifest has to know the sha256 of every byte. The results are compared with
 those of loading, computing and saving tensors; memory is what Python holds at once (tracemalloc: torch's own is not in
 it).
 """
 
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -21,11 +20,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from benchmarks.merging import make_adapter
-from benchmarks.rows import Ratio, paired, ratio
+from benchmarks.rows import Ratio, Setting
+from benchmarks.timing import in_turns
 from sdd.merging.streaming import merge_checkpoints
 from sdd.merging.students import open_students
 from sdd.models.checkpoints import Checkpoint
@@ -141,16 +142,11 @@ def peak(way: Callable[[Checkpoint, Path], Any], source: Checkpoint, target: Pat
     return held / 1e6
 
 
-def compared(name: str, source: Checkpoint, pairs: int) -> Ratio:
-    way, place, clock = WAYS[name], source.folder.parent, time.perf_counter
-    kept, numbers = place / "kept", iter(range(10_000))
+def compared(name: str, source: Checkpoint, turns: int) -> Ratio:
+    way, place, numbers = WAYS[name], source.folder.parent, count()
+    kept = place / "kept"
     digests = written(way, source, kept)
     equal = is_equal(name, source, kept, digests)
-
-    def fresh() -> Path:
-        for old in [*place.glob("new-*")]:
-            shutil.rmtree(old)
-        return place / f"new-{next(numbers)}"
 
     def copied(target: Path) -> None:
         subprocess.run(["cp", "-r", str(kept), str(target)], check=True)
@@ -161,27 +157,31 @@ def compared(name: str, source: Checkpoint, pairs: int) -> Ratio:
             copied(target)
             assert all(digest.result() for digest in digests)
 
-    runs, limits = [], []
-    for number in range(pairs):
-        copy = partial(copied, fresh())
-        own = partial(written, way, source, place / f"new-{next(numbers)}")
-        first, _, _ = paired(copy, own, 1, clock)
-        copies, _, _ = paired(partial(copied, fresh()), partial(hashed, place / f"new-{next(numbers)}"), 1, clock)
-        if number:  # the first one warms the cache of pages
-            runs += first
-            limits += [once / beside for once, beside in copies]
-    held = peak(way, source, fresh())
+    def taken(into: Callable[[Path], Any]) -> tuple[float, None]:
+        for old in place.glob("new-*"):
+            shutil.rmtree(old)
+        target, started = place / f"new-{next(numbers)}", time.perf_counter()
+        into(target)
+        return time.perf_counter() - started, None
+
+    ways: dict[str, Callable[[Path], Any]]
+    ways = {"cp": copied, "sdd": partial(written, way, source), "limit": hashed}
+    timed = {name: partial(taken, into) for name, into in ways.items()}
+    in_turns(timed, 1)  # warms the cache of pages
+    spent, _ = in_turns(timed, turns)
+    held = peak(way, source, place / f"new-{next(numbers)}")
     parity = f"to a step of bfloat16; {held:.0f} MB held" if equal else ""
     shutil.rmtree(kept)
-    return ratio(f"on disk, {name}", "cp of the result", runs, parity, goal=0.8, limit=statistics.median(limits))
+    what, peer = f"on disk, {name}", "cp of the result"
+    return Ratio(what, peer, spent["cp"], spent["sdd"], spent["limit"], parity, goal=0.8)
 
 
-def rows(pairs: int = 7) -> list[Ratio]:
+def rows(setting: Setting) -> list[Ratio]:
     with made(12) as source:
-        return [compared(name, source, pairs) for name in WAYS]
+        return [compared(name, source, setting.turns + 1) for name in WAYS]
 
 
 def quick() -> float:
     """Seconds of `cp` over those of pruning, digests included, at best 1."""
     with made(6) as source:
-        return compared("fewer blocks", source, 4).ratio
+        return compared("fewer blocks", source, 3).ratio

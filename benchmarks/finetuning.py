@@ -1,52 +1,42 @@
 """Fine-tuning with LoRA: the project's training side by side with padded and with packed batches of Hugging Face's.
 
-    python benchmarks/finetuning.py [--pairs 5] [--quick] [--cases embedded ...] [--trl PYTHON] > finetuning.json
+    python -m benchmarks finetuning [--trl PYTHON]
 
 The same rows, global batches, adapter, optimiser and schedule. `padded` is `transformers.Trainer` on batches in the
 order of the plan, padded to their longest row, with logits at every token. `packed` is what packing takes at least: a
 plain loop over rows laid end to end in blocks of 256 or 512 tokens (best fit decreasing), their positions counted anew
 and attention kept within a row by transformers' own mask, logits at every token. Both keep transformers' default
-attention (SDPA), the project that of `trainer=cpu` (eager). Every pair runs all ways one after the other in this
-process, in the other order in every other pair. Seconds are the processor's on one thread, the median of the pairs'
-ratios counts, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
+attention (SDPA), the project that of `trainer=cpu` (eager) or `trainer=gpu`. Seconds are the processor's on one thread,
+or a GPU's, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
 
-`trl` is TRL's own packing, in a process of an environment that has it (`pip install trl peft`, and torch for CPUs), see
+`trl` is TRL's own packing, in a process of an environment that has it (`pip install trl peft`, and torch), see
 `trl_packing.py`: the rows of one step in every step, whose seconds are those of its training loop alone.
 
 `embedded` is the embedded model on `tiny_instruct`, `synthetic` a random Llama of 12 blocks, 512 wide, with 32,000
 tokens, on random rows as long as those of GSM8K. `... last` trains the last four blocks alone, for three epochs, where
-states below are computed once. What is left is told by `limit`: bare passes forward and back over as many tokens in
+states below are computed once. What is left is told by the limit: bare passes forward and back over as many tokens in
 rows of one length, with no padding, optimiser or loop, logits at the targets.
 """
 
-import argparse
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TQDM_DISABLE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.models import TEACHER, random_llama
+from benchmarks.rows import Ratio, Setting
+from benchmarks.timing import Seconds, clocked, in_turns, share
 
-from benchmarks.models import random_llama
-from benchmarks.rows import Ratio, paired, ratio
-
-TEACHER = Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher"
 Losses = list[float]
 """A mean over target tokens for every step."""
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]}
@@ -55,6 +45,7 @@ OPTIMISATION = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_share": 0.05
 SEED = 0
 TRL = 1.3
 """How many times as fast training is expected to be as TRL on packed rows."""
+PEERS = {"padded": "a padded Trainer", "packed": "a packed loop", "trl": "TRL, packed"}
 CLOSE = 1e-5
 """How far the losses of a step may be apart, of their size."""
 
@@ -111,16 +102,16 @@ MODELS: dict[str, Callable[[int], tuple[Any, list[Any]]]] = {"embedded": embedde
 class Bench:
     """A student with its adapter, as it was before every way; the rows of every step."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, setting: Setting) -> None:
         import torch
 
         from sdd.finetuning.adapters import adapted
         from sdd.stages.tuned import _places
 
-        self.case = case
+        self.case, self.setting = case, setting
         model, self.rows = MODELS[case.model](case.rows)
         torch.manual_seed(SEED)
-        self.student = adapted(model, case.adapter, _places(case.adapter, model, None))
+        self.student = adapted(model, case.adapter, _places(case.adapter, model, None)).to(setting.device)
         self.initial = {name: tensor.clone() for name, tensor in self.trained().items()}
         self.block = max(case.block, *(len(row.ids) for row in self.rows))
 
@@ -129,6 +120,15 @@ class Bench:
         from sdd.finetuning.module import step_rows
 
         return step_rows(len(self.rows), self.case.batch, self.case.epochs, SEED)
+
+    @property
+    def runtime(self) -> Any:
+        """That of `trainer=cpu` or `trainer=gpu`."""
+        from sdd.stages.runtime import Runtime
+
+        if self.setting.device == "cpu":
+            return Runtime()
+        return Runtime(accelerator="gpu", attention=self.setting.attention, micro_batch_tokens=4096)
 
     def first(self, rows: int) -> "Bench":
         """The same with the first rows alone."""
@@ -159,18 +159,17 @@ class Bench:
 def own(bench: Bench) -> Losses:
     """As the stage `tuned` trains."""
     from sdd.finetuning.module import loss_sum
-    from sdd.stages.runtime import Runtime
     from sdd.stages.tuned import _fit
     from sdd.store import Recipe
 
-    bench.reset("eager")
+    bench.reset(bench.setting.attention)
     spec = {"adapter": bench.case.adapter, "base_quantisation": None, "precision": "32", "system_prompt": None}
     finetune = OPTIMISATION | {"batch_size": bench.case.batch, "epochs": bench.case.epochs}
     finetune |= {"max_length": bench.block}
     spec |= {"finetune": finetune, "seed": SEED}
     recipe = Recipe("tuned", 1, spec, {"targets": Recipe("targets", 1, {"mode": "sft"})})
     with tempfile.TemporaryDirectory() as scratch:
-        history, _ = _fit(bench.student, None, loss_sum, bench.rows, [], recipe, Runtime(), Path(scratch))
+        history, _ = _fit(bench.student, None, loss_sum, bench.rows, [], recipe, bench.runtime, Path(scratch))
     return [row["loss"] for row in history]
 
 
@@ -210,7 +209,7 @@ def padded(bench: Bench) -> Losses:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=bench.setting.device == "cpu",
             remove_unused_columns=False,
         )
         shown = [bench.rows[index] for step in bench.plan for index in step]
@@ -249,9 +248,10 @@ def packed(bench: Bench) -> Losses:
         rows = [bench.rows[index] for index in step]
         tokens, total = sum(len(row.ids) - row.prompt_length for row in rows), 0.0
         for block in packed_blocks(rows, bench.block):
-            ids = torch.tensor([[token for row in block for token in row.ids]])
-            positions = torch.tensor([[at for row in block for at in range(len(row.ids))]])
-            labels = torch.tensor([[label for row in block for label in labels_of(row)]])
+            ids, positions, labels = (
+                torch.tensor([[number for row in block for number in of(row)]], device=bench.setting.device)
+                for of in (lambda row: row.ids, lambda row: range(len(row.ids)), labels_of)
+            )
             loss = bench.student(
                 input_ids=ids, position_ids=positions, labels=labels, num_items_in_batch=tokens, use_cache=False
             ).loss
@@ -276,21 +276,23 @@ def limit(bench: Bench) -> None:
     from sdd.forward.losses import target_loss_sum
     from sdd.models.checkpoints import decoder, head_logits
 
-    bench.reset("eager")
-    model = bench.student.get_base_model()
+    bench.reset(bench.setting.attention)
+    model, device = bench.student.get_base_model(), bench.setting.device
     length = round(statistics.mean(len(row.ids) for row in bench.rows))
     targets = round(statistics.mean(len(row.ids) - row.prompt_length for row in bench.rows))
     rows, together = [[1] * length for _ in bench.rows], max(1, 512 // length)
     with tempfile.TemporaryDirectory() as folder:
         lengths = [length] * len(rows)
-        frozen = frozen_states(model, lengths, rows.__getitem__, Path(folder), 512) if bench.case.epochs > 1 else None
+        kept = partial(frozen_states, model, lengths, rows.__getitem__, Path(folder), 512, device)
+        frozen = kept() if bench.case.epochs > 1 else None
         for _ in range(bench.case.epochs):
             for at in range(0, len(rows), together):
                 shown = rows[at : at + together]
-                with frozen.standing_in(range(at, at + len(shown)), "cpu") if frozen else nullcontext():
-                    states = decoder(model)(input_ids=torch.tensor(shown), use_cache=False).last_hidden_state
+                with frozen.standing_in(range(at, at + len(shown)), device) if frozen else nullcontext():
+                    ids = torch.tensor(shown, device=device)
+                    states = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
                 logits = head_logits(model, states[:, -targets:].flatten(0, 1))
-                target_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+                target_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long, device=device)).backward()
 
 
 class PackedByTRL:
@@ -302,6 +304,7 @@ class PackedByTRL:
         case = {
             "rows": [{"input_ids": row.ids, "labels": labels_of(row)} for row in bench.rows],
             "block": bench.block,
+            "device": bench.setting.device,
             "rates": [factor(step) * settings["lr"] for step in range(len(bench.plan))],
             "clip_norm": OPTIMISATION["clip_norm"],
             "adamw": {name: settings[name] for name in ("betas", "eps", "weight_decay")},
@@ -330,16 +333,9 @@ class PackedByTRL:
         self.process.wait()
 
 
-def timed(way: Callable[[Bench], Any], bench: Bench) -> tuple[float, Any]:
-    started = time.process_time()
-    result = way(bench)
-    return time.process_time() - started, result
-
-
 def padding(bench: Bench) -> dict[str, float]:
     """Tokens that each way passes, a real one counting 1, and the share of target tokens."""
     from sdd.finetuning.module import micro_batches, target_tokens
-    from sdd.stages.runtime import Runtime
 
     real = sum(len(bench.rows[index].ids) for step in bench.plan for index in step)
     passed = dict.fromkeys(WAYS, 0)
@@ -349,145 +345,64 @@ def padding(bench: Bench) -> dict[str, float]:
         passed["packed"] += sum(len(row.ids) for row in rows)
         lengths = [len(row.ids) for row in rows]
         passed["sdd"] += sum(
-            len(micro) * lengths[micro[-1]] for micro in micro_batches(lengths, Runtime().micro_batch_tokens)
+            len(micro) * lengths[micro[-1]] for micro in micro_batches(lengths, bench.runtime.micro_batch_tokens)
         )
     shares = {way: tokens / real for way, tokens in passed.items()}
     return shares | {"targets": target_tokens(bench.rows) / sum(len(row.ids) for row in bench.rows)}
 
 
-def compare(name: str, pairs: int) -> list[dict[str, Any]]:
-    """Seconds of every pair by way, and a result for every way that is compared with."""
-    case = CASES[name]
-    bench = Bench(case)
-    ways = ["sdd", *case.goals]
+def compared(name: str, setting: Setting) -> list[Ratio]:
+    """A row for every way that the case is compared with."""
+    bench = Bench(CASES[name], setting)
+    ways = [*bench.case.goals, "sdd"]
     for way in ways:  # what is imported and set up once
         WAYS[way](bench.first(2))
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    losses: dict[str, Losses] = {}
-    for number in range(pairs):
-        for way in ways if number % 2 else reversed(ways):
-            taken, losses[way] = timed(WAYS[way], bench)
-            seconds[way].append(taken)
-    least = statistics.median(timed(limit, bench)[0] for _ in range(3))
-    return [result(name, bench, way, goal, seconds, losses, least) for way, goal in case.goals.items()]
+    each = {way: partial(WAYS[way], bench) for way in ways} | {"limit": partial(limit, bench)}
+    taken, losses = in_turns(clocked(each, setting.device), setting.turns)
+    return [row(name, bench, way, goal, taken, losses) for way, goal in bench.case.goals.items()]
 
 
-def compare_with_trl(name: str, pairs: int, python: Path) -> dict[str, Any]:
+def compared_with_trl(name: str, setting: Setting, python: Path) -> Ratio:
     """The same with TRL: the rows of the first step, in as many steps as the case has."""
-    whole = Bench(CASES[name])
+    whole = Bench(CASES[name], setting)
     bench = whole.first(whole.case.batch)
     bench.case = replace(whole.case, epochs=len(whole.plan))
     with tempfile.TemporaryDirectory() as folder:
         peer = PackedByTRL(python, bench, Path(folder))
         try:
-            ways = {"sdd": lambda: timed(own, bench), "trl": peer.trained}
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            losses: dict[str, Losses] = {}
-            for number in range(-1, pairs):  # the first pair is not counted
-                for way in ways if number % 2 else reversed(ways):
-                    taken, losses[way] = ways[way]()
-                    seconds[way] += [taken] * (number >= 0)
+            ways = {"trl": peer.trained}
+            ways |= clocked({"sdd": partial(own, bench), "limit": partial(limit, bench)}, setting.device)
+            in_turns(ways, 1)  # what is imported and set up once
+            taken, losses = in_turns(ways, setting.turns)
         finally:
             peer.end()
-    least = statistics.median(timed(limit, bench)[0] for _ in range(3))
-    return result(name, bench, "trl", TRL, seconds, losses, least)
+    return row(name, bench, "trl", TRL, taken, losses)
 
 
-def result(
-    name: str,
-    bench: Bench,
-    way: str,
-    goal: float,
-    seconds: dict[str, list[float]],
-    losses: dict[str, Losses],
-    limit: float,
-) -> dict[str, Any]:
-    """What came of the pairs with another way."""
-    apart = max(abs(a - b) / a for a, b in zip(losses["sdd"], losses[way], strict=True))
-    ratios = [other / mine for other, mine in zip(seconds[way], seconds["sdd"], strict=True)]
-    spread = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    return {
-        "name": name,
-        "against": way,
-        "goal": goal,
-        "ratio": spread if apart <= CLOSE else None,
-        "reached": apart <= CLOSE and spread["median"] >= goal,
-        "seconds": {"other": seconds[way], "sdd": seconds["sdd"], "limit": limit},
-        "losses_apart": apart,
-        "steps": len(bench.plan),
-        "tokens_passed": padding(bench),
-    }
+def row(name: str, bench: Bench, way: str, goal: float, taken: Seconds, losses: dict[str, list[Losses]]) -> Ratio:
+    """What came of the turns with another way."""
+    apart = max(
+        abs(a - b) / a
+        for ours, theirs in zip(losses["sdd"], losses[way], strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    parity = f"losses {apart:.0e} apart" if apart <= CLOSE else ""
+    details = {"losses_apart": apart, "steps": len(bench.plan), "tokens_passed": padding(bench)}
+    what, peer = f"fine-tuning, {name}", PEERS[way]
+    return Ratio(what, peer, taken[way], taken["sdd"], taken["limit"], parity, goal, details)
 
 
-def run(
-    few: bool = False, pairs: int = 5, names: Sequence[str] = tuple(CASES), trl: Path | None = None
-) -> list[dict[str, Any]]:
-    """A result for every case and way that it is compared with; `few` takes the embedded model alone, in one pair.
-
-    `trl` is the python of an environment with TRL, for the cases in which packing counts.
-    """
-    import torch
-
-    torch.set_num_threads(1)
-    chosen = [name for name in names if not few or CASES[name].model == "embedded"]
-    pairs = 1 if few else pairs
-    packing = [name for name in chosen if trl is not None and "packed" in CASES[name].goals]
-    found = [result for name in chosen for result in compare(name, pairs)]
-    return found + [compare_with_trl(name, pairs, trl) for name in packing if trl is not None]
-
-
-def rows(trl: Path | None = None, pairs: int = 5) -> list[Ratio]:
-    """For the table of all benchmarks."""
-    found = []
-    for result in run(pairs=pairs, trl=trl):
-        seconds = result["seconds"]
-        runs = list(zip(seconds["other"], seconds["sdd"], strict=True))
-        parity = f"losses {result['losses_apart']:.0e} apart" if result["ratio"] else ""
-        most = statistics.median(seconds["other"]) / seconds["limit"]
-        peer = {"padded": "a padded Trainer", "packed": "a packed loop", "trl": "TRL, packed"}[result["against"]]
-        found.append(ratio(f"fine-tuning, {result['name']}", peer, runs, parity, goal=result["goal"], limit=most))
-    return found
+def rows(setting: Setting) -> list[Ratio]:
+    found = [row for name in CASES for row in compared(name, setting)]
+    if setting.trl is None:
+        print("finetuning: TRL is left out, it needs --trl", file=sys.stderr)
+        return found
+    packing = [name for name, case in CASES.items() if "packed" in case.goals]
+    return found + [compared_with_trl(name, setting, setting.trl) for name in packing]
 
 
 def quick() -> float:
     """Seconds of bare passes forth and back over those of training."""
-    bench = Bench(CASES["embedded"]).first(64)
+    bench = Bench(CASES["embedded"], Setting()).first(64)
     own(bench.first(2))
-    runs, _, _ = paired(lambda: limit(bench), lambda: own(bench), 3, time.process_time)
-    return ratio("", "", runs, "").ratio
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the ratios."""
-    lines = [
-        "| case | against | s | sdd, s | limit, s | times as fast (range) | goal | losses apart |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        seconds, faster = result["seconds"], result["ratio"]
-        other, mine = (statistics.median(seconds[way]) for way in ("other", "sdd"))
-        spread = (
-            f"**{faster['median']:.2f}** ({faster['lowest']:.2f} to {faster['highest']:.2f})" if faster else "differ"
-        )
-        taken = f"{other:.2f} | {mine:.2f} | {seconds['limit']:.2f}"
-        apart = f"{result['goal']} | {result['losses_apart']:.1e}"
-        lines.append(f"| {result['name']} | {result['against']} | {taken} | {spread} | {apart} |")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the embedded model alone, one pair")
-    parser.add_argument("--trl", type=Path, help="the python of an environment with TRL 1.16")
-    given = parser.parse_args(arguments)
-    results = run(given.quick, given.pairs, given.cases, given.trl)
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    print(json.dumps({**machine, "threads": 1, "results": results}, indent=1))
-    print(table(results), file=sys.stderr)
-    return 0 if all(result["reached"] for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return share(partial(limit, bench), partial(own, bench))

@@ -1,6 +1,10 @@
-"""The random model that benchmarks share."""
+"""The models that benchmarks share."""
 
+from pathlib import Path
 from typing import Any
+
+TEACHER = Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher"
+"""The embedded model."""
 
 
 def random_llama(attention: str | None = None, **settings: Any) -> Any:
@@ -9,15 +13,7 @@ def random_llama(attention: str | None = None, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32_000,
-        bos_token_id=None,
-        eos_token_id=None,
-        **settings,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 32_000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(**{**sizes, **heads, "bos_token_id": None, "eos_token_id": None, **settings})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -4,56 +4,60 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """One comparison. `ratios` are those of the interleaved pairs, seconds of the peer over seconds here.
+class Setting:
+    """Where benchmarks run, "cpu" or "cuda", in so many turns; and what some of them need: a folder with rows of public
+    tasks, as `evaluation.data_dir` is, and the python of an environment with TRL."""
 
-    `limit` is the ratio that a physical limit would have (bare passes, a plain copy); `parity` says in words how equal
-    the results are, and is empty where they are not: then no ratio is told.
+    device: str = "cpu"
+    turns: int = 5
+    data: Path | None = None
+    trl: Path | None = None
+
+    @property
+    def attention(self) -> str:
+        """That of `trainer=cpu` or `trainer=gpu`."""
+        return "eager" if self.device == "cpu" else "sdpa"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One comparison: seconds of the peer, of this project and of a physical limit (bare passes, a plain copy), turn by
+    turn.
+
+    `parity` says in words how equal the results are, and is empty where they are not: then no ratio is told. `details`
+    are for the record alone.
     """
 
     what: str
     peer: str
-    seconds: float
-    own_seconds: float
-    ratios: list[float]
+    seconds: list[float]
+    own_seconds: list[float]
+    limit_seconds: list[float]
     parity: str
     goal: float | None = None
-    limit: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.seconds, self.own_seconds, strict=True)]
 
     @property
     def ratio(self) -> float:
         return statistics.median(self.ratios)
 
     @property
-    def good(self) -> bool:
-        return bool(self.parity) and (self.goal is None or self.ratio >= self.goal)
-
-
-def paired(
-    peer: Callable[[], Any], own: Callable[[], Any], pairs: int, clock: Callable[[], float]
-) -> tuple[list[tuple[float, float]], Any, Any]:
-    """Seconds of both ways in turns, the second first in every other pair; and what each came to the last time."""
-    runs, results = [], [None, None]
-    for number in range(pairs):
-        taken = [0.0, 0.0]
-        for place in (0, 1) if number % 2 else (1, 0):
-            started = clock()
-            results[place] = (peer, own)[place]()
-            taken[place] = clock() - started
-        runs.append((taken[0], taken[1]))
-    return runs, results[0], results[1]
-
-
-def ratio(what: str, peer: str, runs: list[tuple[float, float]], parity: str, **more: Any) -> Ratio:
-    seconds, own = (statistics.median(run[place] for run in runs) for place in (0, 1))
-    return Ratio(what, peer, seconds, own, [a / b for a, b in runs], parity, **more)
+    def limit(self) -> float | None:
+        """The ratio that the limit has, taken in the same turns."""
+        if not self.limit_seconds:
+            return None
+        return statistics.median(a / b for a, b in zip(self.seconds, self.limit_seconds, strict=True))
 
 
 def table(rows: Sequence[Ratio]) -> str:
@@ -63,25 +67,27 @@ def table(rows: Sequence[Ratio]) -> str:
     for row in rows:
         spread = f"**{row.ratio:.2f}** ({min(row.ratios):.2f} to {max(row.ratios):.2f})" if row.parity else "-"
         asked, most = (f"{value:g}" if value else "" for value in (row.goal, row.limit and round(row.limit, 2)))
+        peer, own = statistics.median(row.seconds), statistics.median(row.own_seconds)
         lines.append(
-            f"| {row.what} | {row.peer} | {row.seconds:.2f} | {row.own_seconds:.2f} | {spread} | {asked} | {most} | "
-            f"{row.parity or 'NO'} |"
+            f"| {row.what} | {row.peer} | {peer:.2f} | {own:.2f} | {spread} | {asked} | {most} | {row.parity or 'NO'} |"
         )
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the numbers were taken on."""
     import torch
 
     found = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {**found, "instructions": capability, "torch": torch.__version__, "python": platform.python_version()}
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    if device != "cpu":
+        found["gpu"] = torch.cuda.get_device_name()
+    return {**found, "device": device, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def write(rows: Sequence[Ratio], folder: Path) -> None:
+def write(rows: Sequence[Ratio], folder: Path, device: str) -> None:
     """`benchmarks.json` and `benchmarks.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {**machine(), "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+    record = {**machine(device), "rows": [{**asdict(row), "ratio": row.ratio, "limit": row.limit} for row in rows]}
     (folder / "benchmarks.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "benchmarks.md").write_text(table(rows) + "\n")

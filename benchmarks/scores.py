@@ -3,15 +3,18 @@
     python -m benchmarks scores
 
 The loop (github.com/arcee-ai/PruneMe, written afresh) runs the model once for every size on padded batches in file
-order, keeps all hidden states and computes all logits. Here one pass gives every size. Seconds are the processor's on
-one thread. The angular distances of both are compared; the limit is a pass of the blocks alone over the same batches.
+order, keeps all hidden states and computes all logits. Here one pass gives every size. Seconds are the processor's
+on one thread, or a GPU's. The angular distances of both are compared; the limit is a pass of the blocks alone over the
+same batches.
 """
 
-import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from benchmarks.generation import synthetic
-from benchmarks.rows import Ratio, paired, ratio
+from benchmarks.models import random_llama
+from benchmarks.rows import Ratio, Setting
+from benchmarks.timing import clocked, in_turns, share
 from sdd.forward.batches import length_batches, padded, show_texts
 from sdd.importance.states import Angular, angular_distance
 from sdd.models import checkpoints
@@ -38,7 +41,7 @@ def looped(model: Any, rows: list[list[int]], sizes: range) -> dict[int, list[fl
     for size in sizes:
         total = 0.0
         for start in range(0, len(rows), BATCH):
-            ids, mask = padded(rows[start : start + BATCH], left=0)
+            ids, mask = padded(rows[start : start + BATCH], model.device, left=0)
             with torch.no_grad():
                 states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             last = torch.stack([state[:, -1] for state in states[:-1]])
@@ -60,7 +63,7 @@ def bare(model: Any, rows: list[list[int]]) -> None:
 
     with torch.no_grad():
         for batch in length_batches([len(row) for row in rows], BATCH, 16_384):
-            ids, mask = padded([rows[index] for index in batch])
+            ids, mask = padded([rows[index] for index in batch], model.device)
             checkpoints.decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
@@ -69,29 +72,29 @@ def apart(loop: dict[int, list[float]], own: dict[str, list[float]]) -> float:
     return max(abs(a - b) for size, values in loop.items() for a, b in zip(values, own[str(size)], strict=False))
 
 
-def rows(pairs: int = 5) -> list[Ratio]:
-    model, texts = synthetic(6)[0], draw_texts(16, 256)
+def rows(setting: Setting) -> list[Ratio]:
+    model, texts = drawn_model(setting).to(setting.device), draw_texts(16, 256)
     bare(model, texts[:BATCH])
     found = []
     for name, sizes in {"one size": range(1, 2), "ten sizes": SIZES}.items():
-        runs, loop, own = paired(
-            lambda sizes=sizes: looped(model, texts, sizes),  # type: ignore[misc]
-            lambda: scored(model, texts),
-            pairs,
-            time.process_time,
-        )
-        least = paired(lambda: bare(model, texts), lambda: None, 3, time.process_time)[0]
-        limit = sorted(a for a, _ in least)[1]
-        distance = apart(loop, own)
+        ways: dict[str, Callable[[], Any]] = {
+            "loop": partial(looped, model, texts, sizes),
+            "sdd": partial(scored, model, texts),
+            "limit": partial(bare, model, texts),
+        }
+        taken, results = in_turns(clocked(ways, setting.device), setting.turns)
+        distance = max(map(apart, results["loop"], results["sdd"]))
         parity = f"{distance:.0e} apart" if distance < 1e-5 else ""
-        row = ratio(f"scores, {name}", "a loop over sizes", runs, parity)
-        found.append(ratio(row.what, row.peer, runs, parity, limit=row.seconds / limit))
+        found.append(Ratio(f"scores, {name}", "a loop over sizes", taken["loop"], taken["sdd"], taken["limit"], parity))
     return found
 
 
+def drawn_model(setting: Setting) -> Any:
+    return random_llama(setting.attention, initializer_range=0.2)
+
+
 def quick() -> float:
-    """Seconds of one bare pass over those of scoring, at best 1."""
-    model, rows = synthetic(6)[0], draw_texts(4, 96)
+    """Seconds of one bare pass over those of scoring."""
+    model, rows = drawn_model(Setting()), draw_texts(4, 96)
     bare(model, rows)
-    runs, _, _ = paired(lambda: bare(model, rows), lambda: scored(model, rows), 3, time.process_time)
-    return ratio("", "", runs, "").ratio
+    return share(lambda: bare(model, rows), lambda: scored(model, rows))

@@ -3,7 +3,7 @@
     PYTHON benchmarks/trl_packing.py FOLDER
 
 `FOLDER` holds `model/`, `adapter/` and `case.json`. It trains once for every line on stdin, always from the same
-adapter, and answers with a line: seconds of the processor in `SFTTrainer.train`, and the loss of every step.
+adapter, and answers with a line: seconds of the processor, or of a GPU, in `SFTTrainer.train`, and every step's loss.
 
 TRL packs a whole dataset, and draws blocks of it for a step: a step has the same rows as elsewhere if it has all of
 them. So the rows are those of one step, shown in every one. What its documentation names as fastest is taken (best fit
@@ -15,15 +15,18 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import timed
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def trained(student: Any, tokenizer: Any, case: dict[str, Any], folder: str) -> tuple[float, list[float]]:
-    """(seconds of the processor, the loss of every step)."""
+    """(seconds, the loss of every step)."""
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -50,7 +53,7 @@ def trained(student: Any, tokenizer: Any, case: dict[str, Any], folder: str) -> 
         max_grad_norm=case["clip_norm"],
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=case["device"] == "cpu",
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
@@ -64,9 +67,7 @@ def trained(student: Any, tokenizer: Any, case: dict[str, Any], folder: str) -> 
         student, arguments, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, scheduler)
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - started
+    seconds, _ = timed(trainer.train, case["device"])
     return seconds, [sum(losses[at : at + blocks]) for at in range(0, len(losses), blocks)]
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     torch.set_num_threads(1)
     case = json.loads((folder / "case.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
-    student = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    student = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).to(case["device"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     adapter = {name: one for name, one in student.named_parameters() if one.requires_grad}
     initial = {name: one.detach().clone() for name, one in adapter.items()}
