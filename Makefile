@@ -66,7 +66,7 @@ arms: env
 	$(EVALUATE) $(WITHOUT_REPORT) seed=$(SEEDS) hydra.sweep.dir=$(DEMO)/jobs/arms $(ARGS)
 
 sizes: env
-	nice -n 7 $(EVALUATE) $(WITHOUT_REPORT) pruning=$(SIZES) finetune=none seed=0 hydra.launcher.n_jobs=1 \
+	nice -n 8 $(EVALUATE) $(WITHOUT_REPORT) pruning=$(SIZES) finetune=none seed=0 hydra.launcher.n_jobs=1 \
 	    hydra.sweep.dir=$(DEMO)/jobs/sizes $(ARGS)
 
 # The same with one block fewer and one more, at the same rates.
@@ -101,7 +101,7 @@ criteria: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n $(WORKERS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
