@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from lm_eval.api.instance import Instance
 
-from benchmarks import evaluation, fake_gpu, finetuning, generation, scores
+from benchmarks import evaluation, fake_gpu, finetuning, generation, scores, sdm
 from benchmarks.models import random_llama
 from benchmarks.rows import Setting
 from benchmarks.shapes import FakeGPU
@@ -78,6 +78,13 @@ def data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores(data: None, trace: fake_gpu.Trace) -> None:
     assert len(scores.rows(ON_GPU)) == 2
+
+
+@pytest.mark.parametrize("form", sdm.FORMS)
+def test_sdm(form: str, data: None, trace: fake_gpu.Trace) -> None:
+    model = small("sdpa").to(ON_GPU.device)
+    taken, _ = sdm.stages(form, model, [[3, 4, 5], [6, 7, 8, 9]], ON_GPU.device)
+    assert len(taken) == 2
 
 
 def test_generation(data: None, trace: fake_gpu.Trace) -> None:
