@@ -129,13 +129,14 @@ def test_a_checkpoint_of_a_student_in_training(method: str, sharded_llama: Path,
     with handed.as_checkpoint(handover.client_of(place), place, [2, 7], True) as name:
         opened = Checkpoint(Path(name))
         made, settings = (
-            opened.model("float32")(input_ids=ids).logits,
+            opened.model("float32").double()(input_ids=ids).logits,
             json.loads((Path(name) / "generation_config.json").read_text()),
         )
         assert opened.tokenizer().chat_template == base.tokenizer().chat_template
     assert settings == {"eos_token_id": [2, 7], "do_sample": True, "top_k": 0}
-    torch.testing.assert_close(made, causal_lm(student)(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    said = causal_lm(student.double())(input_ids=ids).logits
+    torch.testing.assert_close(made, said, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.iterdir()) and len(resets) == 1
     server.shutdown()
 
