@@ -4,9 +4,10 @@
 
 The naive form takes one sample at a time, holds autograd's gradient of every parameter and both models' full logits,
 and sums |g*w| of whole matrices. The limit is passes forward and back with the gradients of the MLPs' weights alone,
-and the uncut model's pass in stage 2, nothing summed. Each form runs in a process of its own, in turns, on a random
-Llama, with texts of equal and of varied lengths. Memory is the peak resident set above that of the imports, or what a
-GPU had allocated, the model included. Expected: at least 1.5 times as fast at at most 0.56 of the memory.
+and in stage 2 the uncut model's logits from the states that stage 1 passed, nothing summed. Each form runs in a process
+of its own, in turns, on a random Llama, with texts of equal and of varied lengths. Memory is the peak resident set
+above that of the imports, or what a GPU had allocated, the model included. Expected: at least 1.5 times as fast at at
+most 0.56 of the memory.
 """
 
 import json
@@ -78,38 +79,45 @@ def naive_stage(model: Any, rows: list[list[int]], masks: Any, device: str) -> l
     return [total.mean(dim=1).cpu() for total in totals]
 
 
-def bare_stage(model: Any, rows: list[list[int]], distilled: bool, device: str) -> None:
-    """The passes alone."""
+def bare_stage(model: Any, rows: list[list[int]], seen: dict[int, Any], device: str) -> None:
+    """The passes alone; the second stage finds the uncut model's final states in `seen`, where the first left them."""
     import torch
     from torch.nn.functional import cross_entropy
 
+    distilled = bool(seen)
     model.requires_grad_(False)
     for block in model.model.layers:
         block.mlp.requires_grad_(True)
-    for row in rows:
+    for number, row in enumerate(rows):
         ids = torch.tensor([row], device=device)
+        states = model.model(ids, use_cache=False).last_hidden_state
         if distilled:
             with torch.no_grad():
-                model(ids, use_cache=False)
-        cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:]).backward()
+                model.lm_head(seen[number])
+        seen[number] = states.detach()
+        cross_entropy(model.lm_head(states)[0, :-1], ids[0, 1:]).backward()
         model.zero_grad(set_to_none=True)
 
 
 def stages(form: str, model: Any, rows: list[list[int]], device: str) -> tuple[list[float], list[list[Any]]]:
     """(seconds of each stage, importances by stage and block) by one of the forms."""
+    from sdd.forward.row_states import RowStates
     from sdd.importance.channels import SDM, TaylorWidth
 
-    criterion, found, taken = SDM(FIRST_CUT, ALPHA, TEMPERATURE), list[list[Any]](), [seconds(device)]
-    for stage in (0, 1):
-        if form == "limit":
-            bare_stage(model, rows, stage == 1, device)
-        elif form == "naive":
-            found.append(naive_stage(model, rows, criterion.masked(found[0]) if stage else None, device))
-        elif stage == 0:
-            found.append(TaylorWidth().measure(model, rows, MAX_TOKENS))
-        else:
-            found.append(criterion.measure(model, rows, MAX_TOKENS, found[0]))
-        taken.append(seconds(device))
+    first, second = TaylorWidth(), SDM(FIRST_CUT, ALPHA, TEMPERATURE)
+    seen, found, taken = dict[int, Any](), list[list[Any]](), [seconds(device)]
+    with tempfile.TemporaryDirectory() as folder:
+        first.passed = second.passed = RowStates([len(row) for row in rows], Path(folder))
+        for stage in (0, 1):
+            if form == "limit":
+                bare_stage(model, rows, seen, device)
+            elif form == "naive":
+                found.append(naive_stage(model, rows, second.masked(found[0]) if stage else None, device))
+            elif stage == 0:
+                found.append(first.measure(model, rows, MAX_TOKENS))
+            else:
+                found.append(second.measure(model, rows, MAX_TOKENS, found[0]))
+            taken.append(seconds(device))
     return [end - start for start, end in pairwise(taken)], found
 
 

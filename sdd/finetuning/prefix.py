@@ -1,15 +1,11 @@
 """The states that enter the lowest trained block, computed once: below it all is frozen, and epochs show the same rows.
 
-They are kept by row, without padding, in a file without a name. It is gone with the process, so that no run reads what
-another one, a kill or a stranger left. A resumed run computes the states again, in batches that depend on the rows
-alone, and so reads the same bits. Against a pass of the whole student they differ as those of micro-batches of another
-size do: not at all in the same shape, else by rounding. Knows nothing of what is trained above.
+A resumed run computes the states again, in batches that depend on the rows alone, and so reads the same bits. Against a
+pass of the whole student they differ as those of micro-batches of another size do: not at all in the same shape, else
+by rounding. Knows nothing of what is trained above.
 """
 
 import logging
-import mmap
-import tempfile
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -20,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdd.forward import chunks
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.bypass import Bypass
 from sdd.forward.memory import Halving
+from sdd.forward.row_states import RowStates
 from sdd.models.checkpoints import blocks, decoder
 
 log = logging.getLogger(__name__)
@@ -39,13 +35,10 @@ def frozen_blocks(model: Any) -> int:
 
 
 class FrozenStates:
-    """The states of rows as they enter a block, one behind the other: (all tokens, hidden); where each row's begin, by
-    its number, and how many they are."""
+    """The states of rows as they enter a block."""
 
-    def __init__(
-        self, bypass: Bypass, first: int, states: Tensor, starts: Sequence[int], lengths: Sequence[int]
-    ) -> None:
-        self.bypass, self.first, self.states, self.starts, self.lengths = bypass, first, states, starts, lengths
+    def __init__(self, bypass: Bypass, first: int, states: RowStates) -> None:
+        self.bypass, self.first, self.states = bypass, first, states
 
     @contextmanager
     def standing_in(self, numbers: Sequence[int], device: Any) -> Iterator[None]:
@@ -54,8 +47,8 @@ class FrozenStates:
 
         The states of pads are zeros: no token sees them.
         """
-        of_rows = [self.states[self.starts[n] : self.starts[n] + self.lengths[n]] for n in numbers]
-        states = torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
+        states = self.states.of(numbers)
+        assert states is not None, "all rows were passed"
         below: dict[int, Tensor | None] = dict.fromkeys(range(self.first))
         with self.bypass.letting_through(below | {self.first - 1: states.to(device)}):
             yield
@@ -97,30 +90,22 @@ def _kept(
     device: Any,
 ) -> FrozenStates | None:
     above: dict[int, Tensor | None] = dict.fromkeys(range(first, len(bypass.layers)))
-    starts, end, tokens = array("q", lengths), 0, sum(lengths)
-    with tempfile.TemporaryFile(dir=folder) as file, tqdm(total=len(lengths), desc="frozen", unit="row") as progress:
+    kept, drawn = RowStates(lengths, folder), _random_state(model.device)
 
-        def passed(batch: Sequence[int]) -> Tensor:
-            ids, mask = padded([ids_of(number) for number in batch], device)
-            with torch.no_grad(), bypass.letting_through(above), bypass.catching([first]) as caught:
-                decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            return caught[first].cpu()
+    def passed(batch: Sequence[int]) -> Tensor:
+        ids, mask = padded([ids_of(number) for number in batch], device)
+        with torch.no_grad(), bypass.letting_through(above), bypass.catching([first]) as caught:
+            decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return caught[first]
 
-        drawn = _random_state(model.device)
+    with tqdm(total=len(lengths), desc="frozen", unit="row") as progress:
         halving = Halving("rows below what is trained", lambda batch: len(batch) * lengths[batch[0]])
         batches = length_batches(lengths, len(lengths), max_tokens)
         for some, states in chain.from_iterable(halving(passed, batch) for batch in batches):
-            size = tokens * states.shape[-1] * states.element_size()
-            if size > chunks.KEPT_STATES or not torch.equal(drawn, _random_state(model.device)):
+            if not torch.equal(drawn, _random_state(model.device)) or not kept.keep(some, states):
                 return None
-            for number, state in zip(some, states, strict=True):
-                file.write(state[: lengths[number]].contiguous().view(torch.uint8).numpy())
-                starts[number], end = end, end + lengths[number]
             progress.update(len(some))
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    whole = torch.frombuffer(mapped, dtype=states.dtype).view(tokens, -1)
-    return FrozenStates(bypass, first, whole, starts, lengths)
+    return FrozenStates(bypass, first, kept)
 
 
 def _random_state(device: torch.device) -> Tensor:

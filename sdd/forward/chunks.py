@@ -1,4 +1,4 @@
-"""At how many positions training makes logits at once, and how many states it keeps: facts that it shares with its
+"""At how many positions training makes logits at once, and how many states are kept: facts that it shares with its
 estimate; no library.
 
 Logits at every target token of a pass would be most of its memory under a large vocabulary. Those of cross-entropy are
@@ -12,7 +12,7 @@ CHUNK_TOKENS = 256
 """Positions of a chunk: 131 MB a float32 tensor at a vocabulary of 128,256."""
 
 KEPT_STATES = 8 << 30
-"""Bytes of the states that are kept below the lowest trained block: a million tokens of 2,048 float32 numbers."""
+"""Bytes of the states that one pass leaves for later ones: a million tokens of 2,048 float32 numbers."""
 
 
 def is_cut(positions: float, vocabulary: int) -> bool:

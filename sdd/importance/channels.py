@@ -17,6 +17,7 @@ from sdd.importance.criteria import BlindChannels, ChannelCriterion, OfTexts, Te
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdd.forward.row_states import RowStates
     from sdd.models.checkpoints import Checkpoint
 
 PAPER = ((0.2, 0.307, 0.4, 0.2), (0.3, 0.46, 0.42, 0.5), (0.4, 0.61, 0.1, 0.2))
@@ -105,11 +106,13 @@ class TaylorWidth(TextChannels):
 
     name = "taylor_width"
     splits = True
+    passed: RowStates | None = None
+    """Where the model's final states are left."""
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import channel_importance
 
-        return channel_importance(model, rows, max_tokens, kept=self.kept("importance"))
+        return channel_importance(model, rows, max_tokens, kept=self.kept("importance"), passed=self.passed)
 
 
 class SDM(ChannelCriterion, OfTexts):
@@ -121,6 +124,8 @@ class SDM(ChannelCriterion, OfTexts):
 
     name = "sdm"
     splits = True
+    passed: RowStates | None = None
+    """Where the uncut model's final states are left, and read if they are there: the first stage passed it too."""
 
     def __init__(self, first_cut: float = 0.025, alpha: float | None = None, temperature: float | None = None) -> None:
         self.first_cut, self.alpha, self.temperature = first_cut, alpha, temperature
@@ -154,4 +159,4 @@ class SDM(ChannelCriterion, OfTexts):
 
         assert self.alpha is not None and self.temperature is not None, "resolved before the work begins"
         distillation = Distillation(self.alpha, self.temperature, self.masked(first), teacher)
-        return channel_importance(model, rows, max_tokens, distillation, self.kept("importance"))
+        return channel_importance(model, rows, max_tokens, distillation, self.kept("importance"), self.passed)

@@ -7,11 +7,13 @@ the absolute value (SDMPrune, arXiv 2506.11120). A plain MLP has the two terms t
 What makes it cheap: no parameter asks for a gradient. Hooks catch what enters a linear layer and the gradient of what
 leaves it; a sample's gradient of a matrix is their product, formed for several samples of one pass, block by block as
 the backward pass gets there, used and freed. Nothing flows below the first MLP. Logits exist for a few tokens at a
-time: their gradient is known in closed form, so that only the states below the head are kept.
+time: their gradient is known in closed form, so that only the states below the head are kept. The teacher of the second
+stage is the model of the first: what its pass left there is not computed again.
 
 Knows nothing of Hydra or the store.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -26,6 +28,7 @@ from sdd.architectures import MLP, mlp_layers, mlp_of
 from sdd.forward import sums
 from sdd.forward.batches import length_batches, padded
 from sdd.forward.losses import distillation_slope, softened
+from sdd.forward.row_states import RowStates
 from sdd.importance.channels import activation_norm
 from sdd.models.checkpoints import blocks, decoder, head_logits
 
@@ -64,11 +67,13 @@ def channel_importance(
     max_tokens: int,
     distillation: Distillation | None = None,
     kept: Path | None = None,
+    passed: RowStates | None = None,
 ) -> list[Tensor]:
     """Importance of every channel, a float64 vector of length width a block; higher is more important.
 
     `rows` are token ids; a pass has at most `max_tokens` padded tokens, or one row. Cross-entropy without
-    `distillation`. What is summed up is kept in the file `kept`.
+    `distillation`. What is summed up is kept in the file `kept`. Final states of the uncut model are left in `passed`,
+    and taken from there where it is the teacher.
     """
     model.requires_grad_(False)
     layout = mlp_of(model)
@@ -80,11 +85,13 @@ def channel_importance(
         lengths = [len(rows[index]) for index in batch]
         for recorder in recorders:
             recorder.rest()  # of a pass that memory did not last for
-        teacher_states = None if teacher is None else _states(teacher, ids)
+        teacher_states = None if teacher is None else _states_of(teacher, ids, batch, passed)
         for index, recorder in enumerate(recorders):
             recorder.begin(lengths, None if distillation is None else distillation.masked[index])
         with torch.enable_grad():
             states = _forward(model, ids)
+        if teacher is None and passed is not None:
+            _leave(passed, batch, states)
         slope = _slope_of_states(model, teacher, states.detach(), teacher_states, ids, lengths, distillation)
         del teacher_states
         states.backward(slope)
@@ -110,6 +117,22 @@ def _forward(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def _states(model: Any, ids: Tensor) -> Tensor:
     return _forward(model, ids)
+
+
+def _states_of(model: Any, ids: Tensor, batch: Sequence[int], passed: RowStates | None) -> Tensor:
+    """Those that a pass left, or left now by this one."""
+    if passed is not None and (left := passed.of(batch)) is not None:
+        return left.to(model.device)
+    states = _states(model, ids)
+    if passed is not None:
+        _leave(passed, batch, states)
+    return states
+
+
+def _leave(passed: RowStates, batch: Sequence[int], states: Tensor) -> None:
+    """For a later pass; where the disk has no room, that one has to compute them."""
+    with contextlib.suppress(OSError):
+        passed.keep(batch, states)
 
 
 def _slope_of_states(

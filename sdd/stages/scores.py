@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdd.config import plain
 from sdd.config.allowed import build as build_part
@@ -42,6 +42,9 @@ from sdd.stages.student import to_cut
 from sdd.store import SCRATCH, Recipe
 from sdd.store.files import write_json
 from sdd.study import Study
+
+if TYPE_CHECKING:
+    from sdd.forward.row_states import RowStates
 
 log = logging.getLogger(__name__)
 
@@ -346,7 +349,7 @@ def _build_channels(
             from sdd.forward.batches import tokenize_texts
 
             rows = tokenize_texts(source.tokenizer(), runtime.texts[spec.texts], spec.max_length)
-            importance = _measured(runtime, spec, inputs, source, criterion, rows)
+            importance = _measured(runtime, spec, inputs, source, criterion, rows, folder)
             if ranks.rank() > 0:
                 return
         else:
@@ -374,6 +377,7 @@ def _measured(
     source: Checkpoint,
     criterion: ChannelCriterion,
     rows: list[list[int]],
+    folder: Path,
 ) -> list[Any]:
     """Importance from passes over the texts; the second stage of SDMPrune has the first one's and a teacher."""
 
@@ -383,11 +387,33 @@ def _measured(
         return model
 
     model = opened(source)
+    if isinstance(criterion, SDM | TaylorWidth):
+        criterion.passed = _final_states(runtime, spec, rows, folder)
     if not isinstance(criterion, SDM):
         assert isinstance(criterion, TextChannels), f"{criterion.name} is shown no texts"
         return criterion.measure(model, rows, runtime.micro_batch_tokens)
     teacher = opened(runtime.checkpoint(str(spec.model))) if "pruned" in inputs else None
     return criterion.measure(model, rows, runtime.micro_batch_tokens, read_channels(inputs["first"]), teacher)
+
+
+_last: dict[tuple[Any, ...], Any] = {}
+"""What `_final_states` gave last, by what it is of."""
+
+
+def _final_states(runtime: Runtime, spec: TextScores, rows: list[list[int]], folder: Path) -> "RowStates | None":
+    """Where passes of the uncut model leave its final states on the texts for the next ones of this process; one such
+    place at a time. None where the model is cut already, or several ranks share the texts."""
+    from sdd.forward.row_states import RowStates
+
+    if spec.model is None or ranks.is_rank():
+        return None
+    shape = runtime.device, runtime.attention, runtime.micro_batch_tokens
+    key = spec.model, spec.dtype, spec.texts, spec.max_length, *shape
+    if key not in _last:
+        _last.clear()
+        _last[key] = RowStates([len(row) for row in rows], folder)
+    states: RowStates = _last[key]
+    return states
 
 
 def read_channels(folder: Path) -> list[Any]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from launching import Outcome, artifacts_of, run
+from launching import Outcome, artifacts_of, files_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdd.export.checkpoint import main as export
 from sdd.export.model_card import model_card
+from sdd.importance import sample_gradients
+from sdd.stages import scores
 from sdd.stages.runtime import Runtime
 from sdd.stages.student import open_student
 from sdd.store import Store
@@ -116,6 +118,23 @@ def test_page_says_what_was_cut_and_by_which_criterion(student: Student) -> None
         assert said in text
     assert f"{student.facts['parameters_after']:,} after" in text
     assert "the dataset's own reference answers" in text
+
+
+def test_the_uncut_model_is_passed_once_for_all_ratios(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDMPrune's second stage reads what the first passed in this process, and says the same without it."""
+    passed, original = list[int](), sample_gradients._states
+    monkeypatch.setattr(sample_gradients, "_states", lambda *given: passed.append(1) or original(*given))
+    ratios = [["metric=sdm", "pruning=mlp20", f"pruning.ratio={ratio}"] for ratio in (0.1, 0.2)]
+    for words in ratios:
+        assert run("prune", *small, *words, cwd=tmp_path / "shared").code == 0
+    assert passed == []
+    monkeypatch.setattr(scores, "_final_states", lambda *given: None)
+    for words in ratios:
+        assert run("prune", *small, *words, cwd=tmp_path / "apart").code == 0
+    assert passed
+    assert files_of(tmp_path / "shared" / "artifacts") == files_of(tmp_path / "apart" / "artifacts")
 
 
 def test_page_knows_no_criterion_of_blocks_that_were_named(small: list[str], tmp_path: Path) -> None:
