@@ -402,7 +402,10 @@ _last: dict[tuple[Any, ...], Any] = {}
 
 def _final_states(runtime: Runtime, spec: TextScores, rows: list[list[int]], folder: Path) -> "RowStates | None":
     """Where passes of the uncut model leave its final states on the texts for the next ones of this process; one such
-    place at a time. None where the model is cut already, or several ranks share the texts."""
+    place at a time. None where no uncut model is passed, or several ranks share the texts.
+
+    It lies beside the artifact, which NFS would not let be published while a file in it is open.
+    """
     from sdd.forward.row_states import RowStates
 
     if spec.model is None or ranks.is_rank():
@@ -411,7 +414,7 @@ def _final_states(runtime: Runtime, spec: TextScores, rows: list[list[int]], fol
     key = spec.model, spec.dtype, spec.texts, spec.max_length, *shape
     if key not in _last:
         _last.clear()
-        _last[key] = RowStates([len(row) for row in rows], folder)
+        _last[key] = RowStates([len(row) for row in rows], folder.parent)
     states: RowStates = _last[key]
     return states
 
