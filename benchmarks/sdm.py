@@ -107,7 +107,7 @@ def stages(form: str, model: Any, rows: list[list[int]], device: str) -> tuple[l
     first, second = TaylorWidth(), SDM(FIRST_CUT, ALPHA, TEMPERATURE)
     seen, found, taken = dict[int, Any](), list[list[Any]](), [seconds(device)]
     with tempfile.TemporaryDirectory() as folder:
-        first.passed = second.passed = RowStates([len(row) for row in rows], Path(folder))
+        first.final_states = second.final_states = RowStates([len(row) for row in rows], Path(folder))
         for stage in (0, 1):
             if form == "limit":
                 bare_stage(model, rows, seen, device)

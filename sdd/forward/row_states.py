@@ -41,6 +41,8 @@ class RowStates:
         self.like, self.mapped = states.new_empty(0, states.shape[-1], device="cpu"), None
         try:
             for number, state in zip(numbers, states.detach().cpu(), strict=True):
+                if self.starts[number] >= 0:
+                    continue  # kept before memory ran out in the rest of that pass
                 self.file.write(state[: self.lengths[number]].contiguous().view(torch.uint8).numpy())
                 self.starts[number], self.end = self.end, self.end + self.lengths[number]
             self.file.flush()

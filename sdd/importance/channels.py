@@ -106,13 +106,13 @@ class TaylorWidth(TextChannels):
 
     name = "taylor_width"
     splits = True
-    passed: RowStates | None = None
+    final_states: RowStates | None = None
     """Where the model's final states are left."""
 
     def measure(self, model: Any, rows: list[list[int]], max_tokens: int) -> list[Tensor]:
         from sdd.importance.sample_gradients import channel_importance
 
-        return channel_importance(model, rows, max_tokens, kept=self.kept("importance"), passed=self.passed)
+        return channel_importance(model, rows, max_tokens, kept=self.kept("importance"), final_states=self.final_states)
 
 
 class SDM(ChannelCriterion, OfTexts):
@@ -124,7 +124,7 @@ class SDM(ChannelCriterion, OfTexts):
 
     name = "sdm"
     splits = True
-    passed: RowStates | None = None
+    final_states: RowStates | None = None
     """Where the uncut model's final states are left, and read if they are there: the first stage passed it too."""
 
     def __init__(self, first_cut: float = 0.025, alpha: float | None = None, temperature: float | None = None) -> None:
@@ -159,4 +159,4 @@ class SDM(ChannelCriterion, OfTexts):
 
         assert self.alpha is not None and self.temperature is not None, "resolved before the work begins"
         distillation = Distillation(self.alpha, self.temperature, self.masked(first), teacher)
-        return channel_importance(model, rows, max_tokens, distillation, self.kept("importance"), self.passed)
+        return channel_importance(model, rows, max_tokens, distillation, self.kept("importance"), self.final_states)

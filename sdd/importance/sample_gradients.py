@@ -67,13 +67,13 @@ def channel_importance(
     max_tokens: int,
     distillation: Distillation | None = None,
     kept: Path | None = None,
-    passed: RowStates | None = None,
+    final_states: RowStates | None = None,
 ) -> list[Tensor]:
     """Importance of every channel, a float64 vector of length width a block; higher is more important.
 
     `rows` are token ids; a pass has at most `max_tokens` padded tokens, or one row. Cross-entropy without
-    `distillation`. What is summed up is kept in the file `kept`. Final states of the uncut model are left in `passed`,
-    and taken from there where it is the teacher.
+    `distillation`. What is summed up is kept in the file `kept`. The uncut model's are left in `final_states`, and
+    taken from there where it is the teacher.
     """
     model.requires_grad_(False)
     layout = mlp_of(model)
@@ -85,13 +85,13 @@ def channel_importance(
         lengths = [len(rows[index]) for index in batch]
         for recorder in recorders:
             recorder.rest()  # of a pass that memory did not last for
-        teacher_states = None if teacher is None else _states_of(teacher, ids, batch, passed)
+        teacher_states = None if teacher is None else _teacher_states(teacher, ids, batch, final_states)
         for index, recorder in enumerate(recorders):
             recorder.begin(lengths, None if distillation is None else distillation.masked[index])
         with torch.enable_grad():
             states = _forward(model, ids)
-        if teacher is None and passed is not None:
-            _leave(passed, batch, states)
+        if teacher is None and final_states is not None:
+            _leave(final_states, batch, states)
         slope = _slope_of_states(model, teacher, states.detach(), teacher_states, ids, lengths, distillation)
         del teacher_states
         states.backward(slope)
@@ -119,20 +119,20 @@ def _states(model: Any, ids: Tensor) -> Tensor:
     return _forward(model, ids)
 
 
-def _states_of(model: Any, ids: Tensor, batch: Sequence[int], passed: RowStates | None) -> Tensor:
+def _teacher_states(teacher: Any, ids: Tensor, batch: Sequence[int], final_states: RowStates | None) -> Tensor:
     """Those that a pass left, or left now by this one."""
-    if passed is not None and (left := passed.of(batch)) is not None:
-        return left.to(model.device)
-    states = _states(model, ids)
-    if passed is not None:
-        _leave(passed, batch, states)
+    if final_states is not None and (left := final_states.of(batch)) is not None:
+        return left.to(teacher.device)
+    states = _states(teacher, ids)
+    if final_states is not None:
+        _leave(final_states, batch, states)
     return states
 
 
-def _leave(passed: RowStates, batch: Sequence[int], states: Tensor) -> None:
+def _leave(final_states: RowStates, batch: Sequence[int], states: Tensor) -> None:
     """For a later pass; where the disk has no room, that one has to compute them."""
     with contextlib.suppress(OSError):
-        passed.keep(batch, states)
+        final_states.keep(batch, states)
 
 
 def _slope_of_states(

@@ -388,7 +388,7 @@ def _measured(
 
     model = opened(source)
     if isinstance(criterion, SDM | TaylorWidth):
-        criterion.passed = _final_states(runtime, spec, rows, folder)
+        criterion.final_states = _final_states(runtime, spec, rows, folder)
     if not isinstance(criterion, SDM):
         assert isinstance(criterion, TextChannels), f"{criterion.name} is shown no texts"
         return criterion.measure(model, rows, runtime.micro_batch_tokens)
@@ -396,7 +396,7 @@ def _measured(
     return criterion.measure(model, rows, runtime.micro_batch_tokens, read_channels(inputs["first"]), teacher)
 
 
-_last: dict[tuple[Any, ...], Any] = {}
+_last: "dict[tuple[Any, ...], RowStates]" = {}
 """What `_final_states` gave last, by what it is of."""
 
 
@@ -415,8 +415,7 @@ def _final_states(runtime: Runtime, spec: TextScores, rows: list[list[int]], fol
     if key not in _last:
         _last.clear()
         _last[key] = RowStates([len(row) for row in rows], folder.parent)
-    states: RowStates = _last[key]
-    return states
+    return _last[key]
 
 
 def read_channels(folder: Path) -> list[Any]:

@@ -32,6 +32,8 @@ def test_states_are_read_as_they_were_kept(dtype: torch.dtype, tmp_path: Path) -
     assert found is not None
     for row, length in enumerate(LENGTHS):
         assert torch.equal(found[row, :length], states[row, :length]) and not found[row, length:].any()
+    size = kept.end
+    assert kept.keep([0, 3], 2 * states[[0, 3]]) and kept.end == size, "once is enough"
     assert list(tmp_path.iterdir()) == [], "the file has no name"
 
 
@@ -65,23 +67,23 @@ def test_the_second_stage_reads_what_the_first_passed(
 
     monkeypatch.setattr(sample_gradients, "_states", counted)
     model, first, second = Checkpoint(tiny_llama).model("float32"), TaylorWidth(), SDM(0.1, 0.4, 0.5)
-    first.passed = RowStates([len(row) for row in ROWS], tmp_path)
+    first.final_states = RowStates([len(row) for row in ROWS], tmp_path)
     stage1 = first.measure(model, ROWS, 16)
     assert passed == []
     expected = second.measure(model, ROWS, 16, stage1)
     assert sum(passed) == len(ROWS)
     some = RowStates([len(row) for row in ROWS], tmp_path)
     for number in (3, 1):  # 1 is passed together with 2
-        left = first.passed.of([number])
+        left = first.final_states.of([number])
         assert left is not None
         some.keep([number], left)
-    for second.passed, times in ((first.passed, 0), (some, 2), (some, 0)):
+    for second.final_states, times in ((first.final_states, 0), (some, 2), (some, 0)):
         passed.clear()
         found = second.measure(model, ROWS, 16, stage1)
         assert len(passed) == times
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     full = RowStates([len(row) for row in ROWS], tmp_path)
     full.file = FULL.open("wb")
-    second.passed = full
+    second.final_states = full
     found = second.measure(model, ROWS, 16, stage1)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
