@@ -1,12 +1,15 @@
 """All benchmarks in one table; or in a minute, whether one has become much slower.
 
-    python -m benchmarks [NAME ...] [--device cuda] [--data FOLDER] [--trl PYTHON] [--out outputs/benchmarks]
+    python -m benchmarks [NAME ...] [--device cuda] [--data FOLDER] [--trl PYTHON] [--stories MODEL TEXTS]
+                         [--out outputs/benchmarks]
     python -m benchmarks --quick
 
 The first form prints the table and writes it as Markdown, and as JSON with every turn's seconds; `--data` has rows of
 public tasks for `evaluation`, as `evaluation.data_dir` does, `--trl` is the python of an environment with TRL, for
-`finetuning`. On a GPU models and their rows are moved there, and it is waited for when seconds are taken; what works on
-files or processes stays as it is. Where results differ it ends in 1; a ratio below what was asked is told in the table.
+`finetuning`; `--stories` adds a writer of stories, such as stories260K, and stories as JSON objects with a `text`, one
+a line, to `scores`, `generation` and `finetuning`. On a GPU models and their rows are moved there, and it is waited for
+when seconds are taken; what works on files or processes stays as it is. Where results differ it ends in 1; a ratio
+below what was asked is told in the table.
 
 The second form compares every stage with its physical limit on small models on a CPU, and ends in 1 where one reaches
 less than half of its usual share of it. Other machines have other shares: the bounds are wide for that.
@@ -50,6 +53,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5, help="of all ways that are compared")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--trl", type=Path)
+    parser.add_argument("--stories", type=Path, nargs=2, metavar=("MODEL", "TEXTS"))
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in NAMES]:
@@ -63,7 +67,8 @@ def main() -> int:
     torch.set_num_threads(1)
     if given.quick:
         return quick()
-    setting, rows = Setting(given.device, given.turns, given.data, given.trl), list[Ratio]()
+    stories = tuple(given.stories) if given.stories else None
+    setting, rows = Setting(given.device, given.turns, given.data, given.trl, stories), list[Ratio]()
     for name in given.names or NAMES:
         rows += import_module(f"benchmarks.{name}").rows(setting)
         write(rows, given.out, setting.device)

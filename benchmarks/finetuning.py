@@ -14,8 +14,9 @@ or a GPU's, and a ratio is given only where the losses of all steps are the same
 
 `embedded` is the embedded model on `tiny_instruct`, `synthetic` a random Llama of 12 blocks, 512 wide, with 32,000
 tokens, on random rows as long as those of GSM8K. `... last` trains the last four blocks alone, for three epochs, where
-states below are computed once. What is left is told by the limit: bare passes forward and back over as many tokens in
-rows of one length, with no padding, optimiser or loop, logits at the targets.
+states below are computed once. `stories` is a writer of stories on stories, if one is given. What is left is told by
+the limit: bare passes forward and back over as many tokens in rows of one length, with no padding, optimiser or loop,
+logits at the targets.
 """
 
 import json
@@ -33,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import TEACHER, random_llama
+from benchmarks.models import TEACHER, random_llama, writer_of_stories
 from benchmarks.rows import Ratio, Setting
 from benchmarks.timing import Seconds, clocked, in_turns, share
 
@@ -69,6 +70,7 @@ CASES = {
     "embedded last": Case("embedded", 128, 32, 3, 256, LORA | LAST, {"padded": 2.5}),
     "synthetic": Case("synthetic", 16, 8, 1, 512, LORA, {"padded": 2.0, "packed": 1.3}),
     "synthetic last": Case("synthetic", 8, 8, 3, 512, LORA | LAST, {"padded": 2.5}),
+    "stories": Case("stories", 64, 16, 1, 512, LORA, {"padded": 2.0, "packed": 1.3}),
 }
 
 
@@ -96,7 +98,21 @@ def synthetic(rows: int) -> tuple[Any, list[Any]]:
     return model, drawn
 
 
+def stories(given: tuple[Path, Path], rows: int) -> tuple[Any, list[Any]]:
+    """The same of a writer of stories; what follows the first 32 tokens is learnt."""
+    from sdd.finetuning.module import TrainingRow
+
+    model, texts = writer_of_stories(given, rows, 512)
+    model.generation_config.pad_token_id = 0
+    return model, [TrainingRow(text, 32) for text in texts]
+
+
 MODELS: dict[str, Callable[[int], tuple[Any, list[Any]]]] = {"embedded": embedded, "synthetic": synthetic}
+
+
+def models(setting: Setting) -> dict[str, Callable[[int], tuple[Any, list[Any]]]]:
+    """And a writer of stories, if one is given."""
+    return MODELS | ({"stories": partial(stories, setting.stories)} if setting.stories else {})
 
 
 class Bench:
@@ -109,7 +125,7 @@ class Bench:
         from sdd.stages.tuned import _places
 
         self.case, self.setting = case, setting
-        model, self.rows = MODELS[case.model](case.rows)
+        model, self.rows = models(setting)[case.model](case.rows)
         torch.manual_seed(SEED)
         self.student = adapted(model, case.adapter, _places(case.adapter, model, None)).to(setting.device)
         self.initial = {name: tensor.clone() for name, tensor in self.trained().items()}
@@ -310,7 +326,7 @@ class PackedByTRL:
             "adamw": {name: settings[name] for name in ("betas", "eps", "weight_decay")},
         }
         (folder / "case.json").write_text(json.dumps(case))
-        MODELS[bench.case.model](1)[0].save_pretrained(folder / "model")
+        models(bench.setting)[bench.case.model](1)[0].save_pretrained(folder / "model")
         shutil.copy(TEACHER / "tokenizer.json", folder / "model")  # for its padding token alone
         shutil.copy(TEACHER / "tokenizer_config.json", folder / "model")
         bench.reset("sdpa")
@@ -393,11 +409,12 @@ def row(name: str, bench: Bench, way: str, goal: float, taken: Seconds, losses: 
 
 
 def rows(setting: Setting) -> list[Ratio]:
-    found = [row for name in CASES for row in compared(name, setting)]
+    cases = [name for name, case in CASES.items() if case.model in models(setting)]
+    found = [row for name in cases for row in compared(name, setting)]
     if setting.trl is None:
         print("finetuning: TRL is left out, it needs --trl", file=sys.stderr)
         return found
-    packing = [name for name, case in CASES.items() if "packed" in case.goals]
+    packing = [name for name in cases if "packed" in CASES[name].goals]
     return found + [compared_with_trl(name, setting, setting.trl) for name in packing]
 
 

@@ -5,8 +5,9 @@
 The same prompts, model and limit of new tokens. `file order` is `generate` on left-padded batches of the same size in
 the order of the file, `batch 1` is `generate` on one prompt at a time, for every sixth row. The embedded model rewrites
 references of `tiny_instruct`. A random Llama has no words to repeat: its answers end at one of a share of its tokens,
-so that lengths are spread. Seconds are the processor's on one thread, which others on the machine do not lengthen as
-they do the clock's, or a GPU's. A ratio is given only where every answer is the same, token by token.
+so that lengths are spread. A writer of stories, if one is given, goes on from their beginnings. Seconds are the
+processor's on one thread, which others on the machine do not lengthen as they do the clock's, or a GPU's. A ratio is
+given only where every answer is the same, token by token.
 
 What is left is told by where the loop's seconds go (the passes over prompts, the steps, the rest), and by the limit:
 bare passes over prompts with their answers, no cache, the head at the answers' tokens, as if every answer were known.
@@ -14,9 +15,10 @@ bare passes over prompts with their answers, no cache, the head at the answers' 
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks.models import TEACHER, random_llama
+from benchmarks.models import TEACHER, random_llama, writer_of_stories
 from benchmarks.rows import Ratio, Setting
 from benchmarks.timing import clocked, in_turns, share, timed
 from benchmarks.timing import seconds as clock
@@ -30,6 +32,7 @@ WAYS = {"file order": 3.5, "batch 1": 8.0}
 EVERY = 6
 """Rows that are asked one at a time: one in so many."""
 Answers = list[list[int]]
+Made = Callable[[int, str], tuple[Any, Answers, list[int], int]]
 
 
 def embedded(rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
@@ -57,7 +60,17 @@ def synthetic(rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
     return model, prompts, list(range(0, 32_000, 16)), 32
 
 
-MODELS = {"embedded": (embedded, 192), "synthetic": (synthetic, 96)}
+def stories(given: tuple[Path, Path], rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
+    """The same of a writer of stories that goes on from their beginnings, of 24 to 87 tokens."""
+    from sdd.models.chats import stop_ids
+    from sdd.models.checkpoints import Checkpoint
+
+    model, texts = writer_of_stories(given, rows, 256, attention)
+    prompts = [text[: 24 + 11 * number % 64] for number, text in enumerate(texts)]
+    return model, prompts, stop_ids(Checkpoint(given[0]).tokenizer(), model.generation_config), 128
+
+
+MODELS: dict[str, tuple[Made, int]] = {"embedded": (embedded, 192), "synthetic": (synthetic, 96)}
 """And rows that are asked, a multiple of `EVERY`."""
 BATCH = 64
 
@@ -124,8 +137,7 @@ def bare(model: Any, prompts: Answers, answers: Answers, batch_size: int) -> Ans
     return answers
 
 
-def compared(name: str, setting: Setting) -> list[Ratio]:
-    made, rows = MODELS[name]
+def compared(name: str, made: Made, rows: int, setting: Setting) -> list[Ratio]:
     model, prompts, stops, limit = made(rows, setting.attention)
     model.to(setting.device)
     answers = decoded(model, prompts, stops, limit, BATCH)
@@ -149,7 +161,8 @@ def compared(name: str, setting: Setting) -> list[Ratio]:
 
 
 def rows(setting: Setting) -> list[Ratio]:
-    return [row for name in MODELS for row in compared(name, setting)]
+    models = MODELS | ({"stories": (partial(stories, setting.stories), 132)} if setting.stories else {})
+    return [row for name, (made, asked) in models.items() for row in compared(name, made, asked, setting)]
 
 
 def quick() -> float:

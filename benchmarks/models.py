@@ -1,5 +1,6 @@
 """The models that benchmarks share."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,3 +18,17 @@ def random_llama(attention: str | None = None, **settings: Any) -> Any:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(**{**sizes, **heads, "bos_token_id": None, "eos_token_id": None, **settings})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def writer_of_stories(stories: tuple[Path, Path], rows: int, longest: int, attention: str | None = None) -> Any:
+    """(model, tokens of as many of the first stories) of a checkpoint and a file; each is cut at `longest` tokens."""
+    from itertools import islice
+
+    from sdd.models.checkpoints import Checkpoint
+
+    checkpoint = Checkpoint(stories[0])
+    tokenizer = checkpoint.tokenizer()
+    with stories[1].open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in islice(file, rows)]
+    model = checkpoint.model("float32", attention=attention)
+    return model, tokenizer(texts, truncation=True, max_length=longest)["input_ids"]

@@ -13,12 +13,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Setting:
     """Where benchmarks run, "cpu" or "cuda", in so many turns; and what some of them need: a folder with rows of public
-    tasks, as `evaluation.data_dir` is, and the python of an environment with TRL."""
+    tasks, as `evaluation.data_dir` is, the python of an environment with TRL, a writer of stories such as stories260K
+    (a checkpoint) and stories (JSON objects with a `text`, one a line)."""
 
     device: str = "cpu"
     turns: int = 5
     data: Path | None = None
     trl: Path | None = None
+    stories: tuple[Path, Path] | None = None
 
     @property
     def attention(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.models import random_llama
+from benchmarks.models import random_llama, writer_of_stories
 from benchmarks.rows import Ratio, Setting
 from benchmarks.timing import clocked, in_turns, share
 from sdd.forward.batches import length_batches, padded, show_texts
@@ -72,20 +72,26 @@ def apart(loop: dict[int, list[float]], own: dict[str, list[float]]) -> float:
     return max(abs(a - b) for size, values in loop.items() for a, b in zip(values, own[str(size)], strict=False))
 
 
+def compared(name: str, model: Any, texts: list[list[int]], sizes: range, setting: Setting) -> Ratio:
+    ways: dict[str, Callable[[], Any]] = {
+        "loop": partial(looped, model, texts, sizes),
+        "sdd": partial(scored, model, texts),
+        "limit": partial(bare, model, texts),
+    }
+    taken, results = in_turns(clocked(ways, setting.device), setting.turns)
+    distance = max(map(apart, results["loop"], results["sdd"]))
+    parity = f"{distance:.0e} apart" if distance < 1e-5 else ""
+    return Ratio(f"scores, {name}", "a loop over sizes", taken["loop"], taken["sdd"], taken["limit"], parity)
+
+
 def rows(setting: Setting) -> list[Ratio]:
     model, texts = drawn_model(setting).to(setting.device), draw_texts(16, 256)
     bare(model, texts[:BATCH])
-    found = []
-    for name, sizes in {"one size": range(1, 2), "ten sizes": SIZES}.items():
-        ways: dict[str, Callable[[], Any]] = {
-            "loop": partial(looped, model, texts, sizes),
-            "sdd": partial(scored, model, texts),
-            "limit": partial(bare, model, texts),
-        }
-        taken, results = in_turns(clocked(ways, setting.device), setting.turns)
-        distance = max(map(apart, results["loop"], results["sdd"]))
-        parity = f"{distance:.0e} apart" if distance < 1e-5 else ""
-        found.append(Ratio(f"scores, {name}", "a loop over sizes", taken["loop"], taken["sdd"], taken["limit"], parity))
+    asked = {"one size": range(1, 2), "ten sizes": SIZES}
+    found = [compared(name, model, texts, sizes, setting) for name, sizes in asked.items()]
+    if setting.stories:
+        model, texts = writer_of_stories(setting.stories, 128, 256, setting.attention)
+        found.append(compared("stories, four sizes", model.to(setting.device), texts, range(1, 5), setting))
     return found
 
 
