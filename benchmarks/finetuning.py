@@ -5,9 +5,9 @@
 The same rows, global batches, adapter, optimiser and schedule. `padded` is `transformers.Trainer` on batches in the
 order of the plan, padded to their longest row, with logits at every token. `packed` is what packing takes at least: a
 plain loop over rows laid end to end in blocks of 256 or 512 tokens (best fit decreasing), their positions counted anew
-and attention kept within a row by transformers' own mask, logits at every token. Both keep transformers' default
-attention (SDPA), the project that of `trainer=cpu` (eager) or `trainer=gpu`. Seconds are the processor's on one thread,
-or a GPU's, and a ratio is given only where the losses of all steps are the same to 1e-5 of their size.
+and attention kept within a row by transformers' own mask, logits at every token. All have the same attention (SDPA).
+Seconds are the processor's on one thread, or a GPU's, and a ratio is given only where the losses of all steps are the
+same to 1e-5 of their size.
 
 `trl` is TRL's own packing, in a process of an environment that has it (`pip install trl peft`, and torch), see
 `trl_packing.py`: the rows of one step in every step, whose seconds are those of its training loop alone.
@@ -144,7 +144,7 @@ class Bench:
 
         if self.setting.device == "cpu":
             return Runtime()
-        return Runtime(accelerator="gpu", attention=self.setting.attention, micro_batch_tokens=4096)
+        return Runtime(accelerator="gpu", micro_batch_tokens=4096)
 
     def first(self, rows: int) -> "Bench":
         """The same with the first rows alone."""
@@ -155,11 +155,10 @@ class Bench:
     def trained(self) -> dict[str, Any]:
         return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
 
-    def reset(self, attention: str) -> None:
+    def reset(self) -> None:
         for name, parameter in self.trained().items():
             parameter.data.copy_(self.initial[name])
             parameter.grad = None
-        self.student.get_base_model().set_attn_implementation(attention)
         self.student.train()
 
     def optimisers(self) -> tuple[Any, Any]:
@@ -178,7 +177,7 @@ def own(bench: Bench) -> Losses:
     from sdd.stages.tuned import _fit
     from sdd.store import Recipe
 
-    bench.reset(bench.setting.attention)
+    bench.reset()
     spec = {"adapter": bench.case.adapter, "base_quantisation": None, "precision": "32", "system_prompt": None}
     finetune = OPTIMISATION | {"batch_size": bench.case.batch, "epochs": bench.case.epochs}
     finetune |= {"max_length": bench.block}
@@ -194,7 +193,7 @@ def padded(bench: Bench) -> Losses:
     import torch
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    bench.reset("sdpa")
+    bench.reset()
     losses: Losses = []
 
     def collated(rows: list[Any]) -> dict[str, Any]:
@@ -257,7 +256,7 @@ def packed(bench: Bench) -> Losses:
     """A plain loop, a pass a block."""
     import torch
 
-    bench.reset("sdpa")
+    bench.reset()
     optimizer, scheduler = bench.optimisers()
     losses: Losses = []
     for step in bench.plan:
@@ -292,7 +291,7 @@ def limit(bench: Bench) -> None:
     from sdd.forward.losses import target_loss_sum
     from sdd.models.checkpoints import decoder, head_logits
 
-    bench.reset(bench.setting.attention)
+    bench.reset()
     model, device = bench.student.get_base_model(), bench.setting.device
     length = round(statistics.mean(len(row.ids) for row in bench.rows))
     targets = round(statistics.mean(len(row.ids) - row.prompt_length for row in bench.rows))
@@ -329,7 +328,7 @@ class PackedByTRL:
         models(bench.setting)[bench.case.model](1)[0].save_pretrained(folder / "model")
         shutil.copy(TEACHER / "tokenizer.json", folder / "model")  # for its padding token alone
         shutil.copy(TEACHER / "tokenizer_config.json", folder / "model")
-        bench.reset("sdpa")
+        bench.reset()
         bench.student.save_pretrained(folder / "adapter", save_embedding_layers=False)
         command = [str(python), str(Path(__file__).with_name("trl_packing.py")), str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

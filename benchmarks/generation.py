@@ -32,40 +32,40 @@ WAYS = {"file order": 3.5, "batch 1": 8.0}
 EVERY = 6
 """Rows that are asked one at a time: one in so many."""
 Answers = list[list[int]]
-Made = Callable[[int, str], tuple[Any, Answers, list[int], int]]
+Made = Callable[[int], tuple[Any, Answers, list[int], int]]
 
 
-def embedded(rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
+def embedded(rows: int) -> tuple[Any, Answers, list[int], int]:
     """(model, prompts, tokens that end an answer, limit of new tokens): rewriting with the embedded teacher."""
     from sdd.data.tiny import TinyTasks
     from sdd.models.chats import REWRITE_TEMPLATE, chat_prompt_ids, rewrite_prompt, stop_ids
     from sdd.models.checkpoints import Checkpoint
 
     checkpoint = Checkpoint(TEACHER)
-    model, tokenizer = checkpoint.model("float32", attention=attention), checkpoint.tokenizer()
+    model, tokenizer = checkpoint.model("float32"), checkpoint.tokenizer()
     examples = TinyTasks(num_rows=rows).examples()
     texts = [rewrite_prompt(REWRITE_TEMPLATE, example.prompt, example.reference) for example in examples]
     prompts = [chat_prompt_ids(tokenizer, text) for text in texts]
     return model, prompts, stop_ids(tokenizer, model.generation_config), 128
 
 
-def synthetic(rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
+def synthetic(rows: int) -> tuple[Any, Answers, list[int], int]:
     """The same of a random Llama: 12 blocks, hidden 512, 32,000 tokens of which one in 16 ends an answer."""
     import torch
 
-    model = random_llama(attention, initializer_range=0.2)
+    model = random_llama(initializer_range=0.2)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(16, 64, (rows,), generator=generator).tolist()
     prompts = [torch.randint(0, 32_000, (length,), generator=generator).tolist() for length in lengths]
     return model, prompts, list(range(0, 32_000, 16)), 32
 
 
-def stories(given: tuple[Path, Path], rows: int, attention: str) -> tuple[Any, Answers, list[int], int]:
+def stories(given: tuple[Path, Path], rows: int) -> tuple[Any, Answers, list[int], int]:
     """The same of a writer of stories that goes on from their beginnings, of 24 to 87 tokens."""
     from sdd.models.chats import stop_ids
     from sdd.models.checkpoints import Checkpoint
 
-    model, texts = writer_of_stories(given, rows, 256, attention)
+    model, texts = writer_of_stories(given, rows, 256)
     prompts = [text[: 24 + 11 * number % 64] for number, text in enumerate(texts)]
     return model, prompts, stop_ids(Checkpoint(given[0]).tokenizer(), model.generation_config), 128
 
@@ -138,7 +138,7 @@ def bare(model: Any, prompts: Answers, answers: Answers, batch_size: int) -> Ans
 
 
 def compared(name: str, made: Made, rows: int, setting: Setting) -> list[Ratio]:
-    model, prompts, stops, limit = made(rows, setting.attention)
+    model, prompts, stops, limit = made(rows)
     model.to(setting.device)
     answers = decoded(model, prompts, stops, limit, BATCH)
     generated(model, prompts[:2], stops, 2, 2)
@@ -167,6 +167,6 @@ def rows(setting: Setting) -> list[Ratio]:
 
 def quick() -> float:
     """Seconds of bare passes over those of the loop."""
-    model, prompts, stops, limit = embedded(24, "eager")
+    model, prompts, stops, limit = embedded(24)
     answers = decoded(model, prompts, stops, limit, 16)
     return share(partial(bare, model, prompts, answers, 16), partial(decoded, model, prompts, stops, limit, 16))

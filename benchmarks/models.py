@@ -8,7 +8,7 @@ TEACHER = Path(__file__).resolve().parents[1] / "sdd" / "tiny" / "teacher"
 """The embedded model."""
 
 
-def random_llama(attention: str | None = None, **settings: Any) -> Any:
+def random_llama(**settings: Any) -> Any:
     """A float32 Llama of 12 blocks, hidden 512, 32,000 tokens, the same every time; matrix products dominate there."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -17,10 +17,10 @@ def random_llama(attention: str | None = None, **settings: Any) -> Any:
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 32_000}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(**{**sizes, **heads, "bos_token_id": None, "eos_token_id": None, **settings})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def writer_of_stories(stories: tuple[Path, Path], rows: int, longest: int, attention: str | None = None) -> Any:
+def writer_of_stories(stories: tuple[Path, Path], rows: int, longest: int) -> Any:
     """(model, tokens of as many of the first stories) of a checkpoint and a file; each is cut at `longest` tokens."""
     from itertools import islice
 
@@ -30,5 +30,4 @@ def writer_of_stories(stories: tuple[Path, Path], rows: int, longest: int, atten
     tokenizer = checkpoint.tokenizer()
     with stories[1].open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in islice(file, rows)]
-    model = checkpoint.model("float32", attention=attention)
-    return model, tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+    return checkpoint.model("float32"), tokenizer(texts, truncation=True, max_length=longest)["input_ids"]

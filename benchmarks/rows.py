@@ -22,11 +22,6 @@ class Setting:
     trl: Path | None = None
     stories: tuple[Path, Path] | None = None
 
-    @property
-    def attention(self) -> str:
-        """That of `trainer=cpu` or `trainer=gpu`."""
-        return "eager" if self.device == "cpu" else "sdpa"
-
 
 @dataclass(frozen=True)
 class Ratio:

@@ -85,22 +85,22 @@ def compared(name: str, model: Any, texts: list[list[int]], sizes: range, settin
 
 
 def rows(setting: Setting) -> list[Ratio]:
-    model, texts = drawn_model(setting).to(setting.device), draw_texts(16, 256)
+    model, texts = drawn_model().to(setting.device), draw_texts(16, 256)
     bare(model, texts[:BATCH])
     asked = {"one size": range(1, 2), "ten sizes": SIZES}
     found = [compared(name, model, texts, sizes, setting) for name, sizes in asked.items()]
     if setting.stories:
-        model, texts = writer_of_stories(setting.stories, 128, 256, setting.attention)
+        model, texts = writer_of_stories(setting.stories, 128, 256)
         found.append(compared("stories, four sizes", model.to(setting.device), texts, range(1, 5), setting))
     return found
 
 
-def drawn_model(setting: Setting) -> Any:
-    return random_llama(setting.attention, initializer_range=0.2)
+def drawn_model() -> Any:
+    return random_llama(initializer_range=0.2)
 
 
 def quick() -> float:
     """Seconds of one bare pass over those of scoring."""
-    model, rows = drawn_model(Setting()), draw_texts(4, 96)
+    model, rows = drawn_model(), draw_texts(4, 96)
     bare(model, rows)
     return share(lambda: bare(model, rows), lambda: scored(model, rows))

@@ -127,9 +127,9 @@ def measure(form: str, workload: str, folder: Path, device: str) -> dict[str, fl
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    random_llama("sdpa", **MODEL, hidden_size=64, intermediate_size=64, vocab_size=64)  # loads what is imported late
+    random_llama(**MODEL, hidden_size=64, intermediate_size=64, vocab_size=64)  # loads what is imported late
     baseline = peak_memory(device)
-    model, rows = random_llama("sdpa", **MODEL).to(device), draw_rows(workload)
+    model, rows = random_llama(**MODEL).to(device), draw_rows(workload)
     taken, found = stages(form, model, rows, device)
     held = (peak_memory(device) - baseline) / 1e6
     tensors = {f"{stage}.{block}": v.double() for stage, vs in enumerate(found) for block, v in enumerate(vs)}

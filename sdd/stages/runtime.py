@@ -30,7 +30,7 @@ class Runtime:
     nodes: Nodes | None = None
     strategy: str = "ddp"
     spread: Spread | None = None
-    attention: str = "eager"
+    attention: str = "sdpa"
     micro_batch_tokens: int = 512
     inference_batch_size: int = 32
     evaluation_batch_size: int = 64

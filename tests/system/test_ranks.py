@@ -50,7 +50,7 @@ from sdd.rewriting import engines
 from sdd.rewriting.engines import HFEngine, Request
 
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["all-linear"]}
-ON_CPU = ["trainer.accelerator=cpu", "trainer.attention=eager"]
+ON_CPU = ["trainer.accelerator=cpu"]
 """With `trainer=ddp` or `fsdp`, so that passes are those of `trainer=cpu`."""
 STEPS = ["trainer.threads=1", "trainer.micro_batch_tokens=256", "trainer.checkpoint_every=2"]
 """Passes of which a step, and the validation, has two."""

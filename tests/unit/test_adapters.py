@@ -46,7 +46,7 @@ def test_blocks_beside_the_cut_by_hand(kept: list[int], removed: list[int], reac
 
 
 def opened(folder: Path) -> Any:
-    return Checkpoint(folder).model("float32", attention="eager")
+    return Checkpoint(folder).model("float32", attention="sdpa")
 
 
 @torch.no_grad()
@@ -132,7 +132,8 @@ def test_head_and_norms_are_trained_and_nothing_else(name: str, request: pytest.
     norms = {key for key in untouched if "norm" in key}
     assert norms and norms <= changed
     save_model(model, tmp_path / "exported", Checkpoint(source))
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
+    attention = before.config._attn_implementation  # eager where SDPA would leave out a soft cap
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation=attention).eval()
     assert torch.equal(logits(exported), logits(student))
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in before.parameters())
 
@@ -150,7 +151,7 @@ def test_a_tie_that_peft_cannot_keep_is_refused(
 def test_what_is_trained_is_held_in_float32(adapter: dict[str, Any], name: str, request: pytest.FixtureRequest) -> None:
     """Beside a base in bfloat16, as with finetune.precision=bf16."""
     source: Path = request.getfixturevalue(name)
-    student = adapted(Checkpoint(source).model("bfloat16", attention="eager"), adapter, None)
+    student = adapted(Checkpoint(source).model("bfloat16", attention="sdpa"), adapter, None)
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     losses = []
     for _ in range(3):
@@ -266,7 +267,7 @@ def test_full_fine_tuning_leaves_a_stock_checkpoint(inputs: dict[str, Path]) -> 
     untouched = opened(inputs["pruned"]).state_dict()
     student, base = open_student(folder, Runtime(), "float32")
     assert not any(torch.equal(tensor, untouched[name]) for name, tensor in student.state_dict().items())
-    stock = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", attn_implementation="sdpa").eval()
     assert torch.equal(logits(stock), logits(student))
     assert (base.folder / "chat_template.jinja").read_bytes() == (inputs["pruned"] / "chat_template.jinja").read_bytes()
     names = {path.suffix for path in (folder / "checkpoint").iterdir()}
@@ -285,7 +286,7 @@ def test_recomputed_activations_are_no_part_of_the_result(inputs: dict[str, Path
 
 def test_a_base_in_four_bits_trains_an_adapter_for_the_whole_one(inputs: dict[str, Path]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
-    small = Checkpoint(inputs["pruned"]).model("float32", attention="eager", quantisation="nf4")
+    small = Checkpoint(inputs["pruned"]).model("float32", attention="sdpa", quantisation="nf4")
     kinds = {name.rsplit(".", 1)[-1]: type(module) for name, module in small.named_modules()}
     assert kinds["q_proj"] is kinds["down_proj"] is bitsandbytes.nn.Linear4bit
     assert kinds["lm_head"] is torch.nn.Linear
@@ -315,7 +316,7 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
     from peft.tuners.lora.layer import Linear
 
     base, tuned = tmp_path / "pruned" / ("a" * 16), tmp_path / "tuned" / ("b" * 16)
-    save_model(Checkpoint(sharded_llama).model(stored, attention="eager"), base, Checkpoint(sharded_llama))
+    save_model(Checkpoint(sharded_llama).model(stored, attention="sdpa"), base, Checkpoint(sharded_llama))
     student = adapted(opened(base), adapter, None)
     for _ in range(2):
         step(student)
@@ -345,7 +346,7 @@ def test_merging_layer_by_layer_is_merging_in_float32_and_rounding_once(
     assert all(
         torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in found.items()
     )
-    stock = Checkpoint(base).model(target, attention="eager")
+    stock = Checkpoint(base).model(target, attention="sdpa")
     assert {n: b.dtype for n, b in model.named_buffers()} == {n: b.dtype for n, b in stock.named_buffers()}
     if adapter is LORA and stored == target == "bfloat16":
         assert set(wide) == {1}

@@ -27,8 +27,8 @@ MOVED = {"aten::_to_copy", "aten::copy_", "aten::clone"}
 """What a result goes through on its way to the CPU."""
 
 
-def small(attention: str | None = None, **_: Any) -> Any:
-    return random_llama(attention, **SMALL)
+def small(**_: Any) -> Any:
+    return random_llama(**SMALL)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (scores, evaluation):
         monkeypatch.setattr(module, "random_llama", small)
     monkeypatch.setattr(generation, "EVERY", 1)
-    monkeypatch.setattr(generation, "MODELS", {"small": (lambda _, attention: (small(attention), texts, [0], 3), 3)})
+    monkeypatch.setattr(generation, "MODELS", {"small": (lambda _: (small(), texts, [0], 3), 3)})
     tokenizer = evaluation.make_tokenizer(["what is it", "a word"], 300)
     monkeypatch.setattr(evaluation, "make_tokenizer", lambda *_: tokenizer)
     choices = [(item, choice) for item in ("is it", "what is") for choice in (" a", " word")]
@@ -82,7 +82,7 @@ def test_scores(data: None, trace: fake_gpu.Trace) -> None:
 
 @pytest.mark.parametrize("form", sdm.FORMS)
 def test_sdm(form: str, data: None, trace: fake_gpu.Trace) -> None:
-    model = small("sdpa").to(ON_GPU.device)
+    model = small().to(ON_GPU.device)
     taken, _ = sdm.stages(form, model, [[3, 4, 5], [6, 7, 8, 9]], ON_GPU.device)
     assert len(taken) == 2
 

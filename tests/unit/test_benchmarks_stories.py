@@ -19,5 +19,5 @@ def test_first_stories_are_read_and_cut(tmp_path: Path) -> None:
     _, learnt = finetuning.models(setting)["stories"](2)
     assert [row.ids[:40] for row in learnt] == rows and {row.prompt_length for row in learnt} == {32}
     assert "stories" not in finetuning.models(Setting())
-    _, prompts, stops, _ = generation.stories((TEACHER, texts), 2, "eager")
+    _, prompts, stops, _ = generation.stories((TEACHER, texts), 2)
     assert [len(prompt) for prompt in prompts] == [24, 35] and stops == [model.generation_config.eos_token_id]

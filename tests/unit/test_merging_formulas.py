@@ -229,7 +229,7 @@ def test_a_student_merged_with_itself_is_that_student(
     folder.mkdir()
     recipe = Recipe("merged", 1, spec, {}, {})
     build_merged(Runtime(sources={"base": base}), recipe, dict.fromkeys(("student0", "student1"), pair[0]), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     tuned, _ = open_student(pair[0], Runtime(sources={"base": base}), "float32")
     ids = torch.arange(40)[None]
     with torch.no_grad():
