@@ -22,7 +22,7 @@ from benchmarks.rows import Ratio, Setting
 from benchmarks.timing import clocked, in_turns, share, timed
 
 Answers = list[tuple[float, bool]]
-ITEMS = {"arc_challenge": 1, "hellaswag": 1, "mmlu_anatomy": 8}
+ITEMS = {"arc_challenge": 3, "hellaswag": 3, "mmlu_anatomy": 8}
 """Of every task, as many items as take some seconds."""
 GOALS = {"arc_challenge": 5.0, "hellaswag": 5.0, "mmlu_anatomy": 2.0}
 BATCH_SIZES = (1, 4)
