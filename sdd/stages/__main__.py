@@ -28,11 +28,13 @@ from sdd.store.recipe import address_of
 from sdd.untrusted import check_shape, parse_json, printable, tell_error
 
 SIZES = {
-    "trainer": {"micro_batch_tokens": int, "inference_batch_size": int},
+    "trainer": {"micro_batch_tokens": int, "inference_batch_size": int, "attention": str},
     "engine": {"batch_size?": (int, None)},
     "evaluation": {"batch_size": int},
 }
-"""What a config in a manifest says of how much goes into one pass."""
+"""What a config in a manifest says of how much goes into one pass, and of its attention."""
+ATTENTION = ("eager", "sdpa")
+"""Kinds of it that run here; what another one was made by is rebuilt by the usual one, and rounded otherwise."""
 
 
 MOST_INPUTS = 500
@@ -97,6 +99,8 @@ def rerun(store: Store, address: str, runtime: Runtime) -> list[str]:
     if "config" in manifest:
         check_shape(manifest["config"], SIZES, f"{folder}/manifest.json: config")
         runtime = dataclasses.replace(runtime, **Runtime.sizes(manifest["config"]))
+        if (attention := manifest["config"]["trainer"]["attention"]) in ATTENTION:
+            runtime = dataclasses.replace(runtime, attention=attention)
     inputs = {name: store.folder(upstream) for name, upstream in recipe.inputs.items()}
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)

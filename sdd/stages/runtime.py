@@ -18,7 +18,7 @@ class Runtime:
     of lm-eval that were built when their rows were checked, each to be taken once; `servers` are those that a group of
     the config asks; `nodes` are the commands of all machines that act together, each with so many devices.
 
-    The defaults are those of `trainer=cpu`, so that a rebuilt artifact is rounded as the first one was.
+    The defaults are those of `trainer=cpu`.
     """
 
     sources: dict[str, Path] = field(default_factory=dict)

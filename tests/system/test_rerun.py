@@ -44,6 +44,7 @@ def made(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     ]
     words += ["calibration.max_length=64", "evaluation=lm_eval", "evaluation.tasks=[arc_easy]", "evaluation.limit=2"]
     words += ["evaluation.num_fewshot=1", f"evaluation.data_dir={given}", "finetune.epochs=1"]
+    words += ["trainer.attention=eager"]  # not the usual one
     outcome = run("evaluate", *small, *words, cwd=folder)
     assert outcome.code == 0, outcome.stderr
     manifests = {manifest["stage"]: manifest for manifest in artifacts_of(folder / "artifacts").values()}
@@ -87,10 +88,10 @@ def test_rerun_with_every_source_named_is_identical(
     assert set(asked) == set(named)
 
 
-def test_rerun_computes_in_batches_of_the_first_size(
+def test_rerun_computes_as_the_first_time(
     made: tuple[Path, dict[str, Any]], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums over batches of other sizes are rounded otherwise; 8 is the size that lm-eval's suites set."""
+    """In batches of another size, or by another attention, sums are rounded otherwise; lm-eval's suites set size 8."""
     seen: list[Runtime] = []
     real = rerunning.builder
     monkeypatch.setattr(rerunning, "builder", lambda runtime: seen.append(runtime) or real(runtime))
@@ -98,7 +99,7 @@ def test_rerun_computes_in_batches_of_the_first_size(
     for one in sources("evaluated", made, checkpoint):
         words += ["--source", one]
     assert stages(words) == 0
-    assert [runtime.evaluation_batch_size for runtime in seen] == [8]
+    assert [(runtime.evaluation_batch_size, runtime.attention) for runtime in seen] == [(8, "eager")]
 
 
 def test_rerun_with_another_file_says_that_it_is_another(
